@@ -1,0 +1,61 @@
+# make quickstart   set up .venv, then train, evaluate and sample a small T5 on text that ships with Python
+# make test         set up .venv, then run the fast tests;   make test-slow: the others
+# make lint         ruff and pyright
+# make venv         only set up .venv: nothing is done when it is up to date
+# PYTHON=python3.12 picks the Python that .venv is made with.
+
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
+PYTEST_FLAGS ?=
+
+.PHONY: venv quickstart test test-slow lint clean
+
+venv: $(VENV)/installed
+
+quickstart: venv
+	$(BIN)/python run.py --gin_file=quickstart.gin
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV)
+
+# The first of these that runs, and is of a version that the pinned packages are built for.
+CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11 python3.13 python)
+
+$(VENV)/installed: $(REQUIREMENTS)
+	@set -e; chosen=; \
+	for candidate in $(CANDIDATES); do \
+	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	    chosen=$$candidate; break; \
+	  fi; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+	  echo "t5x_lite needs Python 3.11, 3.12 or 3.13; none of these is one: $(CANDIDATES)." >&2; \
+	  for candidate in $(CANDIDATES); do \
+	    if found=$$($$candidate --version 2>/dev/null); then echo "  $$candidate is $$found" >&2; fi; \
+	  done; \
+	  echo "Install one, or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if ! $$chosen -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$chosen cannot make virtual environments: its venv module is missing." >&2; \
+	  echo "On Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$($$chosen --version): a download of some 1 GB and a few minutes, this time only."; \
+	$$chosen -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --only-binary editdistance --constraint constraints.txt editdistance 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet ./packaging/editdistance
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
+	@touch $@

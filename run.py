@@ -1,0 +1,303 @@
+"""The command: reads flags and gin files, and runs one mode of `t5x_lite.jobs`. The only file that knows gin.
+
+    python run.py --gin_file=models/t5_1_1/small.gin --gin_file=runs/pretrain.gin --gin.BATCH_SIZE=64
+                  --gin.MODEL_DIR="'/tmp/m'" [--mode=eval]
+
+gin_configs/defaults.gin is read first: it names every macro, with its default. Then come the gin files and the bindings
+in the order given; the last one to set a value wins. A relative gin path is looked up in the current folder, then in
+gin_configs/, then in --gin_search_paths.
+
+What the user got wrong (a name, a type, a file) is said in one line, with the nearest valid names; the exit code is 2.
+"""
+
+import difflib
+import functools
+import inspect
+import linecache
+import os
+import re
+import sys
+import tokenize
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+from absl import flags
+
+GIN_CONFIGS = Path(__file__).resolve().parent / "gin_configs"
+MODES = ("train", "eval", "infer", "score", "inspect")
+
+
+class Refusal(Exception):
+    """What the user has to put right: shown as one line, without a traceback."""
+
+
+def command() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` (with the program's name first); returns the exit code."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
+    try:
+        options = parse_flags(argv)
+        if options.help:
+            print(__doc__, options.get_help(), sep="\n")
+            return 0
+        run = configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
+        from t5x_lite import jobs, logs
+
+        logs.setup_logging()
+        if options.dry_run:
+            jobs.dry_run(run, options.mode)
+        elif options.mode == "train":
+            jobs.train(run, gin.operative_config_str())
+        else:
+            getattr(jobs, options.mode)(run)
+    except Exception as error:
+        if not isinstance(error, Refusal) and not _deliberate(error):
+            raise
+        message = str(error).split("\n  In call to configurable")[0].strip()
+        print(f"run.py: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# Flags
+
+
+def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags of `argv`. `--gin.NAME=VALUE` is short for `--gin_bindings="NAME = VALUE"`."""
+    values = flags.FlagValues()
+    module = {"flag_values": values, "module_name": "run.py"}
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times.", **module)
+    flags.DEFINE_multi_string("gin_bindings", [], "A binding NAME = VALUE; may be given several times.", **module)
+    flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in.", **module)
+    flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.", **module)
+    flags.DEFINE_boolean("dry_run", False, "Build config, data shapes, mesh and parameter count, and stop.", **module)
+    flags.DEFINE_boolean("help", False, "Show this.", short_name="h", **module)
+    arguments = []
+    for argument in argv:
+        if match := re.match(r"--?gin\.([^=]*)(=?)(.*)", argument, re.DOTALL):
+            if not match[2]:
+                raise Refusal(f"{argument} has no value: write {argument}=VALUE")
+            argument = f"--gin_bindings={match[1]} = {match[3]}"
+        arguments.append(argument)
+    try:
+        rest = values(arguments)[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [f"--{name}" for name in values if len(name) > 1]
+        raise Refusal(f"unknown flag --{error.flagname}.{nearest(f'--{error.flagname}', known)}") from None
+    except flags.Error as error:
+        raise Refusal(str(error)) from None
+    if rest:
+        raise Refusal(f"unexpected argument {rest[0]!r}: every option is a flag, --NAME=VALUE")
+    if values.mode not in MODES:
+        raise Refusal(f"unknown mode {values.mode!r}.{nearest(values.mode, MODES)}")
+    return values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence with the names in `known` that `name` may stand for; with all, if they are few."""
+    spelled = {k.lower(): k for k in sorted(known)}
+    close = [spelled[k] for k in difflib.get_close_matches(name.lower(), list(spelled), n=3, cutoff=0.55)]
+    if close:
+        return f" Did you mean {' or '.join(close)}?"
+    return f" There are: {', '.join(sorted(spelled.values()))}." if 0 < len(spelled) <= 15 else ""
+
+
+def _deliberate(error: BaseException) -> bool:
+    """Whether this project's own code raised it, with a `raise`, as a message to the user.
+
+    Whatever comes out of a library or out of the user's modules, or is a slip of ours, keeps its traceback.
+    """
+    if not isinstance(error, (ValueError, OSError, KeyError)) or error.__traceback__ is None:
+        return False
+    frames = error.__traceback__
+    while frames.tb_next:
+        frames = frames.tb_next
+    file = Path(frames.tb_frame.f_code.co_filename).resolve()
+    ours = file.parent in {GIN_CONFIGS.parent / "t5x_lite", GIN_CONFIGS.parent / "tasks"}
+    return ours and linecache.getline(str(file), frames.tb_lineno).lstrip().startswith("raise ")
+
+
+# Gin
+
+
+@functools.cache
+def configurables() -> dict[str, Callable]:
+    """What gin files can name: the parts that a run is made of."""
+    from t5x_lite import losses, model, optim, options
+
+    parts = (
+        *(options.Run, model.T5Config, losses.LossConfig),
+        *(optim.make_optimizer, optim.adafactor, optim.adamw),
+        *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
+    )
+    for part in parts:
+        gin.external_configurable(part)
+    return {part.__name__: part for part in parts}
+
+
+def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()) -> Any:
+    """Reads defaults.gin, `files` and `bindings`, checks them, and returns the `options.Run` that they describe.
+
+    Raises:
+      Refusal: a name that does not exist or is used nowhere, a value of the wrong type, a missing file or value.
+      Exception: whatever a module that a gin file imports raises.
+    """
+    if not files and not bindings:
+        raise Refusal(f"nothing to run: give a --gin_file, such as quickstart.gin or {' or '.join(_gin_files('runs'))}")
+    for folder in search_paths:
+        if not Path(folder).is_dir():
+            raise Refusal(f"--gin_search_paths: there is no folder {folder}")
+    gin.config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
+    del gin.config._FILE_READERS[1:]  # the one for packages logs an error for each place where a file is not
+    for file in files:
+        if not any(Path(folder, file).is_file() for folder in gin.config._LOCATION_PREFIXES):
+            raise Refusal(_no_file(file))
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for modules of the user's, also when run.py is installed elsewhere
+    parts = configurables()
+    gin.clear_config()
+    config = gin.config._CONFIG  # gin has no public list of what is bound
+    used: set[str] = set()  # macros, also where a later file or binding overrides what uses them
+    for file in (str(GIN_CONFIGS / "defaults.gin"), *files):
+        _parse(gin.parse_config_file, file, f"--gin_file={file}")
+        used |= _macros_used(config)
+    for binding in bindings:
+        _parse(gin.parse_config, binding, f"--gin.{binding.replace(' = ', '=', 1)}")
+    if gin.query_parameter("MODEL_DIR/gin.macro.value") is None:
+        gin.parse_config(f"MODEL_DIR = 'runs/{Path(files[-1]).stem if files else 'run'}'")
+    _check_macros(config, used)
+    _check_parameters(config, parts)
+    return gin.get_configurable(parts["Run"])()
+
+
+def _gin_files(under: str = "") -> list[str]:
+    return sorted(str(file.relative_to(GIN_CONFIGS)) for file in (GIN_CONFIGS / under).rglob("*.gin"))
+
+
+def _no_file(file: str) -> str:
+    known = _gin_files() + [str(path) for path in Path(file).parent.glob("*.gin")]
+    folders = ", ".join(gin.config._LOCATION_PREFIXES[1:])
+    return f"no gin file {file} in the current folder or in {folders}.{nearest(file, known)}"
+
+
+def _parse(parse: Callable[[str], Any], text: str, source: str) -> None:
+    """Calls gin's `parse` on `text`; what gin has against it becomes one line."""
+    try:
+        parse(text)
+    except (ValueError, KeyError, OSError, SyntaxError, tokenize.TokenError, ImportError) as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        importing = any(frame.f_code.co_name == "process_import" for frame, _ in frames)
+        missing = isinstance(error, ModuleNotFoundError) and Path(frames[-1][0].f_code.co_filename).parent.name == "gin"
+        if importing and not missing:
+            raise  # from the user's module: it keeps its traceback
+        raise Refusal(_explained(error, source)) from None
+
+
+def _explained(error: Exception, source: str) -> str:
+    message, _, location = str(error).partition("\n")
+    message = message.strip('"')  # KeyError puts them
+    if place := re.search(r'In file "(.*)", line (\d+)', location):
+        source = f"{place[1]}, line {place[2]}"
+    parts = configurables()
+    if match := re.match(r"No configurable matching (?:reference )?'?@?([\w./]+)", message):
+        return f"{source}: unknown name {match[1]}.{nearest(match[1], parts)}"
+    if match := re.match(r"Configurable '(.*)' doesn't have a parameter named '(.*)'", message):
+        known = inspect.signature(parts[match[1]]).parameters if match[1] in parts else ()
+        return f"{source}: {match[1]} has no parameter {match[2]}.{nearest(match[2], known)}"
+    if match := re.match(r"Unable to open file: (.*?)\. Searched", message):
+        return f"{source}: {_no_file(match[1])}"
+    if isinstance(error, (SyntaxError, tokenize.TokenError)):
+        if isinstance(error, SyntaxError) and error.filename:
+            source = f"{error.filename}, line {error.lineno}"
+        hint = " (on a command line a string needs both quotes: --gin.NAME=\"'text'\")" if "--gin." in source else ""
+        return f"{source}: not a gin value or statement{hint}"
+    return f"{source}: {message}"
+
+
+Config = Mapping[tuple[str, str], Mapping[str, Any]]  # gin's: (scope, part) to the values of its parameters
+
+
+def _macros(config: Config) -> dict[str, Any]:
+    return {scope: bound["value"] for (scope, part), bound in config.items() if part == "gin.macro"}
+
+
+def _macros_used(config: Config) -> set[str]:
+    return {ref.config_key[0] for ref in gin.config.iterate_references(config) if ref.selector == "gin.macro"}
+
+
+def _check_macros(config: Config, used_before: set[str]) -> None:
+    """Refuses macros that are set and used nowhere, or used and set nowhere."""
+    macros, used = _macros(config), _macros_used(config)
+    for name in macros:
+        if name not in used | used_before:
+            raise Refusal(f"unknown macro {name}: nothing uses it.{nearest(name, used)}")
+    for name in used - macros.keys():
+        raise Refusal(f"macro {name} is used but never set.{nearest(name, macros)}")
+
+
+def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
+    """Refuses values that are missing or of the wrong type, in the parts that this run is made of."""
+    macros = _macros(config)
+    chosen = {ref.configurable.name for ref in gin.config.iterate_references(config)} | {"Run"}
+    for name, part in parts.items():
+        if name not in chosen:
+            continue
+        bound: dict[str, Any] = {}
+        for (_, selector), values in config.items():
+            if selector == f"{part.__module__}.{name}":
+                bound |= values
+        hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
+        for parameter, value in bound.items():
+            said = f"{name}.{parameter}"
+            while _refers_to(value, "gin.macro"):
+                said = value.config_key[0]
+                value = macros[said]
+            if _refers_to(value, "gin.constant") and value.config_key[0] == "gin.REQUIRED":
+                raise Refusal(f"{said} is required: set it with --gin.{said}=VALUE")
+            if parameter in hints and not _fits(value, hints[parameter]):
+                raise Refusal(f"{said} = {value!r} is not of its type, {_type_name(hints[parameter])}")
+        needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
+        if unset := sorted(needed - bound.keys()):
+            models = " A model file sets them: --gin_file=models/t5_1_1/small.gin, say." if name == "T5Config" else ""
+            raise Refusal(f"{name} has no value for {', '.join(unset)}.{models}")
+
+
+def _refers_to(value: Any, selector: str) -> bool:
+    return isinstance(value, gin.config.ConfigurableReference) and value.selector == selector
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a gin literal is of the type `hint`. What only running can tell (a reference, an odd hint) fits."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, gin.config.ConfigurableReference):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_fits(v, arguments[1]) for v in value.values())
+    if origin is tuple and Ellipsis not in arguments:
+        return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, (list, tuple)) and all(_fits(v, arguments[0]) for v in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else hint is not None or value is None
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,388 @@
+"""The work of each mode of the command: train, eval, infer, score, inspect, and the dry run.
+
+Each function takes a `Run` and wires the parts. TensorFlow and SeqIO are imported only when all that can be refused
+without them has been, for that takes seconds. This module knows every part, and nothing of flags and gin.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from t5x_lite import checkpoint, logs, report, step
+from t5x_lite import train as loop
+from t5x_lite.machine import Functions, Machine
+from t5x_lite.options import Run, last_step
+
+log = logging.getLogger("t5x_lite")
+
+Scores = dict[str, dict[str, float]]  # by task and metric
+
+# What every mode needs
+
+
+def _prepare_tasks(run: Run) -> str:
+    """Fills SeqIO's registries, the user's tasks included; returns the name of what to work on, checked."""
+    if not (run.mixture_or_task_name or run.train_files):
+        raise ValueError(
+            "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
+        )
+    _import_tasks(run)
+    from t5x_lite import data
+
+    name = run.mixture_or_task_name or ""
+    if run.train_files:
+        if name:
+            log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
+        name = _register_files(run)
+    data.find_provider(name)
+    data.check_vocabulary(name, run.model.vocab_size)
+    data.check_lengths(name, run.task_feature_lengths)
+    return name
+
+
+def _import_tasks(run: Run) -> None:
+    """Imports this project's tasks and the modules of MIXTURE_OR_TASK_MODULE, and sets the vocabulary."""
+    log.info("Loading TensorFlow and SeqIO ...")
+    with _without_chatter():
+        import tasks
+        from t5x_lite import data  # noqa: F401  takes TensorFlow off the accelerators before its first op
+
+    modules = run.mixture_or_task_module or []
+    for module in [modules] if isinstance(modules, str) else modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # a module that the user's module asks for
+            raise ValueError(
+                f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or among those installed"
+            ) from None
+    if run.vocabulary:
+        tasks.vocabulary.set_default(run.vocabulary)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Holds back what TensorFlow's C++ writes to stderr while it is loaded, unless that fails."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _register_files(run: Run) -> str:
+    from tasks import files
+
+    assert run.train_files
+    name = "files"
+    files.register_files(
+        name,
+        run.train_files,
+        run.eval_files,
+        objective=run.files_objective,
+        inputs_template=run.files_inputs_template,
+        targets_template=run.files_targets_template,
+        text_template=run.files_text_template,
+    )
+    return name
+
+
+def _train_batches(run: Run, name: str) -> Any:
+    from t5x_lite import data
+
+    return data.TrainBatches(
+        name,
+        run.task_feature_lengths,
+        batch_size=run.batch_size,
+        seed=run.random_seed,
+        pack=run.pack,
+        shuffle=run.shuffle_train_examples,
+        use_cached=run.use_cached_tasks,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _checkpoint_to_read(run: Run) -> tuple[str, int]:
+    """The checkpoint that eval, infer and score read, and its step."""
+    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path)
+    if start.path is None:
+        raise FileNotFoundError(
+            f"no checkpoint to read: MODEL_DIR = {run.model_dir!r} holds none, and INITIAL_CHECKPOINT_PATH is not set"
+        )
+    why = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
+    log.info("Reading the checkpoint %s: %s.", start.path, why)
+    step_name = Path(start.path).name
+    return start.path, int(step_name) if step_name.isdecimal() else 0
+
+
+def _evaluation(run: Run, name: str, functions: Functions) -> Callable[[Any, int], Scores]:
+    """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
+    from t5x_lite import data, evaluate
+
+    batches = {
+        task: data.EvalBatches(
+            task,
+            run.task_feature_lengths,
+            batch_size=run.eval_batch_size,
+            split=run.eval_split,
+            num_batches=run.eval_steps,
+            seed=run.random_seed,
+            use_cached=run.use_cached_tasks,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for task in data.tasks_with_split(name, run.eval_split)
+    }
+    if not batches:
+        log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
+    metrics = evaluate.Evaluation(
+        name,
+        run.task_feature_lengths,
+        batch_size=run.eval_batch_size,
+        split=run.eval_split,
+        num_examples=run.eval_examples,
+        use_cached=run.use_cached_tasks,
+        seed=run.random_seed,
+        predictions=_only_first(Path(run.model_dir, "predictions")),
+    )
+
+    def evaluated(params: Any, at_step: int) -> Scores:
+        scores = {task: functions.loss(params, rows) for task, rows in batches.items()}
+        found = metrics.run(partial(functions.predict, params), partial(functions.score, params), step=at_step)
+        return {task: {**values, **found.get(task, {})} for task, values in scores.items()}
+
+    return evaluated
+
+
+def _only_first(path: Path) -> Path | None:
+    """The path, on the one process that writes."""
+    return path if jax.process_index() == 0 else None
+
+
+# The modes
+
+
+def train(run: Run, config: str) -> None:
+    """Trains to the last step from wherever the run is, evaluating and saving on the way; then reports.
+
+    Args:
+      config: what is written to MODEL_DIR/config.gin, to do the same again.
+    """
+    last = last_step(run)
+    machine = Machine(run)
+    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path)
+    name = _prepare_tasks(run)
+    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
+    log.info("%s parameters on %s", f"{step.param_count(machine.abstract.params):,}", machine)
+    batches = _train_batches(run, name)
+    evaluation = _evaluation(run, name, Functions(run, machine))
+    lengths = run.task_feature_lengths
+    flops = logs.flops_per_step(run.model, run.batch_size, lengths["inputs"], lengths["targets"])
+    with (
+        contextlib.closing(logs.MetricLogger(run.model_dir, last, flops)) as logger,
+        contextlib.closing(_checkpointer(run)) as saver,
+    ):
+        if jax.process_index() == 0:
+            Path(run.model_dir, "config.gin").write_text(config)
+
+        log.info(start.reason)
+        parameter_key, dropout_key = jax.random.split(jax.random.key(run.random_seed, impl=run.rng_impl))
+        if start.step is not None:
+            state = saver.restore(start.step, machine.abstract, batches)
+            logger.resume(start.step)
+        else:
+            state = step.init_state(run.model, run.optimizer, parameter_key, machine.abstract)
+            if start.path is not None:
+                state = state.replace(params=checkpoint.restore_params(start.path, machine.abstract.params))
+        scores: Scores = {}
+
+        def evaluate(state: step.TrainState) -> Scores:
+            scores.update(evaluation(state.params, int(state.step)))
+            return scores
+
+        if int(state.step) >= last:
+            log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
+            logger.evaluation(int(state.step), evaluate(state))
+        loop.train(
+            state,
+            machine.compiler.train_step(
+                machine.abstract,
+                config=run.model,
+                optimizer=run.optimizer,
+                loss=run.loss,
+                num_microbatches=run.num_microbatches,
+            ),
+            batches,
+            jax.device_put(dropout_key, machine.compiler.replicated()),
+            rows=machine.batch_sharding,
+            schedule=loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period),
+            logger=logger,
+            saver=saver,
+            evaluate=evaluate,
+        )
+    if jax.process_index() == 0:
+        report.after_training(run.model_dir, scores, last, _baselines(name), _vocabulary_file(run, name))
+
+
+def _checkpointer(run: Run) -> checkpoint.Checkpointer:
+    return checkpoint.Checkpointer(
+        run.model_dir,
+        keep_last=run.keep_last,
+        keep_best_metric=run.keep_best_metric,
+        keep_best=run.keep_best,
+        best_mode=run.keep_best_mode,
+        info={"model": dataclasses.asdict(run.model)},
+    )
+
+
+def eval(run: Run) -> None:
+    """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
+    path, at_step = _checkpoint_to_read(run)
+    machine = Machine(run)
+    name = _prepare_tasks(run)
+    evaluation = _evaluation(run, name, Functions(run, machine))
+    scores = evaluation(checkpoint.restore_params(path, machine.abstract.params), at_step)
+    logger = logs.MetricLogger(run.model_dir, at_step)
+    logger.evaluation(at_step, scores)
+    logger.close()
+    if jax.process_index() == 0:
+        print(report.table(scores, _baselines(name)))
+        print(f"predictions: {Path(run.model_dir, 'predictions')}/*-{at_step}.jsonl")
+
+
+def infer(run: Run) -> None:
+    """Writes a prediction for each line of INFER_INPUT, or for each example of the tasks, as JSON lines."""
+    _write_results(run, "infer")
+
+
+def score(run: Run) -> None:
+    """Writes the log-likelihood of the targets of each line of INFER_INPUT, or of each example, as JSON lines."""
+    _write_results(run, "score")
+
+
+def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
+    path, at_step = _checkpoint_to_read(run)
+    machine = Machine(run)
+    functions = Functions(run, machine)
+    named = run.mixture_or_task_name or run.train_files or run.infer_input is None
+    name = _prepare_tasks(run) if named else _import_tasks(run)
+    from t5x_lite import data, evaluate
+    from tasks import vocabulary
+
+    lengths, count = run.task_feature_lengths, run.eval_examples
+    features = data.find_provider(name).output_features if name else vocabulary.output_features()
+    if run.infer_input is not None:
+        examples = {
+            Path(run.infer_input).stem: evaluate.file_examples(run.infer_input, features, lengths, num_examples=count)
+        }
+    else:
+        examples = {
+            task: evaluate.task_examples(
+                *(task, lengths),
+                split=run.eval_split,
+                num_examples=count,
+                use_cached=run.use_cached_tasks,
+                seed=run.random_seed,
+            )
+            for task in data.tasks_with_split(str(name), run.eval_split)
+        }
+    if run.infer_output is not None and len(examples) != 1:
+        raise ValueError(
+            f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(examples)} tasks with the split "
+            f"{run.eval_split!r} ({', '.join(examples)}): leave it unset, or name one task"
+        )
+    params = checkpoint.restore_params(path, machine.abstract.params)
+    for task, rows in examples.items():
+        output = Path(run.infer_output or Path(run.model_dir, mode, f"{task}-{at_step}.jsonl"))
+        to, size = _only_first(output), run.eval_batch_size
+        score = partial(functions.score, params)
+        if mode == "score":
+            written = evaluate.write_scores(rows, score, to, lengths=lengths, batch_size=size)
+        else:
+            predict, vocabulary_of = partial(functions.predict, params), features["targets"].vocabulary
+            written = evaluate.write_predictions(
+                *(rows, predict, to), vocabulary=vocabulary_of, lengths=lengths, batch_size=size, score=score
+            )
+        log.info("%d lines written to %s", written, output)
+
+
+def inspect(run: Run) -> None:
+    """Prints one training batch as the model gets it, decoded back to text."""
+    name = _prepare_tasks(run)
+    from t5x_lite import data
+
+    batch = next(_train_batches(run, name))
+    print(data.describe_batch(batch, data.find_provider(name).output_features["targets"].vocabulary))
+
+
+def dry_run(run: Run, mode: str) -> None:
+    """Builds all that the mode starts from, computes nothing, writes nothing, and prints what it found."""
+    machine = Machine(run)
+    if mode == "train":
+        steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
+        reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path).reason
+    print(f"model       {step.param_count(machine.abstract.params):,} parameters: {run.model}")
+    print(f"mesh        {machine}")
+    if mode == "train":
+        print(f"steps       {steps}\nstart       {reason}")
+    elif mode != "inspect":
+        print(f"checkpoint  {_checkpoint_to_read(run)[0]}")
+    name = _prepare_tasks(run)
+    if mode in ("train", "inspect"):
+        print(f"data        {name}, this host's batches:")
+        for feature, shape in _train_batches(run, name).shapes.items():
+            print(f"            {feature} {list(shape)}")
+    for task, rate in _rates(name).items():
+        print(f"            {rate:7.3%} {task}")
+    print("Dry run: nothing was computed or written.")
+
+
+def _vocabulary_file(run: Run, name: str) -> str | None:
+    """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
+    from t5x_lite import data
+
+    return run.vocabulary or getattr(
+        data.find_provider(name).output_features["targets"].vocabulary, "sentencepiece_model_file", None
+    )
+
+
+def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
+    """What needs no model, to print beside the scores; the embedded default computes its own."""
+    if not name.startswith("quickstart"):
+        return {}
+    from tasks import quickstart
+
+    return quickstart.baselines()
+
+
+def _rates(name: str) -> dict[str, float]:
+    """The share of each task of a mixture in training, largest first."""
+    import seqio
+
+    from t5x_lite import data
+
+    provider = data.find_provider(name)
+    if not isinstance(provider, seqio.Mixture):
+        return {name: 1.0}
+    rates = {t.name: provider.get_rate(t) for t in provider.tasks if "train" in t.splits}
+    return {task: rates[task] / sum(rates.values()) for task in sorted(rates, key=lambda task: -rates[task])}

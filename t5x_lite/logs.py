@@ -1,0 +1,342 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, a progress bar or plain lines, and the picture of the losses.
+
+The logger takes numbers that have been fetched already and never touches a device array. It knows the names `loss`,
+`input_tokens` and `target_tokens` among a step's metrics; it must not know the step, the data or TensorFlow.
+"""
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from t5x_lite.model import T5Config
+
+log = logging.getLogger("t5x_lite")
+
+METRICS_FILE = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal to draw a progress bar on
+
+Record = dict[str, Any]
+
+# Peak dense bfloat16 FLOP/s of one JAX device, by the start of its device_kind; of several, the longest counts.
+# From cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one `jax.Device`; None if it is not in the table."""
+    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def flops_per_step(config: T5Config, batch_size: int, encoder_length: int, decoder_length: int) -> float:
+    """FLOPs of the matrix products in one training step, padding included; what MFU counts as useful work.
+
+    A multiplication and its addition are two; the backward pass is twice the forward one; what remat repeats does not
+    count. Attention is over whole rows (no discount for the causal mask), as in PaLM's appendix B.
+    """
+    S, T = encoder_length, decoder_length
+    joined = config.num_heads * config.head_dim
+    projection = 2 * config.d_model * joined  # one of query, key, value, out, for one token
+    mlp = 2 * config.d_model * config.d_ff * (len(config.mlp_activations) + 1)
+    attended = 4 * joined  # logits and weighted sum, for one query and one key
+
+    encoder_layer = S * (4 * projection + mlp + S * attended)
+    decoder_layer = T * (6 * projection + mlp + (T + S) * attended) + S * 2 * projection
+    logits = T * 2 * config.d_model * config.vocab_size
+    forward = config.num_encoder_layers * encoder_layer + config.num_decoder_layers * decoder_layer + logits
+    return 3.0 * batch_size * forward
+
+
+class MetricLogger:
+    """Writes what a run measures. Only process 0 writes; on the others every method returns at once.
+
+    Each record is one line of MODEL_DIR/metrics.jsonl: `step`, `split` ("train" or "validation"), `task` where there is
+    one, then named floats (null for NaN and infinities, which JSON lacks). TensorBoard gets the same under
+    split/[task/]name, through the tensorboard package's own record writer and without TensorFlow.
+
+    Args:
+      model_dir: a local (or mounted) folder; made if absent.
+      total_steps: the step at which training ends.
+      flops_per_step: of all devices together; gives MFU where the devices' peak is known.
+
+    Raises:
+      ValueError: model_dir is a URL.
+    """
+
+    def __init__(self, model_dir: str | os.PathLike, total_steps: int, flops_per_step: float | None = None):
+        if "://" in str(model_dir):
+            raise ValueError(
+                f"metrics are appended line by line, which {model_dir} does not allow: "
+                "give a local folder as MODEL_DIR, or mount the bucket (gcsfuse)"
+            )
+        self._dir = Path(model_dir)
+        self._total_steps = total_steps
+        self._flops = flops_per_step
+        self._peak = (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count()
+        self._resumed_at: int | None = None
+        self._writes = jax.process_index() == 0
+        self._lines = self._events = self._bar = None
+        self._seconds = math.nan  # a step takes, smoothed
+        self._line_due = 0.0
+
+    def resume(self, step: int) -> None:
+        """Takes back what was written after `step`, so that a run that goes on from there says each step once.
+
+        Atomic: metrics.jsonl is the old or the new one, whatever happens. A last line torn by a crash goes too.
+
+        Raises:
+          ValueError: another line is not JSON; names file and line.
+        """
+        if not self._writes:
+            return
+        self._resumed_at = step
+        path = self._dir / METRICS_FILE
+        if path.exists():
+            kept = [record for record in read_metrics(self._dir) if record["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+
+    def train(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """Records a training step.
+
+        Args:
+          step: number of updates done, this one included.
+          metrics: as from `train_step`, fetched.
+          seconds: wall time of one step, averaged since the last record, without evaluation and saving; 0 if not known
+            (the first step, which compiles), and then no rates are given.
+        """
+        if not self._writes:
+            return
+        rates = {}
+        if seconds > 0:
+            rates["seconds_per_step"] = seconds
+            rates["tokens_per_second"] = (metrics["input_tokens"] + metrics["target_tokens"]) / seconds
+            if self._flops and self._peak:
+                rates["mfu"] = self._flops / seconds / self._peak
+            self._seconds = seconds if math.isnan(self._seconds) else 0.9 * self._seconds + 0.1 * seconds
+        self._write(step, "train", None, {**metrics, **rates})
+        self._show(step, metrics, rates)
+
+    def evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Records validation metrics, {task: {name: value}}, of the model after `step` updates."""
+        if not self._writes:
+            return
+        for task, metrics in scores.items():
+            self._write(step, "validation", task, metrics)
+            log.info("step %d  %s: %s", step, task, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+    def close(self) -> None:
+        for part in (self._bar, self._lines, self._events):
+            if part is not None:
+                part.close()
+        self._lines = self._events = self._bar = None
+
+    def _write(self, step: int, split: str, task: str | None, metrics: Mapping[str, float]) -> None:
+        if self._lines is None:
+            self._lines = _open_lines(self._dir)
+            self._events = _event_file(self._dir, self._resumed_at)
+        values = {name: float(value) for name, value in metrics.items()}
+        record: Record = {"step": step, "split": split} | ({} if task is None else {"task": task})
+        record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._events is not None:
+            self._events.scalars(step, {"/".join(filter(None, (split, task, name))): v for name, v in values.items()})
+
+    def _show(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        said = [f"loss {metrics['loss']:.4f}"]
+        if rates:
+            said.append(f"{rates['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in rates:
+            said.append(f"MFU {rates['mfu']:.1%}")
+        if not math.isnan(self._seconds):
+            said.append(f"ETA {tqdm.format_interval((self._total_steps - step) * self._seconds)}")
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=self._total_steps,
+                    initial=self._resumed_at or 0,
+                    dynamic_ncols=True,
+                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+                )
+            self._bar.set_postfix_str(", ".join(said), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step == self._total_steps or time.monotonic() >= self._line_due:
+            log.info("step %d/%d  %s", step, self._total_steps, ", ".join(said))
+            self._line_due = time.monotonic() + SECONDS_BETWEEN_LINES
+
+
+def _open_lines(folder: Path) -> TextIO:
+    """metrics.jsonl to add lines to, each written out at once; what a crash has left of a last line is cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / METRICS_FILE
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
+    """The records of MODEL_DIR/metrics.jsonl, without a last line that a crash has torn.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another line is not JSON; names file and line.
+    """
+    path = Path(model_dir) / METRICS_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: nothing has been trained or evaluated in this MODEL_DIR yet")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) or line.endswith("\n"):
+                raise ValueError(f"{path}, line {number} is not JSON: {line[:60]!r}; remove it") from None
+    return records
+
+
+class _EventFile:
+    """Scalars as TensorBoard reads them. Its `summary.Writer` would do, were it not to load TensorFlow where it is
+    installed: 10 s, and what this module must not do."""
+
+    def __init__(self, folder: Path, resumed_at: int | None):
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._proto: Any = event_pb2
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"  # read in the order of their names
+        self._records = RecordWriter((folder / name).open("wb", buffering=0))
+        self._add(file_version="brain.Event:2")
+        if resumed_at is not None:  # TensorBoard then drops what earlier files hold from the given step on
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._add(step=resumed_at + 1, session_log=start)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._add(step=step, summary={"value": [{"tag": tag, "simple_value": x} for tag, x in values.items()]})
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._proto.Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _event_file(folder: Path, resumed_at: int | None) -> _EventFile | None:
+    try:
+        return _EventFile(folder, resumed_at)
+    except ModuleNotFoundError as error:
+        log.warning("no TensorBoard events: %s (pip install tensorboard); %s has everything", error, METRICS_FILE)
+        return None
+
+
+def plot_losses(model_dir: str | os.PathLike, baselines: Mapping[str, float] | None = None) -> Path:
+    """Draws MODEL_DIR/loss.png: training loss, raw and smoothed, and each task's validation loss, over steps.
+
+    Args:
+      model_dir: where metrics.jsonl is; of a step that it has twice, the later line counts.
+      baselines: {label: loss in nats a target token} drawn as horizontal lines.
+
+    Raises:
+      FileNotFoundError, ValueError: there are no metrics, or none with a loss.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    train: dict[int, float] = {}
+    tasks: dict[str, dict[int, float]] = {}
+    for record in read_metrics(model_dir):
+        # Without z-loss, so that the curves and the baselines can be compared.
+        value = record.get("cross_ent_loss", record.get("loss"))
+        if value is not None:
+            series = train if record["split"] == "train" else tasks.setdefault(record.get("task", "validation"), {})
+            series[record["step"]] = value
+    if not train and not tasks:
+        raise ValueError(f"{Path(model_dir) / METRICS_FILE} has no loss to plot")
+
+    legend_rows = (len(tasks) + len(baselines or {})) // 2 + 1
+    figure, axes = pyplot.subplots(figsize=(9, 5 + 0.2 * legend_rows), layout="constrained")
+    tops = []
+    if train:
+        steps, raw = zip(*sorted(train.items()), strict=True)
+        smooth = _smoothed(raw)
+        axes.plot(steps, raw, color="C0", alpha=0.3, linewidth=0.8)
+        axes.plot(steps, smooth, color="C0", linewidth=2, label=f"training: {smooth[-1]:.3f}")
+        tops.append(max(smooth))
+    for index, (task, series) in enumerate(sorted(tasks.items())):
+        steps, values = zip(*sorted(series.items()), strict=True)
+        style = {"color": f"C{1 + index % 9}", "marker": "osD^v"[index // 9 % 5], "markersize": 4, "linewidth": 1}
+        axes.plot(steps, values, label=f"validation, {task}: {values[-1]:.3f}", **style)
+        tops.append(max(values))
+    for index, (label, value) in enumerate((baselines or {}).items()):
+        style = ("--", ":", "-.")[index % 3]
+        axes.axhline(value, color="0.35", linewidth=1.2, linestyle=style, label=f"{label}: {value:.3f}")
+        tops.append(value)
+    axes.set(xlabel="step", ylabel="cross entropy, nats a target token", title=Path(model_dir).resolve().name)
+    axes.set_ylim(0, 1.08 * max(tops))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    path = Path(model_dir) / "loss.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _smoothed(values: Sequence[float]) -> np.ndarray:
+    """Mean over a window of about a twenty-fifth of the points, centred so as not to lag; cut off at the ends."""
+    window = np.ones(2 * (len(values) // 50) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+class _Console(logging.Handler):
+    """Writes above a progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(info: bool = True) -> None:
+    """One line a message on stderr, with the time: ours from INFO, everybody else's from WARNING.
+
+    To be called once absl has started the program: its own handler, which would say everything again, is taken off.
+
+    Args:
+      info: False leaves ours, too, at WARNING: for processes other than 0.
+    """
+    console = _Console()
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [console]
+    for name in (None, "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("t5x_lite", "tasks", "run", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO if info else logging.WARNING)

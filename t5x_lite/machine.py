@@ -1,0 +1,79 @@
+"""A run's devices, the shapes of its state on them, and its model as functions on numpy rows.
+
+What the devices do not allow is refused here, before any data is read. It knows the model, the step and the mesh; it
+must not know text, SeqIO or TensorFlow.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite import decode, sharding, step
+from t5x_lite.options import Run
+
+
+class Machine:
+    """The devices of a run and the shapes of its state on them; what can be refused without reading data is."""
+
+    def __init__(self, run: Run):
+        if jax.config.jax_compilation_cache_dir is None:
+            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "t5x_lite", "jax"))
+        if unknown := set(run.mesh) - set(sharding.MESH_AXES):
+            raise ValueError(f"MESH has no axis {unknown.pop()!r}: its axes are {', '.join(sharding.MESH_AXES)}")
+        self.mesh = sharding.make_mesh(**{"data": 1, **run.mesh})
+        self.rules = run.logical_axis_rules or sharding.RULES
+        parts = sharding.batch_parts(self.mesh, self.rules)
+        for name, rows in (
+            ("BATCH_SIZE / NUM_MICROBATCHES", run.batch_size // run.num_microbatches),
+            ("EVAL_BATCH_SIZE", run.eval_batch_size),
+        ):
+            if rows % parts:
+                raise ValueError(f"{name} = {rows} does not divide over the {parts} parts of the mesh's batch axes")
+        self.compiler = step.Compiler(self.mesh, self.rules)
+        self.abstract = step.abstract_state(run.model, run.optimizer, self.mesh, self.rules)
+        self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        device = self.mesh.devices.flat[0]
+        return f"{self.mesh.size} x {device.device_kind} ({device.platform}) on {jax.process_count()} host(s): {axes}"
+
+
+class Functions:
+    """A model as functions on numpy rows: the same rows on every host, the same results on every host."""
+
+    def __init__(self, run: Run, machine: Machine):
+        self._machine = machine
+        compiler, abstract = machine.compiler, machine.abstract
+        length = run.max_decode_length or run.task_feature_lengths["targets"]
+        self._greedy = compiler.with_params(decode.greedy, abstract, config=run.model, max_length=length)
+        self._score = compiler.with_params(decode.score, abstract, config=run.model)
+        self._sums = compiler.with_params(step.eval_step, abstract, config=run.model)
+
+    def _spread(self, rows: Any) -> Any:
+        def put(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(x.shape, self._machine.batch_sharding, lambda index: x[index])
+
+        return jax.tree.map(put, rows)
+
+    def predict(self, params: Any, inputs_BS: np.ndarray) -> np.ndarray:
+        """Token ids [B, T]."""
+        tokens_B1T, _ = self._greedy(params, self._spread(inputs_BS))
+        return jax.device_get(tokens_B1T)[:, 0]
+
+    def score(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Log-likelihoods [B] of the targets."""
+        return jax.device_get(self._score(params, self._spread(dict(rows))))
+
+    def loss(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """Mean cross entropy and accuracy of the target tokens, over batches of this host's rows."""
+        sums: dict[str, float] = {"loss": 0.0, "correct": 0.0, "weights": 0.0}
+        for batch in batches:
+            found = jax.device_get(self._sums(params, sharding.shard_batch(batch, self._machine.batch_sharding)))
+            sums = {name: total + float(found[name]) for name, total in sums.items()}
+        tokens = max(sums["weights"], 1.0)
+        return {"loss": sums["loss"] / tokens, "token_accuracy": sums["correct"] / tokens}

@@ -1,0 +1,392 @@
+"""T5: the encoder-decoder of Raffel et al. (2020), versions 1.0 and 1.1, and the configuration of its sizes.
+
+Axes of every array are named by one letter, in names (`x_BTD`) and in einsum strings alike:
+
+    B batch             D d_model            F d_ff (hidden layer of the MLP)
+    S encoder length    H attention heads    V vocabulary
+    T decoder length    K head_dim           L layers of a stack
+
+The layers of a stack are stored stacked on a leading axis L, under the name `layers`, whether they are run by a scan
+or unrolled: both have the same parameters, so checkpoints, optimizer and sharding know one layout only. Names are
+T5X's. This module knows nothing of losses, optimizers, meshes or data; token 0 is padding, and starts the decoder.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.layers import ACTIVATIONS, Dense, Embed, GatedMlp, RelativePositionBias, RMSNorm
+from t5x_lite.sharding import constrain
+
+Remat = Literal["none", "minimal", "full"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """One T5. The published sizes are in `gin_configs/models/`.
+
+    dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
+    scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
+    remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
+    """
+
+    d_model: int
+    d_ff: int
+    num_heads: int
+    head_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    tie_embeddings: bool = False
+    vocab_size: int = 32128
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    dropout_rate: float = 0.0
+    dtype: Dtype = "float32"
+    scan_layers: bool = True
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        sizes = ("d_model", "d_ff", "num_heads", "head_dim", "num_encoder_layers", "num_decoder_layers", "vocab_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}")
+        if unknown := [a for a in self.mlp_activations if a not in ACTIVATIONS]:
+            raise ValueError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
+        if not self.mlp_activations:
+            raise ValueError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        if self.relative_buckets < 4 or self.relative_buckets % 4 or self.relative_max_distance < self.relative_buckets:
+            raise ValueError(
+                f"T5Config.relative_buckets={self.relative_buckets} must be a multiple of 4 and at most "
+                f"relative_max_distance={self.relative_max_distance}"
+            )
+        for name, choices in (("dtype", get_args(Dtype)), ("remat", get_args(Remat))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"T5Config.{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
+
+    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start.
+    """
+
+    self_key: Float[Array, "L B T H K"]
+    self_value: Float[Array, "L B T H K"]
+    cross_key: Float[Array, "L B S H K"]
+    cross_value: Float[Array, "L B S H K"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention; keys and values come from `keys_values` (of x itself, of the encoder, or of a cache)."""
+
+    config: T5Config
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        joined = c.num_heads * c.head_dim
+        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+        def query_init(*args: object) -> Array:
+            return normal(*args) / jnp.sqrt(c.head_dim)  # the scale that the logits do not get
+
+        self.query = Dense(joined, ("embed", "joined_kv"), query_init, c.compute_dtype)
+        self.key = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
+        self.value = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
+        self.out = Dense(c.d_model, ("joined_kv", "embed"), normal, c.compute_dtype)
+
+    def _split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
+        x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        return constrain(x, "batch", "length", "heads", "kv")
+
+    def keys_values(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+        return self._split_heads(self.key(x_BSD)), self._split_heads(self.value(x_BSD))
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        key_BSHK: Float[Array, "B S H K"],
+        value_BSHK: Float[Array, "B S H K"],
+        bias_HTS: Float[Array, "H T S"] | None,
+        visibility: Visibility,
+    ) -> Float[Array, "B T D"]:
+        rate = self.config.dropout_rate if self.train else 0.0
+        y_BTHK = dot_product_attention(
+            self._split_heads(self.query(x_BTD)),
+            key_BSHK,
+            value_BSHK,
+            bias_HTS,
+            visibility,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+        )
+        return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
+
+
+class EncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: T5Config
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"], visibility: Visibility
+    ) -> tuple[Float[Array, "B S D"], None]:
+        c = self.config
+        dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+        h_BSD = RMSNorm(c.compute_dtype, name="pre_attention_layer_norm")(x_BSD)
+        attention = Attention(c, self.train, name="attention")
+        h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HSS, visibility)
+        x_BSD += dropout(h_BSD)
+        h_BSD = RMSNorm(c.compute_dtype, name="pre_mlp_layer_norm")(x_BSD)
+        mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, name="mlp")
+        x_BSD += dropout(mlp(h_BSD))
+        return constrain(x_BSD, "batch", "length", "embed"), None
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoded inputs, and the MLP, each on a normed input and added to x."""
+
+    config: T5Config
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(c.compute_dtype)
+        self.self_attention = Attention(c, self.train)
+        self.pre_cross_attention_layer_norm = RMSNorm(c.compute_dtype)
+        self.encoder_decoder_attention = Attention(c, self.train)
+        self.pre_mlp_layer_norm = RMSNorm(c.compute_dtype)
+        self.mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        cache: Cache | None,
+        encoded_BSD: Float[Array, "B S D"] | None,
+        bias_HTT: Float[Array, "H T T"],
+        self_visibility: Visibility,
+        cross_visibility: Visibility,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """With a cache (this layer's slice): also returns the keys and values of the new tokens, for it."""
+        h_BTD = self.pre_self_attention_layer_norm(x_BTD)
+        new_keys_values = None
+        key, value = self.self_attention.keys_values(h_BTD)
+        if cache is not None:
+            new_keys_values = (key, value)
+            key = jax.lax.dynamic_update_slice_in_dim(cache.self_key, key, self_visibility.offset, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(cache.self_value, value, self_visibility.offset, axis=1)
+        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTT, self_visibility))
+
+        h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
+        cross = self.encoder_decoder_attention
+        key, value = (cache.cross_key, cache.cross_value) if cache is not None else cross.keys_values(encoded_BSD)
+        x_BTD += self.dropout(cross(h_BTD, key, value, None, cross_visibility))
+
+        x_BTD += self.dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
+        return constrain(x_BTD, "batch", "length", "embed"), new_keys_values
+
+    def cross_keys_values(self, carry: None, encoded_BSD: Float[Array, "B S D"]) -> tuple[None, tuple[Array, Array]]:
+        return carry, self.encoder_decoder_attention.keys_values(encoded_BSD)
+
+
+def _remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
+    if config.remat == "none":
+        return layer
+    policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # A scan already keeps XLA from merging the recomputation with the first pass; unrolled layers need the barrier.
+    return nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def _stack(layer: type[nn.Module], config: T5Config, length: int, **in_axes: tuple) -> type[nn.Module]:
+    """`length` layers under one name, parameters on a leading axis. in_axes: method -> scan axes of its arguments."""
+    options = dict(
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=length,
+        unroll=1 if config.scan_layers else length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return nn.scan(layer, methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()})
+
+
+class Encoder(nn.Module):
+    """Embedded inputs to encodings."""
+
+    config: T5Config
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+        c = self.config
+        dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+        positions_S = jnp.arange(x_BSD.shape[1])
+        bias = RelativePositionBias(
+            c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=True, name="relpos_bias"
+        )
+        layers = _stack(_remat(EncoderLayer, c), c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
+        x_BSD = dropout(constrain(x_BSD, "batch", "length", "embed"))
+        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias(positions_S, positions_S), visibility)
+        return dropout(RMSNorm(c.compute_dtype, name="encoder_norm")(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Embedded target tokens, attending to the encodings (or to a cache of them), to hidden states."""
+
+    config: T5Config
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.relpos_bias = RelativePositionBias(
+            c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=False
+        )
+        everywhere = nn.broadcast
+        self.layers = _stack(
+            _remat(DecoderLayer, c),
+            c,
+            c.num_decoder_layers,
+            __call__=(0, everywhere, everywhere, everywhere, everywhere),
+            cross_keys_values=(everywhere,),
+        )(c, self.train)
+        self.decoder_norm = RMSNorm(c.compute_dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+        if not c.tie_embeddings:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            self.logits_dense = Dense(c.vocab_size, ("embed", "vocab"), init, c.compute_dtype, output_dtype=jnp.dtype("float32"))
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        encoded_BSD: Float[Array, "B S D"] | None,
+        self_visibility: Visibility,
+        cross_visibility: Visibility,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        length = x_BTD.shape[1]
+        keys = length if cache is None else cache.self_key.shape[2]
+        bias_HTS = self.relpos_bias(self_visibility.offset + jnp.arange(length), jnp.arange(keys))
+        x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
+        x_BTD, new = self.layers(x_BTD, cache, encoded_BSD, bias_HTS, self_visibility, cross_visibility)
+        if cache is not None:
+            start = (0, 0, self_visibility.offset, 0, 0)
+            cache = cache.replace(
+                self_key=jax.lax.dynamic_update_slice(cache.self_key, new[0], start),
+                self_value=jax.lax.dynamic_update_slice(cache.self_value, new[1], start),
+            )
+        return self.dropout(self.decoder_norm(x_BTD)), cache
+
+    def start_cache(self, encoded_BSD: Float[Array, "B S D"], max_length: int) -> Cache:
+        _, (key_LBSHK, value_LBSHK) = self.layers.cross_keys_values(None, encoded_BSD)
+        L, B, _, H, K = key_LBSHK.shape
+        empty_LBTHK = jnp.zeros((L, B, max_length, H, K), key_LBSHK.dtype)
+        return Cache(self_key=empty_LBTHK, self_value=empty_LBTHK, cross_key=key_LBSHK, cross_value=value_LBSHK)
+
+
+class T5(nn.Module):
+    """T5 1.0 and 1.1. `T5(config, train=True)` has dropout on and needs a "dropout" key where the rate is above 0.
+
+    Token arrays are int32, 0 is padding. Segment ids (0 = padding) are given when several examples are packed into one
+    row, and keep them apart. Positions are not asked for: T5 knows relative positions only, and those within a segment
+    are differences of indices.
+    """
+
+    config: T5Config
+    train: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.token_embedder = Embed(c.vocab_size, c.d_model, c.compute_dtype)
+        self.encoder = Encoder(c, self.train)
+        self.decoder = Decoder(c, self.train)
+
+    def __call__(
+        self,
+        encoder_input_tokens: Int[Array, "B S"],
+        decoder_input_tokens: Int[Array, "B T"],
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Teacher-forced logits, float32."""
+        encoded_BSD = self.encode(encoder_input_tokens, encoder_segment_ids)
+        return self.decode(
+            encoded_BSD, encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids
+        )
+
+    def encode(
+        self, encoder_input_tokens: Int[Array, "B S"], encoder_segment_ids: Int[Array, "B S"] | None = None
+    ) -> Float[Array, "B S D"]:
+        segments = _segments(encoder_input_tokens, encoder_segment_ids)
+        return self.encoder(self.token_embedder(encoder_input_tokens), Visibility(segments, segments))
+
+    def decode(
+        self,
+        encoded_BSD: Float[Array, "B S D"],
+        encoder_input_tokens: Int[Array, "B S"],
+        decoder_input_tokens: Int[Array, "B T"],
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits for all target positions at once, float32.
+
+        Targets that are not packed need no mask beside the causal one: padding comes last, where nothing sees it.
+        """
+        x_BTD, _ = self.decoder(
+            self.token_embedder(decoder_input_tokens),
+            encoded_BSD,
+            Visibility(decoder_segment_ids, decoder_segment_ids, causal=True),
+            Visibility(decoder_segment_ids, _segments(encoder_input_tokens, encoder_segment_ids)),
+        )
+        return self._logits(x_BTD)
+
+    def start_cache(self, encoded_BSD: Float[Array, "B S D"], max_length: int) -> Cache:
+        """The cache before the first token, with room for `max_length` tokens."""
+        return self.decoder.start_cache(encoded_BSD, max_length)
+
+    def decode_step(
+        self,
+        decoder_input_tokens: Int[Array, "B T"],
+        index: Int[Array, ""] | int,
+        cache: Cache,
+        encoder_input_tokens: Int[Array, "B S"],
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits of the next tokens (usually one), which stand at positions index, index + 1, ...; and the new cache."""
+        x_BTD, cache = self.decoder(
+            self.token_embedder(decoder_input_tokens),
+            None,
+            Visibility(offset=index, causal=True),
+            Visibility(None, _segments(encoder_input_tokens, None)),
+            cache,
+        )
+        return self._logits(x_BTD), cache
+
+    def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        with jax.named_scope("logits"):
+            if self.config.tie_embeddings:
+                logits_BTV = self.token_embedder.attend(x_BTD / jnp.sqrt(self.config.d_model).astype(x_BTD.dtype))
+            else:
+                logits_BTV = self.decoder.logits_dense(x_BTD)
+            return constrain(logits_BTV, "batch", "length", "vocab")
+
+
+def _segments(tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
+    """A row that is not packed is one segment and padding."""
+    return (tokens != 0).astype(jnp.int32) if segment_ids is None else segment_ids

@@ -1,0 +1,148 @@
+"""How arrays lie on the devices: one mesh, and rules that turn logical axes (said beside each parameter) into its axes.
+
+The mesh has three axes. `data` copies parameters and splits the batch; `fsdp` splits both; `tensor` splits heads, MLP
+and vocabulary. Rules are data: a run may give others. This module knows arrays, names and devices, not what is computed.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+# In order of precedence: a mesh axis is used once in an array, so `embed` splits parameters over fsdp, but activations
+# not, whose batch axis has taken it already. An axis without a rule is not split.
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("joined_kv", "tensor"),
+    ("embed", "fsdp"),
+)
+
+# A leaf above this size (bytes) that no axis splits, on a mesh that splits parameters, is a mistake in names or rules.
+LARGEST_REPLICATED = 2**23
+
+_layout: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (of all hosts); at most one axis may be -1, which takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh sizes must be positive, and at most one of them -1 (= what is left): got {asked}")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = len(devices) // taken
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {asked} does not fit {len(devices)} {devices[0].platform} device(s): "
+            f"the product of its sizes must be {len(devices)}"
+        )
+    # Auto in writing: JAX's own default, Explicit, does not go with constraints by logical axes.
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def layout(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+    """Puts mesh and rules in force for `constrain`, while a function is traced."""
+    token = _layout.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States how an activation lies on the mesh, by logical axes. Does nothing where no layout is in force."""
+    current = _layout.get()
+    return x if current is None else jax.lax.with_sharding_constraint(x, named_sharding(*current, axes))
+
+
+def named_sharding(mesh: Mesh, rules: Rules, axes: Sequence[str | None]) -> NamedSharding:
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(tuple(axes), tuple(rules)) or PartitionSpec())
+
+
+def shard_state(state: Any, params: Mapping, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """The one decision where the training state lies: used at init, step and restore.
+
+    Args:
+      state: shapes of the whole state (a pytree from `jax.eval_shape`).
+      params: shapes of the parameters, each in its Linen box that holds its logical axes.
+
+    Returns:
+      `state` with a sharding on each `jax.ShapeDtypeStruct`. A leaf whose path ends with a parameter's path and that
+      has its shape lies as this parameter does: so optimizer moments follow their parameter. All else is replicated.
+
+    Raises:
+      ValueError: an axis does not divide, or a large leaf would lie whole on every device; names leaf and cure.
+    """
+    boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))[0]
+    axes_of = {_names(path): (box.unbox().shape, box.names) for path, box in boxes}
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        axes: Sequence[str | None] = (None,) * len(leaf.shape)
+        for start in range(len(names)):
+            shape, found = axes_of.get(names[start:], (None, ()))
+            if shape == leaf.shape:
+                axes = found
+                break
+        sharding = named_sharding(mesh, rules, axes)
+        _check("/".join(names), leaf, axes, sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _check(name: str, leaf: jax.ShapeDtypeStruct, axes: Sequence[str | None], sharding: NamedSharding) -> None:
+    mesh, spec = sharding.mesh, sharding.spec
+    for size, axis, mesh_axes in zip(leaf.shape, axes, spec, strict=False):
+        mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        parts = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % parts:
+            fits = [n for n in range(1, size + 1) if size % n == 0 and n <= mesh.size]
+            raise ValueError(
+                f"{name} of shape {leaf.shape}: axis {axis!r} of size {size} does not divide over mesh axis "
+                f"{'*'.join(mesh_axes)} = {parts}; sizes that do: {fits}"
+            )
+    size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sharding.is_fully_replicated and size > LARGEST_REPLICATED:
+        raise ValueError(
+            f"{name} of shape {leaf.shape} ({size / 2**20:.0f} MiB) would lie whole on every device of the mesh "
+            f"{dict(mesh.shape)}; its logical axes {tuple(axes)} match no rule that splits it"
+        )
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    """Rows are split over data and fsdp."""
+    return named_sharding(mesh, rules, ("batch",))
+
+
+def batch_parts(mesh: Mesh, rules: Rules = RULES) -> int:
+    """Into how many equal parts the rows of a batch are split."""
+    spec = batch_sharding(mesh, rules).spec
+    axes = spec[0] if spec else ()
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This host's rows of a batch, put on the mesh as part of the global batch."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,8 @@
+"""Tasks and mixtures under the names T5 users know. `import tasks` fills SeqIO's registries and reads no data.
+
+Must not know: t5x_lite, JAX.
+"""
+
+from tasks import c4, files, glue, mixtures, quickstart, squad, vocabulary
+
+__all__ = ["c4", "files", "glue", "mixtures", "quickstart", "squad", "vocabulary"]

@@ -1,0 +1,237 @@
+"""Your own files as a task, in one call and without writing a preprocessor.
+
+    register_files("mine", "data/*.jsonl", inputs_template="question: {question} context: {context}",
+                   targets_template="{answer}")
+
+Formats by ending: .txt (a document a line), .jsonl (an object a line), .csv, .tsv (a header and the usual quotes), each
+also with .gz; local or gs://; names or patterns. Up to `MEMORY_LIMIT` bytes are held in memory and shuffled whole;
+beyond that, lines are streamed and shuffled in windows. Must not know: the public corpora, mixtures.
+"""
+
+import functools
+import string
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from tasks import formats, metrics, preprocessors, sources, vocabulary
+
+MEMORY_LIMIT = 256 * 2**20
+_SHUFFLE_WINDOW = 10_000  # for what is streamed
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_ENDINGS = (".txt", ".jsonl", *_DELIMITERS)
+
+Objective = Literal["text_to_text", "span_corruption"]
+Templates = dict[str, str]  # feature to template
+
+
+def register_files(
+    name: str,
+    train_files: str | Sequence[str],
+    eval_files: str | Sequence[str] | None = None,
+    *,
+    objective: Objective = "text_to_text",
+    inputs_template: str = "{inputs}",
+    targets_template: str = "{targets}",
+    text_template: str = "{text}",
+) -> seqio.Task:
+    """Registers a SeqIO task that reads the given files; a task of the same name registered here before is replaced.
+
+    Args:
+      name: the task's name.
+      train_files: a path or pattern, or several, for the split `train`.
+      eval_files: likewise for `validation`; without it the task has no such split and is not evaluated.
+      objective: "text_to_text" turns each row into inputs and targets by the two templates, and is scored by exact
+        match and F1 of words; "span_corruption" pre-trains on each row's text.
+      inputs_template, targets_template: text with {column} where a row's value goes; "{{" is a brace. For text_to_text.
+      text_template: likewise, for span corruption of files with columns. In a .txt file the line is the column `text`.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: an ending it does not know, a template without a column, a column missing from a file's first row.
+        Later rows are checked as they are read (those of files held in memory: when the dataset is made).
+    """
+    if objective == "text_to_text":
+        templates = {"inputs": inputs_template, "targets": targets_template}
+    elif objective == "span_corruption":
+        templates = {"targets": text_template}
+    else:
+        raise ValueError(f"objective {objective!r}: use 'text_to_text' or 'span_corruption'")
+    paths = {"train": find(train_files)}
+    if eval_files:
+        paths["validation"] = find(eval_files)
+    for feature, template in templates.items():
+        _columns(feature, template)  # refuses a template that names none
+    for path in {path for found in paths.values() for path in found}:
+        _check_first_row(path, templates, objective)
+
+    everything = [path for found in paths.values() for path in found]
+    size = sum(tf.io.gfile.stat(path).length * (4 if path.endswith(".gz") else 1) for path in everything)
+    if size <= MEMORY_LIMIT:
+        source: seqio.DataSource = sources.MemorySource(paths, functools.partial(_read, templates=templates))
+        window = seqio.SHUFFLE_BUFFER_SIZE
+    else:
+        delimited = [path for path in everything if _ending(path) in _DELIMITERS]
+        if delimited:
+            raise ValueError(
+                f"{delimited[0]} and the other files come to about {size >> 20} MB; beyond {MEMORY_LIMIT >> 20} MB "
+                "only .txt and .jsonl can be streamed: convert to .jsonl"
+            )
+        source = sources.LinesSource(paths, functools.partial(_fill_line, templates=templates), list(templates))
+        window = _SHUFFLE_WINDOW
+    if isinstance(seqio.TaskRegistry._REGISTRY.get(name), FilesTask):
+        seqio.TaskRegistry.remove(name)
+    logging.info("%s: %d files, %s", name, len(everything), ", ".join(f"{s} {len(p)}" for s, p in paths.items()))
+    text_to_text = objective == "text_to_text"
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
+        preprocessors=[
+            *([] if text_to_text else [_add_empty_inputs]),
+            seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            *([] if text_to_text else [preprocessors.span_corruption]),
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features=vocabulary.output_features(),
+        metric_fns=[metrics.text_match] if text_to_text else [],
+        shuffle_buffer_size=window,
+        task_cls=FilesTask,
+    )
+
+
+class FilesTask(sources.CorpusTask):
+    """A task made by `register_files`."""
+
+
+def find(patterns: str | Sequence[str]) -> list[str]:
+    """The files that match, sorted. Raises FileNotFoundError where none does, ValueError for a strange ending."""
+    found = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = [path for path in tf.io.gfile.glob(pattern) if not tf.io.gfile.isdir(path)]
+        if not matches:
+            raise FileNotFoundError(f"no file matches {pattern!r} (relative paths start at the current folder)")
+        found += matches
+    for path in found:
+        if _ending(path) not in _ENDINGS:
+            raise ValueError(
+                f"{path}: cannot tell its format; known endings: {', '.join(_ENDINGS)}, each also with .gz"
+            )
+    return sorted(set(found))
+
+
+def _ending(path: str) -> str:
+    name = path.removesuffix(".gz").rsplit("/", 1)[-1]
+    return "." + name.rsplit(".", 1)[-1].lower() if "." in name else ""
+
+
+@seqio.map_over_dataset
+def _add_empty_inputs(x: preprocessors.Example) -> preprocessors.Example:
+    return {"inputs": "", **x}
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def _rows(path: str) -> Iterator[tuple[int, dict]]:
+    """The rows of a file of any known format, with their line numbers; blank lines hold none."""
+    if _ending(path) in _DELIMITERS:
+        yield from formats.csv_rows(path, _DELIMITERS[_ending(path)])
+        return
+    for number, line in formats.lines(path):
+        row = _line_row(path, number, line)
+        if row is not None:
+            yield number, row
+
+
+def _line_row(path: str, number: int, line: str) -> dict | None:
+    if not line.strip():
+        return None
+    return {"text": line} if _ending(path) == ".txt" else formats.json_object(path, number, line)
+
+
+def _read(paths: list[str], split: str, templates: Templates) -> sources.Columns:
+    values: dict[str, list[bytes]] = {feature: [] for feature in templates}
+    for path in paths:
+        for number, row in _rows(path):
+            for feature, text in zip(templates, _fill(path, number, row, templates), strict=True):
+                values[feature].append(text.encode())
+    return {feature: np.array(column, object) for feature, column in values.items()}
+
+
+def _fill_line(path: str, number: int, line: str, templates: Templates) -> list[str] | None:
+    row = _line_row(path, number, line)
+    return None if row is None else _fill(path, number, row, templates)
+
+
+def _check_first_row(path: str, templates: Templates, objective: Objective) -> None:
+    for number, row in _first_rows(path):
+        if objective == "text_to_text" and _ending(path) == ".txt":
+            raise ValueError(
+                f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
+                "'span_corruption'"
+            )
+        _fill(path, number, row, templates)
+        return
+    raise ValueError(f"{path}: holds no rows")
+
+
+def _first_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Like `_rows`, without reading a large file of lines whole."""
+    if _ending(path) in _DELIMITERS:
+        yield from _rows(path)
+        return
+    compression = "GZIP" if path.endswith(".gz") else ""
+    for number, line in enumerate(tf.data.TextLineDataset(path, compression).as_numpy_iterator(), start=1):
+        row = _line_row(path, number, formats.decode(path, line, number))
+        if row is not None:
+            yield number, row
+
+
+# ----------------------------------------------------------------------------------------------------------- templates
+
+
+@functools.cache
+def _columns(feature: str, template: str) -> tuple[str, ...]:
+    """The columns that a template names."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            f"{feature} template {template!r}: {error}; write a literal brace as '{{{{' or '}}}}'"
+        ) from error
+    named = [(column, spec, conversion) for _, column, spec, conversion in parts if column is not None]
+    if not named or any(not column or spec or conversion for column, spec, conversion in named):
+        raise ValueError(
+            f"{feature} template {template!r}: name columns as {{column}}, at least one, nothing else in braces"
+        )
+    return tuple(column for column, _, _ in named)
+
+
+def _fill(path: str, number: int, row: dict, templates: Templates) -> list[str]:
+    filled = []
+    for feature, template in templates.items():
+        columns = _columns(feature, template)
+        formats.check_columns(path, number, columns, list(row))
+        filled.append(_substitute(path, number, row, template))
+    return filled
+
+
+def _substitute(path: str, number: int, row: dict, template: str) -> str:
+    pieces = []
+    for literal, column, _, _ in string.Formatter().parse(template):
+        pieces.append(literal)
+        if column is not None:
+            value = row[column]
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise formats.bad_row(
+                    path,
+                    number,
+                    f"column {column} holds {type(value).__name__} {str(value)[:40]!r}; text or a number is needed",
+                )
+            pieces.append(str(value))
+    return "".join(pieces)

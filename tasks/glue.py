@@ -1,0 +1,199 @@
+"""GLUE as text: all its tasks under T5's names (`glue_cola_v002`, ..., `glue_ax_v002`).
+
+Reads the official glue/<Task>/*.tsv, or TFDS. t5 names TFDS's glue:1.0.0; 2.0.0 is what today's TFDS can prepare and
+has the same features and label order (QQP has 363,846 rows where 1.0.0 had 363,849), so v002's text does not change.
+One difference between the two readings: TFDS numbers MRPC's rows (`idx`) by the original Microsoft file, from which it
+makes its splits, and the official TSV files are numbered each from 0.
+
+Must not know: mixtures, models.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import seqio
+from absl import logging
+
+from tasks import formats, metrics, preprocessors, sources, vocabulary
+
+_TSV = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+_NLI = ("entailment", "neutral", "contradiction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Glue:
+    """One GLUE task.
+
+    Args:
+      name: as in TFDS and in the task's name.
+      folder: its folder in the official release.
+      text: TFDS feature to the column of the files.
+      labels: the label words in order of their ids; none for STS-B, whose label is a number.
+      label_column: the column of the label; a file without it (test sets) has label -1.
+      metric_fns: t5's metrics.
+      files: split to file name.
+      prefix: the first word of the inputs, the name unless given.
+      no_header: splits whose file has no header, with the position of each column.
+      drop_broken_rows: whether rows that lack a column are dropped, with a count in the log, as TFDS does, or refused.
+    """
+
+    name: str
+    folder: str
+    text: Mapping[str, str]
+    labels: tuple[str, ...]
+    label_column: str
+    metric_fns: Sequence[Callable]
+    files: Mapping[str, str] = dataclasses.field(default_factory=lambda: _TSV)
+    prefix: str = ""
+    no_header: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    drop_broken_rows: bool = False
+
+
+def _pair(first: str, second: str) -> dict[str, str]:
+    return {first: first, second: second}
+
+
+_SENTENCES = _pair("sentence1", "sentence2")
+_MNLI = {
+    "folder": "MNLI",
+    "text": {"premise": "sentence1", "hypothesis": "sentence2"},
+    "labels": _NLI,
+    "prefix": "mnli",
+}
+_COLA_COLUMNS = {"label": 1, "sentence": 3}
+
+CONFIGS = (
+    Glue(
+        "cola", "CoLA", {"sentence": "sentence"}, ("unacceptable", "acceptable"), "label", [metrics.matthews_corrcoef],
+        no_header={"train": _COLA_COLUMNS, "validation": _COLA_COLUMNS},
+    ),
+    Glue("sst2", "SST-2", {"sentence": "sentence"}, ("negative", "positive"), "label", [metrics.accuracy]),
+    Glue(
+        "mrpc", "MRPC", {"sentence1": "#1 String", "sentence2": "#2 String"}, ("not_equivalent", "equivalent"),
+        "Quality", [metrics.f1_score_with_invalid, metrics.accuracy],
+    ),
+    Glue(
+        "qqp", "QQP", _pair("question1", "question2"), ("not_duplicate", "duplicate"), "is_duplicate",
+        [metrics.f1_score_with_invalid, metrics.accuracy],
+        drop_broken_rows=True,  # the official train.tsv has a few, and the published count is without them
+    ),
+    Glue(
+        "stsb", "STS-B", _SENTENCES, (), "score",
+        [metrics.pearson_corrcoef, metrics.spearman_corrcoef],
+    ),
+    Glue(
+        "mnli", label_column="gold_label", metric_fns=[metrics.accuracy], **_MNLI,
+        files={
+            "train": "train.tsv",
+            "validation_matched": "dev_matched.tsv",
+            "validation_mismatched": "dev_mismatched.tsv",
+            "test_matched": "test_matched.tsv",
+            "test_mismatched": "test_mismatched.tsv",
+        },
+    ),
+    Glue(
+        "mnli_matched", label_column="gold_label", metric_fns=[metrics.accuracy], **_MNLI,
+        files={"validation": "dev_matched.tsv", "test": "test_matched.tsv"},
+    ),
+    Glue(
+        "mnli_mismatched", label_column="gold_label", metric_fns=[metrics.accuracy], **_MNLI,
+        files={"validation": "dev_mismatched.tsv", "test": "test_mismatched.tsv"},
+    ),
+    Glue("qnli", "QNLI", _pair("question", "sentence"), ("entailment", "not_entailment"), "label", [metrics.accuracy]),
+    Glue("rte", "RTE", _SENTENCES, ("entailment", "not_entailment"), "label", [metrics.accuracy]),
+    Glue("wnli", "WNLI", _SENTENCES, ("not_entailment", "entailment"), "label", [metrics.accuracy]),
+    Glue("ax", **{**_MNLI, "folder": "AX"}, label_column="", metric_fns=[], files={"test": "AX.tsv"}),
+)  # fmt: skip
+
+
+def read(paths: list[str], split: str, config: Glue) -> sources.Columns:
+    """The examples of a split's TSV file, with TFDS's features: the text, `label` and `idx` (the row, from 0).
+
+    Raises ValueError naming file and line for a header without the columns, a short row, an unknown label.
+    """
+    columns: dict[str, list] = {name: [] for name in (*config.text, "label", "idx")}
+    broken: list[int] = []
+    for path in paths:
+        positions = config.no_header.get(split)
+        wanted = [*config.text.values()] + [config.label_column] * (not split.startswith("test"))
+        for idx, (line, row) in enumerate(formats.tsv_rows(path, None if positions else wanted)):
+            if isinstance(row, list):
+                assert positions is not None
+                row = {name: row[k] for name, k in positions.items() if k < len(row)}
+                has_label = True
+            else:
+                has_label = config.label_column in row
+            short = [column for column in config.text.values() if column not in row]
+            if short or (has_label and not row.get(config.label_column)):
+                if not config.drop_broken_rows:
+                    raise formats.bad_row(
+                        path, line, f"no {', '.join(short) or config.label_column} in this row: mend or remove it"
+                    )
+                broken.append(line)
+                continue
+            for feature, column in config.text.items():
+                columns[feature].append(row[column])
+            columns["label"].append(_label(row[config.label_column], config, path, line) if has_label else -1)
+            columns["idx"].append(idx)
+        if broken:
+            logging.warning(
+                "%s: dropped %d rows that lack a column, the first at line %d", path, len(broken), broken[0]
+            )
+    text = {feature: np.array([value.encode() for value in columns[feature]], object) for feature in config.text}
+    label = np.array(columns["label"], np.int64 if config.labels else np.float32)
+    return {**text, "label": label, "idx": np.array(columns["idx"], np.int32)}
+
+
+def _label(value: str, config: Glue, path: str, line: int) -> float:
+    """A label as its id (written as a word or as an id), or STS-B's score."""
+    try:
+        if not config.labels:
+            return float(value)
+        if value in config.labels:
+            return config.labels.index(value)
+        if 0 <= int(value) < len(config.labels):
+            return int(value)
+    except ValueError:
+        pass  # refused below with the rest
+    raise formats.bad_row(
+        path, line, f"unknown label {value!r}; {config.name} has {', '.join(config.labels) or 'a number'}"
+    )
+
+
+def _text_preprocessor(config: Glue) -> Callable:
+    if not config.labels:
+        return preprocessors.stsb
+    return functools.partial(
+        preprocessors.glue, prefix=config.prefix or config.name, text_features=tuple(config.text), labels=config.labels
+    )
+
+
+def _postprocessor(config: Glue) -> Callable:
+    if not config.labels:
+        return metrics.string_to_float
+    return functools.partial(metrics.string_to_class, labels=config.labels)
+
+
+for _config in CONFIGS:
+    seqio.TaskRegistry.add(
+        f"glue_{_config.name}_v002",
+        source=sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
+            folder=f"glue/{_config.folder}",
+            files=_config.files,
+            build=functools.partial(sources.MemorySource, read=functools.partial(read, config=_config)),
+            tfds_name=f"glue/{_config.name}:2.0.0",
+            tfds_splits=tuple(_config.files),
+        ),
+        preprocessors=[
+            _text_preprocessor(_config),
+            seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        postprocess_fn=_postprocessor(_config),
+        metric_fns=_config.metric_fns,
+        output_features=vocabulary.output_features(),
+        task_cls=sources.CorpusTask,
+    )

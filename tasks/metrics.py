@@ -1,0 +1,129 @@
+"""Metrics and the reading of generated text that they need, for GLUE, SQuAD and text-to-text tasks in general.
+
+All take decoded, post-processed targets and predictions and give percentages. A prediction that cannot be read is
+wrong, never an error. Definitions: the t5 package's (evaluation/metrics.py), which for SQuAD is the official v1.1
+script's. Must not know: models, datasets, TensorFlow.
+"""
+
+import collections
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.stats
+
+Metrics = dict[str, float]
+
+# ------------------------------------------------------------------------------------------------ from text to values
+
+
+def string_to_class(text: str, labels: Sequence[str], **unused) -> int:
+    """The position of `text` among the label words, or -1 (always wrong) when it is none of them."""
+    return labels.index(text) if text in labels else -1
+
+
+def string_to_float(text: str, default: float = -1.0, **unused) -> float:
+    """The number that `text` spells, or `default` when it is none or not finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        return default
+    return value if math.isfinite(value) else default
+
+
+def qa_answers(text: str, example: dict | None = None, is_target: bool = False) -> str | list[str]:
+    """A prediction as it is; as target all answers of the example, any of which is right."""
+    if not is_target:
+        return text
+    assert example is not None, "SeqIO gives the example with each target"
+    return [a.decode() if isinstance(a, bytes) else str(a) for a in example["answers"]]
+
+
+# -------------------------------------------------------------------------------------------------------------- classes
+
+
+def accuracy(targets: Sequence, predictions: Sequence) -> Metrics:
+    """Share of predictions equal to their targets."""
+    return {"accuracy": 100 * float(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]))}
+
+
+def f1_score_with_invalid(targets: Sequence[int], predictions: Sequence[int]) -> Metrics:
+    """F1 of class 1 out of two; a prediction that is neither class counts as the wrong one."""
+    t, p = np.asarray(targets), np.asarray(predictions)
+    p = np.where((p == 0) | (p == 1), p, 1 - t)
+    both, either = np.sum((t == 1) & (p == 1)), np.sum(t == 1) + np.sum(p == 1)
+    return {"f1": 100 * float(2 * both / either) if either else 0.0}
+
+
+def matthews_corrcoef(targets: Sequence[int], predictions: Sequence[int]) -> Metrics:
+    """Matthews correlation for any number of classes (unreadable predictions are one more); 0 where it is undefined.
+
+    Source: Gorodkin 2004, as in scikit-learn, which t5 calls.
+    """
+    t, p = np.asarray(targets), np.asarray(predictions)
+    classes = np.union1d(t, p)
+    t_count = np.array([np.sum(t == c) for c in classes], np.float64)
+    p_count = np.array([np.sum(p == c) for c in classes], np.float64)
+    n, right = float(t.size), float(np.sum(t == p))
+    spread = (n**2 - p_count @ p_count) * (n**2 - t_count @ t_count)
+    return {"matthews_corrcoef": 100 * float((right * n - t_count @ p_count) / math.sqrt(spread)) if spread else 0.0}
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def pearson_corrcoef(targets: Sequence[float], predictions: Sequence[float]) -> Metrics:
+    """Pearson correlation; 0 where it is undefined (all predictions alike)."""
+    return {"pearson_corrcoef": _correlation(scipy.stats.pearsonr, targets, predictions)}
+
+
+def spearman_corrcoef(targets: Sequence[float], predictions: Sequence[float]) -> Metrics:
+    """Spearman rank correlation; 0 where it is undefined (all predictions alike)."""
+    return {"spearman_corrcoef": _correlation(scipy.stats.spearmanr, targets, predictions)}
+
+
+def _correlation(measure: Callable, targets: Sequence[float], predictions: Sequence[float]) -> float:
+    if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return 100 * float(measure(targets, predictions)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's: lower case, no ASCII punctuation, then no articles, single spaces."""
+    text = text.lower().translate(_PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def token_f1(target: str, prediction: str) -> float:
+    """Overlap of words between two normalised texts, in 0..1; 0 when either has none."""
+    t, p = target.split(), prediction.split()
+    common = sum((collections.Counter(t) & collections.Counter(p)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(p), common / len(t)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metrics:
+    """SQuAD v1.1 exact match and F1: for each question the best over its answers, after normalisation."""
+    em, f1 = [], []
+    for answers, prediction in zip(targets, predictions, strict=True):
+        prediction = normalize_answer(prediction)
+        normalized = [normalize_answer(answer) for answer in answers]
+        em.append(any(answer == prediction for answer in normalized))
+        f1.append(max(token_f1(answer, prediction) for answer in normalized))
+    return {"em": 100 * float(np.mean(em)), "f1": 100 * float(np.mean(f1))}
+
+
+def text_match(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
+    """For any text-to-text task: strict equality, and F1 of words after SQuAD's normalisation."""
+    f1 = [token_f1(normalize_answer(t), normalize_answer(p)) for t, p in zip(targets, predictions, strict=True)]
+    equal = [t == p for t, p in zip(targets, predictions, strict=True)]
+    return {"exact_match": 100 * float(np.mean(equal)), "f1": 100 * float(np.mean(f1))}

@@ -1,0 +1,139 @@
+"""How much of each task: T5's three ways to mix as plain functions, and ready mixtures of C4, GLUE and SQuAD.
+
+  proportional   min(examples, K): like a concatenation, but no task counts for more than the artificial limit K
+  temperature    min(examples, K)^(1/T): T = 1 is proportional, a large T nearly equal
+  equal          the same for each
+
+Rates come from the published example counts below and touch no data. Source: T5 paper, section 3.5.2.
+
+Mixtures are registered for the sets `glue_v002`, `glue_squad` and `c4_glue_squad` as SET_proportional (K = 2^19, the
+paper's choice for multi-task training), SET_proportional_k16 ... _k21 (K = 2^16 ... 2^21), SET_temperature_2, _4 and
+_8 (K = 2^21) and SET_equal. GLUE's part is t5's: WNLI is left out, and MNLI's two dev sets and AX are in at rate 0, so
+that an evaluation of the mixture sees them and training never does.
+
+Must not know: text, files, models.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import seqio
+
+from tasks import c4, glue, squad  # noqa: F401  the mixtures below name their tasks
+
+Strategy = Literal["proportional", "temperature", "equal"]
+
+MULTI_TASK_LIMIT = 2**19
+TEMPERATURE_LIMIT = 2**21
+
+# Training examples as published. QQP's is that of the release which t5 used (today's has three fewer).
+TRAIN_EXAMPLES: dict[str, int] = {
+    "c4_v220_span_corruption": 364_868_892,
+    "c4_v020_unsupervised": 364_868_892,
+    "glue_cola_v002": 8_551,
+    "glue_sst2_v002": 67_349,
+    "glue_mrpc_v002": 3_668,
+    "glue_qqp_v002": 363_849,
+    "glue_stsb_v002": 5_749,
+    "glue_mnli_v002": 392_702,
+    "glue_qnli_v002": 104_743,
+    "glue_rte_v002": 2_490,
+    "glue_wnli_v002": 635,
+    "glue_mnli_matched_v002": 0,
+    "glue_mnli_mismatched_v002": 0,
+    "glue_ax_v002": 0,
+    "squad_v010_allanswers": 87_599,
+    "squad_v110": 87_599,
+    "squad_v010_context_free": 87_599,
+    "cnn_dailymail_v002": 287_113,
+    "wmt_t2t_ende_v003": 4_592_289,
+    "wmt15_enfr_v003": 40_853_298,
+    "wmt16_enro_v003": 610_320,
+}
+
+GLUE = tuple(f"glue_{name}_v002" for name in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"))
+GLUE_EVALUATED_ONLY = tuple(f"glue_{name}_v002" for name in ("mnli_mismatched", "mnli_matched", "ax"))
+SETS = {
+    "glue_v002": GLUE,
+    "glue_squad": (*GLUE, "squad_v010_allanswers"),
+    "c4_glue_squad": ("c4_v220_span_corruption", *GLUE, "squad_v010_allanswers"),
+}
+
+
+def rates(
+    tasks: Iterable[str] | Mapping[str, float],
+    strategy: Strategy = "proportional",
+    limit: float | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+) -> dict[str, float]:
+    """The share of each task in a mixture: (min(examples * scale, limit))^(1 / temperature), made to sum to 1.
+
+    Args:
+      tasks: names with a published count (`TRAIN_EXAMPLES`), or a mapping of any names to example counts.
+      strategy: "proportional", "temperature", or "equal" (which takes none of the settings below).
+      limit: the artificial limit K on a task's examples; None for no limit.
+      temperature: T, for strategy "temperature" alone.
+      scale: factor on the counts, applied before the limit.
+
+    Returns probabilities by task, in the order given.
+
+    Raises ValueError for unknown tasks, counts below 0 or all 0, and settings out of range or of another strategy.
+    """
+    counts = dict(tasks) if isinstance(tasks, Mapping) else _published(tasks)
+    if not counts:
+        raise ValueError("no tasks to mix")
+    for name, count in counts.items():
+        if not (math.isfinite(count) and count >= 0):
+            raise ValueError(f"task {name} has {count} examples; counts are finite and at least 0")
+    if strategy not in ("proportional", "temperature", "equal"):
+        raise ValueError(f"strategy {strategy!r}: use 'proportional', 'temperature' or 'equal'")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit K = {limit}: it must be above 0, or None for no limit")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature T = {temperature}: it must be finite and above 0 (1 is proportional)")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale {scale}: it must be finite and above 0")
+    if strategy != "temperature" and temperature != 1:
+        raise ValueError(f"temperature {temperature} has no part in strategy {strategy!r}: use strategy='temperature'")
+    if strategy == "equal":
+        if limit is not None or scale != 1:
+            raise ValueError("strategy 'equal' gives each task the same: it takes no limit and no scale")
+        return {name: 1 / len(counts) for name in counts}
+    raw = {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
+    total = math.fsum(raw.values())
+    if not total:
+        raise ValueError(f"none of {', '.join(counts)} has training examples: there is nothing to draw from")
+    return {name: rate / total for name, rate in raw.items()}
+
+
+def _published(names: Iterable[str]) -> dict[str, float]:
+    if isinstance(names, str):
+        raise ValueError(f"give a list of task names, not the single string {names!r}")
+    counts = {}
+    for name in names:
+        if name not in TRAIN_EXAMPLES:
+            near = difflib.get_close_matches(name, TRAIN_EXAMPLES, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(TRAIN_EXAMPLES)}."
+            raise ValueError(f"no published example count for task {name!r}; {hint} Or give a mapping of name to count")
+        counts[name] = TRAIN_EXAMPLES[name]
+    return counts
+
+
+def add_mixture(name: str, task_rates: Mapping[str, float]) -> seqio.Mixture:
+    """Registers a mixture; where GLUE's MNLI is in it, its dev sets and AX come along at rate 0 to be evaluated."""
+    extra = GLUE_EVALUATED_ONLY if "glue_mnli_v002" in task_rates else ()
+    return seqio.MixtureRegistry.add(name, [*task_rates.items(), *((task, 0.0) for task in extra)])
+
+
+for _set, _tasks in SETS.items():
+    _counts = {task: float(TRAIN_EXAMPLES[task]) for task in _tasks}
+    # Proportional rates are the capped counts themselves, as t5 gives them: SeqIO divides by their sum.
+    add_mixture(f"{_set}_proportional", {task: min(n, MULTI_TASK_LIMIT) for task, n in _counts.items()})
+    for _k in range(16, 22):
+        add_mixture(f"{_set}_proportional_k{_k}", {task: min(n, 2.0**_k) for task, n in _counts.items()})
+    for _t in (2, 4, 8):
+        add_mixture(f"{_set}_temperature_{_t}", rates(_tasks, "temperature", TEMPERATURE_LIMIT, _t))
+    add_mixture(f"{_set}_equal", rates(_tasks, "equal"))

@@ -1,0 +1,242 @@
+"""The embedded default: three tasks on the text that ships with Python, with their own small vocabulary.
+
+  quickstart_span_corruption   T5's pre-training objective on the reference and the docstrings
+  quickstart_source            classification: "source sentence: ..." to what the sentence is about, class, function,
+                               module or language; as many of each
+  quickstart_qa                questions in SQuAD's form: the default of a parameter, given a signature and what its
+                               function does; the exception that a sentence names
+  quickstart                   the three, mixed
+
+Neither text nor vocabulary is touched before first use. The vocabulary is learnt from the training split, in seconds,
+and kept in `$XDG_CACHE_HOME/t5x_lite` (or ~/.cache/t5x_lite). `baselines` says what the scores are to be compared with.
+
+Must not know: models, training.
+"""
+
+import collections
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+import numpy as np
+import sentencepiece
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from tasks import metrics, preprocessors, sources, stdlib_text
+
+# Lengths that hold every example of the mixture, and as targets what span corruption makes of these inputs.
+FEATURE_LENGTHS = {"inputs": 128, "targets": 32}
+# Examples of each in the mixture. A span corruption example fills its inputs; three or four of the others share them.
+RATES = {"quickstart_span_corruption": 1.0, "quickstart_source": 1.0, "quickstart_qa": 2.0}
+
+EXTRA_IDS = 100
+PIECES = 4096 - EXTRA_IDS
+_TRAINER = {
+    "model_type": "unigram",
+    "vocab_size": PIECES,
+    "pad_id": 0,
+    "eos_id": 1,
+    "unk_id": 2,
+    "bos_id": -1,
+    "character_coverage": 0.9999,
+    "num_threads": 1,  # more would add in another order
+    "minloglevel": 2,
+}
+
+# ----------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def _vocabulary_lines() -> list[str]:
+    """What the vocabulary is learnt from: the training split of all three tasks, and the words of the templates."""
+    prose = [s for passage in stdlib_text.texts()["train"].passages for s in passage.sentences]
+    asked = [f"question: {q.question} context: {q.context}" for q in stdlib_text.questions("train")]
+    templates = [f"source sentence: {kind}" for kind in stdlib_text.KINDS] * (len(prose) // 50)
+    return prose + asked + templates
+
+
+def _cache_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "t5x_lite"
+
+
+@functools.cache
+def vocabulary_file() -> str:
+    """The path of the SentencePiece model, learnt now if this text has not been seen before.
+
+    A model is there whole or not at all: it is written beside its place and renamed, so that a run that is stopped, or
+    two that start at once, do no harm. Raises OSError where the cache folder cannot be written.
+    """
+    lines = _vocabulary_lines()
+    settings = json.dumps([_TRAINER, sentencepiece.__version__])
+    digest = hashlib.sha256("\n".join([settings, *lines]).encode()).hexdigest()
+    path = _cache_folder() / f"quickstart-{digest[:16]}" / "sentencepiece.model"
+    if not path.exists():
+        logging.info("quickstart: learning a vocabulary of %d pieces from %d lines, into %s", PIECES, len(lines), path)
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **_TRAINER)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix="partial-", delete=False) as file:
+                file.write(model.getvalue())
+            os.replace(file.name, path)
+        except OSError as error:
+            raise OSError(
+                f"cannot keep the vocabulary at {path} ({error}): set XDG_CACHE_HOME to a folder of yours"
+            ) from error
+    return str(path)
+
+
+class _Vocabulary(seqio.SentencePieceVocabulary):
+    """Finds out its file when it is first used."""
+
+    def __init__(self) -> None:
+        super().__init__("", extra_ids=EXTRA_IDS)
+
+    def __reduce__(self):
+        return _the_vocabulary, ()  # copies are the same object
+
+    @property
+    def sentencepiece_model_file(self) -> str:
+        return vocabulary_file()
+
+    def _model_context(self):
+        self._sentencepiece_model_file = vocabulary_file()
+        return super()._model_context()
+
+
+VOCABULARY = _Vocabulary()
+
+
+def _the_vocabulary() -> _Vocabulary:
+    return VOCABULARY
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+def _column(texts: list[str]) -> np.ndarray:
+    return np.array([text.encode() for text in texts], object)
+
+
+def _read_passages(paths: list[str], split: str) -> sources.Columns:
+    passages = stdlib_text.texts()[split].passages
+    return {"inputs": _column([""] * len(passages)), "targets": _column([" ".join(p.sentences) for p in passages])}
+
+
+def _read_labelled(paths: list[str], split: str) -> sources.Columns:
+    rows = stdlib_text.labelled_sentences(split)
+    labels = np.array([stdlib_text.KINDS.index(kind) for _, kind in rows], np.int64)
+    return {"sentence": _column([sentence for sentence, _ in rows]), "label": labels, "idx": np.arange(len(rows))}
+
+
+def _read_questions(paths: list[str], split: str) -> sources.Columns:
+    rows = stdlib_text.questions(split)
+    ends = np.cumsum([0] + [len(q.answers) for q in rows])
+    return {
+        "id": _column([f"{split}-{i}" for i in range(len(rows))]),
+        "context": _column([q.context for q in rows]),
+        "question": _column([q.question for q in rows]),
+        "answers": {"text": tf.RaggedTensor.from_row_splits(_column([a for q in rows for a in q.answers]), ends)},
+    }
+
+
+_ORIGIN = {split: [f"the standard library's text, {split}"] for split in stdlib_text.SPLITS}
+_TOKENIZE = [seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder()]
+_LABELS = list(stdlib_text.KINDS)
+
+
+def _add_task(name: str, read, steps: list, **settings) -> None:
+    seqio.TaskRegistry.add(
+        name,
+        source=sources.MemorySource(_ORIGIN, read),
+        preprocessors=[*steps, seqio.preprocessors.append_eos_after_trim],
+        output_features={key: seqio.Feature(VOCABULARY, add_eos=True) for key in ("inputs", "targets")},
+        task_cls=sources.CorpusTask,
+        **settings,
+    )
+
+
+_add_task("quickstart_span_corruption", _read_passages, [*_TOKENIZE, preprocessors.span_corruption], metric_fns=[])
+_add_task(
+    "quickstart_source",
+    _read_labelled,
+    [functools.partial(preprocessors.glue, prefix="source", text_features=["sentence"], labels=_LABELS), *_TOKENIZE],
+    postprocess_fn=functools.partial(metrics.string_to_class, labels=_LABELS),
+    metric_fns=[metrics.accuracy],
+)
+_add_task(
+    "quickstart_qa",
+    _read_questions,
+    [preprocessors.squad_unpadded, *_TOKENIZE],
+    postprocess_fn=metrics.qa_answers,
+    metric_fns=[metrics.squad],
+)
+seqio.MixtureRegistry.add("quickstart", list(RATES.items()))
+
+# ------------------------------------------------------------------------------------------------------------ baselines
+
+
+def baselines(feature_lengths: Mapping[str, int] = FEATURE_LENGTHS) -> dict[str, dict[str, float | str]]:
+    """Scores on `validation` that need no model: by task, its metrics (as the task gives them) and `what` they are.
+
+    `loss` is in nats per target token, EOS and sentinels among them, to be compared with the cross entropy alone.
+    """
+    return {
+        "quickstart_span_corruption": _unigram_baseline(feature_lengths),
+        "quickstart_source": _majority_baseline(),
+        "quickstart_qa": _question_baseline(),
+    }
+
+
+def _unigram_baseline(feature_lengths: Mapping[str, int]) -> dict[str, float | str]:
+    """No guess that ignores the inputs and the order of tokens can be better, even knowing all tokens' frequencies."""
+    task = seqio.get_mixture_or_task("quickstart_span_corruption")
+    dataset = task.get_dataset(feature_lengths, "validation", shuffle=False, seed=0)
+    counts = collections.Counter(int(token) for x in dataset.as_numpy_iterator() for token in x["targets"])
+    total = sum(counts.values())
+    entropy = -sum(n / total * math.log(n / total) for n in counts.values())
+    return {"loss": entropy, "what": "entropy of the validation targets' own token frequencies"}
+
+
+def _majority_baseline() -> dict[str, float | str]:
+    kinds = collections.Counter(kind for _, kind in stdlib_text.labelled_sentences("train"))
+    majority = max(kinds, key=lambda kind: (kinds[kind], kind))
+    rows = stdlib_text.labelled_sentences("validation")
+    score = metrics.accuracy([kind for _, kind in rows], [majority] * len(rows))
+    return {**score, "what": f"always {majority!r}, which no class outnumbers"}
+
+
+def _question_baseline() -> dict[str, float | str]:
+    """For each form of question, what does best on `train`: always one answer, or always one place in the context."""
+    rules: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for q in stdlib_text.questions("train"):
+        right = {metrics.normalize_answer(answer) for answer in q.answers}
+        words = q.context.split()
+        places = {i for i in range(-len(words), len(words)) if metrics.normalize_answer(words[i]) in right}
+        rules[_form(q)].update([q.answers[0], *sorted(places)])
+    best = {form: counts.most_common(1)[0][0] for form, counts in rules.items()}
+
+    def answer(q: stdlib_text.Question) -> str:
+        rule, words = best[_form(q)], q.context.split()
+        if isinstance(rule, str):
+            return rule
+        return words[rule] if -len(words) <= rule < len(words) else ""
+
+    rows = stdlib_text.questions("validation")
+    score = metrics.squad([list(q.answers) for q in rows], [answer(q) for q in rows])
+    said = [f"{form} ...? {repr(rule) if isinstance(rule, str) else f'word {rule}'}" for form, rule in best.items()]
+    return {
+        **score,
+        "what": f"the best fixed answer or place in the context for each question ({', '.join(sorted(said))})",
+    }
+
+
+def _form(question: stdlib_text.Question) -> str:
+    return question.question.split()[0]

@@ -1,0 +1,27 @@
+"""Eight CPU devices for all tests, and where real data and golden values are found. Both are optional: a test that needs
+them says so and skips."""
+
+import os
+import pathlib
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """name -> path of a file with values that other implementations computed."""
+    folder = pathlib.Path(os.environ.get("T5X_LITE_GOLDEN_DIR", REPO.parent / "shared" / "golden"))
+
+    def find(name: str) -> pathlib.Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"needs {path}: set T5X_LITE_GOLDEN_DIR")
+        return path
+
+    return find

@@ -1,0 +1,296 @@
+"""Checkpoints: bit for bit, whole or not there, kept by age and by score, and clear about what does not fit."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t5x_lite import checkpoint
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+class Moments(NamedTuple):
+    count: Any
+    v_row: Any
+    v: Any
+
+
+class Position:
+    """A data iterator that is nothing but its position."""
+
+    def __init__(self, at: int = 0):
+        self.at = at
+
+    def save(self, path: str) -> None:
+        with open(os.path.join(path, "at"), "w") as file:
+            file.write(str(self.at))
+
+    def restore(self, path: str) -> None:
+        with open(os.path.join(path, "at")) as file:
+            self.at = int(file.read())
+
+
+def make_state(seed: int = 0, vocab: int = 7) -> State:
+    """All that a real state has: nested dicts, tuples, NamedTuples, empty nodes, None, leaves of size 0, bfloat16."""
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    params = {
+        "decoder": {"layers": {"out": {"kernel": jax.random.normal(next(keys), (2, 3, 5))}}},
+        "token_embedder": {"embedding": jax.random.normal(next(keys), (vocab, 5)).astype(jnp.bfloat16)},
+    }
+    rows = jax.tree.map(
+        lambda p: jnp.zeros((0,)) if p.ndim == 2 else jax.random.normal(next(keys), p.shape[:-1]), params
+    )
+    v = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    return State(jnp.int32(seed + 3), params, (optax.EmptyState(), Moments(jnp.int32(4), rows, v), None))
+
+
+def abstract(state: State) -> State:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def identical(a: Any, b: Any) -> bool:
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A MODEL_DIR with one checkpoint, of step 3; tests only read it."""
+    model_dir = tmp_path_factory.mktemp("model")
+    checkpointer = checkpoint.Checkpointer(model_dir, info={"model": {"vocab_size": 7, "mlp_activations": ("relu",)}})
+    checkpointer.save(3, make_state(), Position(42))
+    checkpointer.close()
+    return model_dir
+
+
+def test_state_and_data_position_come_back_bit_for_bit(saved):
+    checkpointer = checkpoint.Checkpointer(saved)
+    position = Position()
+    other = make_state(seed=1)
+    restored = checkpointer.restore(checkpointer.latest_step(), abstract(other), position)
+    assert identical(restored, make_state())
+    assert not identical(restored, other)
+    assert position.at == 42
+    assert isinstance(restored.opt_state[1], Moments)
+    checkpointer.close()
+
+
+def test_saved_state_is_that_of_the_call_though_donated_and_the_position_moves_on(tmp_path):
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 2 + 1, state), donate_argnums=0)
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    state, position = make_state(), Position(1)
+    assert checkpointer.save(5, state, position)
+    state = overwrite(state)
+    position.at = 2
+    restored = checkpointer.restore(5, abstract(state), position)
+    assert identical(restored, make_state())
+    assert not identical(restored, state)
+    assert position.at == 1
+    assert not checkpointer.save(5, state, position), "a step is saved once"
+    checkpointer.close()
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    """On as many devices as there are, from columns spread over them to rows spread over them."""
+    count = len(jax.devices())
+    mesh = jax.make_mesh((count,), ("fsdp",), axis_types=(AxisType.Auto,))
+    columns, rows = NamedSharding(mesh, P(None, "fsdp")), NamedSharding(mesh, P("fsdp"))
+    kernel = jnp.arange(6.0 * count**2).reshape(2 * count, 3 * count)
+    state = State(jnp.int32(1), {"kernel": jax.device_put(kernel, columns)}, {})
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(1, state)
+    wanted = abstract(state).replace(params={"kernel": jax.ShapeDtypeStruct(kernel.shape, jnp.float32, sharding=rows)})
+    restored = checkpointer.restore(1, wanted)
+    assert restored.params["kernel"].sharding == rows != columns
+    assert identical(restored, state)
+    assert checkpoint.restore_params(tmp_path, wanted.params)["kernel"].sharding == rows
+    checkpointer.close()
+
+
+SCORES = {10: 0.5, 20: 0.9, 30: 0.7, 40: float("nan"), 50: None, 60: 0.6}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_last": 1}, [60]),
+        ({"keep_last": 2}, [50, 60]),
+        ({"keep_last": None}, [10, 20, 30, 40, 50, 60]),
+        ({"keep_last": 1, "keep_best_metric": "squad/f1"}, [20, 60]),
+        ({"keep_last": 1, "keep_best_metric": "squad/f1", "keep_best": 2}, [20, 30, 60]),
+        ({"keep_last": 2, "keep_best_metric": "squad/f1", "best_mode": "min"}, [10, 50, 60]),
+    ],
+)
+def test_keeps_the_last_and_the_best_on_disk_also_over_a_restart(tmp_path, options, kept):
+    state = State(jnp.int32(0), {"w": jnp.ones(3)}, {})
+    for steps in ((10, 20, 30), (40, 50, 60)):
+        checkpointer = checkpoint.Checkpointer(tmp_path, **options)
+        for step in steps:
+            checkpointer.save(step, state, metrics=None if SCORES[step] is None else {"squad/f1": SCORES[step]})
+        checkpointer.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_a_keep_best_metric_that_nobody_measures_is_refused(tmp_path):
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep_best_metric="squad/F1")
+    with pytest.raises(ValueError, match=r"KEEP_BEST_METRIC='squad/F1' is not among .*squad/em, squad/f1"):
+        checkpointer.save(1, make_state(), metrics={"squad/f1": 1.0, "squad/em": 1.0})
+    checkpointer.close()
+
+
+KILLED = """
+import os, sys, jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp
+from t5x_lite import checkpoint
+class State:
+    step, params, opt_state = jnp.int32(2), {"w": jnp.ones(3)}, {}
+class Position:
+    def save(self, path): open(path + "/at", "w").write("1")
+checkpointer = checkpoint.Checkpointer(sys.argv[1])
+checkpoint.DataPositionHandler.finalize = lambda self, directory: os._exit(9)  # all written, nothing committed
+checkpointer.save(2, State(), Position())
+checkpointer.wait()
+"""
+
+
+def test_a_save_killed_before_its_commit_is_as_if_it_had_never_begun(tmp_path):
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(1, make_state(), Position(7))
+    checkpointer.close()
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == 9
+    left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert any(name.startswith("2.") for name in left), left
+    assert checkpoint.choose_start(tmp_path).step == 1
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    assert checkpointer.latest_step() == 1
+    assert identical(checkpointer.restore(1, abstract(make_state()), Position()), make_state())
+    checkpointer.save(2, make_state(), Position(8))
+    checkpointer.close()
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2"}
+
+
+def test_parameters_alone_from_every_kind_of_path(saved, monkeypatch):
+    params = make_state().params
+    monkeypatch.chdir(saved.parent)
+    for path in (saved, saved / "checkpoints", saved / "checkpoints" / "3", saved.name, f"{saved.name}/checkpoints/3"):
+        raw = checkpoint.restore_params(path)
+        assert identical(raw, params)
+        assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(raw))
+        assert identical(checkpoint.restore_params(path, abstract(make_state()).params), params)
+
+
+def test_parameters_alone_take_the_dtype_asked_for_and_the_whole_state_refuses_to(saved):
+    wanted = make_state()
+    wanted.params["token_embedder"]["embedding"] = wanted.params["token_embedder"]["embedding"].astype(jnp.float32)
+    restored = checkpoint.restore_params(saved, abstract(wanted).params)
+    assert identical(restored, wanted.params)
+    checkpointer = checkpoint.Checkpointer(saved)
+    with pytest.raises(ValueError, match=r"embedding: checkpoint \[7, 5\] bfloat16, this run \[7, 5\] float32"):
+        checkpointer.restore(3, abstract(wanted))
+    checkpointer.close()
+
+
+def test_a_mismatch_lists_missing_extra_and_other_shapes_and_the_config_behind_it(saved):
+    wanted = make_state(vocab=9).params
+    wanted["decoder"]["layers"] = {"wi": {"kernel": jnp.ones((2, 5))}}
+    with pytest.raises(ValueError, match="do not fit this run") as error:
+        checkpoint.restore_params(saved, wanted, info={"model": {"vocab_size": 9, "mlp_activations": ("relu",)}})
+    assert str(error.value).splitlines()[1:-1] == [
+        "  missing (in this run, not in the checkpoint): 1",
+        "    decoder/layers/wi/kernel [2, 5]",
+        "  extra (in the checkpoint, not in this run): 1",
+        "    decoder/layers/out/kernel [2, 3, 5]",
+        "  different: 1",
+        "    token_embedder/embedding: checkpoint [7, 5], this run [9, 5]",
+        "  model.vocab_size: checkpoint 7, this run 9",
+    ]
+
+
+def test_another_optimizer_is_named_as_such(saved):
+    checkpointer = checkpoint.Checkpointer(saved)
+    wanted = abstract(make_state())
+    with pytest.raises(ValueError, match=r"(?s)optimizer state .* opt_state/1/v/decoder.*fresh optimizer"):
+        checkpointer.restore(3, wanted.replace(opt_state={"mu": wanted.params}))
+    checkpointer.close()
+
+
+def test_a_data_position_is_not_silently_left_behind(tmp_path, saved, monkeypatch):
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(1, make_state())
+    with pytest.raises(FileNotFoundError, match="no data position"):
+        checkpointer.restore(1, abstract(make_state()), Position())
+    checkpointer.close()
+    handler = checkpoint.DataPositionHandler()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="data position of 1 processes, this run has 2"):
+        handler.restore(checkpoint.find_checkpoint(saved) / "data", checkpoint.DataPositionRestore(Position()))
+
+
+def test_which_checkpoint_and_why(saved, tmp_path):
+    fresh = checkpoint.choose_start(tmp_path / "new")
+    assert (fresh.kind, fresh.path, fresh.step) == ("fresh", None, None)
+    initial = checkpoint.choose_start(tmp_path / "new", saved)
+    assert (initial.kind, initial.step) == ("initial", None)
+    assert initial.path == str(saved / "checkpoints" / "3")
+    assert initial.path in initial.reason
+    assert "fresh optimizer" in initial.reason
+    resumed = checkpoint.choose_start(saved, tmp_path / "elsewhere")
+    assert (resumed.kind, resumed.step) == ("resume", 3)
+    assert "MODEL_DIR already holds this run" in resumed.reason
+    assert f"INITIAL_CHECKPOINT_PATH='{tmp_path / 'elsewhere'}' is not read" in resumed.reason
+    assert not (tmp_path / "new").exists(), "choosing writes nothing"
+
+
+def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"INITIAL_CHECKPOINT_PATH .*does not exist"):
+        checkpoint.choose_start(tmp_path, tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no finished checkpoint\. It holds: checkpoints, config\.json\. Give"
+    ):
+        checkpoint.choose_start(tmp_path / "new", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        checkpoint.restore_params(tmp_path)
+
+
+def test_info_explains_a_checkpoint(saved):
+    assert checkpoint.read_info(saved) == {
+        "model": {"vocab_size": 7, "mlp_activations": ["relu"]},
+        "step": 3,
+        "processes": 1,
+    }
+    assert json.loads((saved / "checkpoints/3/info/metadata").read_text())["step"] == 3
+
+
+def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep_best_metric="a/b")
+    checkpointer.save(1, make_state(), Position())
+    checkpointer.close()
+    logging.getLogger("absl").info("of somebody else")
+    assert [record.message for record in caplog.records if record.name == "absl"] == ["of somebody else"]
+
+
+def test_bad_settings_are_refused(tmp_path):
+    for options in ({"keep_last": 0}, {"keep_best": 0}, {"best_mode": "most"}):
+        with pytest.raises(ValueError, match="must be"):
+            checkpoint.Checkpointer(tmp_path, **options)

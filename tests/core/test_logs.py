@@ -1,0 +1,312 @@
+"""logs.py: what lands in the files, what survives a crash and a restart, and the FLOPs that MFU counts."""
+
+import json
+import logging
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from t5x_lite import logs, optim, sharding
+from t5x_lite.model import T5Config
+from t5x_lite.step import abstract_state, forward
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEP = {"loss": 2.5, "cross_ent_loss": 2.25, "input_tokens": 30.0, "target_tokens": 10.0}
+
+
+def lines(folder: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder: pathlib.Path) -> list:
+    """All events of all files, in the order in which TensorBoard reads them."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        reader = PyRecordReader_New(str(path))
+        while True:
+            try:
+                reader.GetNext()
+            except Exception:  # the reader's own class, at the end of the file
+                break
+            found.append(Event.FromString(reader.record()))
+    return found
+
+
+def test_records_of_steps_and_tasks(tmp_path, monkeypatch):
+    monkeypatch.setitem(logs.PEAK_FLOPS, jax.devices()[0].device_kind, 100.0 / jax.device_count())
+    logger = logs.MetricLogger(tmp_path / "new" / "run", total_steps=3, flops_per_step=60.0)
+    logger.train(1, STEP, seconds=0.0)
+    logger.train(2, STEP | {"loss": float(np.float32(0.1))}, seconds=2.0)
+    # Each line is in the file as soon as it has been said, not only at close.
+    assert len(lines(tmp_path / "new" / "run")) == 2
+    logger.evaluation(2, {"glue_cola_v002": {"matthews_corrcoef": 0.25}, "squad": {"loss": math.nan, "em": math.inf}})
+    logger.close()
+    rates = {"seconds_per_step": 2.0, "tokens_per_second": 20.0, "mfu": 0.3}
+    assert lines(tmp_path / "new" / "run") == [
+        {"step": 1, "split": "train", **STEP},
+        {"step": 2, "split": "train", **STEP, **rates, "loss": float(np.float32(0.1))},
+        {"step": 2, "split": "validation", "task": "glue_cola_v002", "matthews_corrcoef": 0.25},
+        {"step": 2, "split": "validation", "task": "squad", "loss": None, "em": None},
+    ]
+
+
+def test_no_mfu_on_an_unknown_chip(tmp_path):
+    assert logs.peak_flops(jax.devices("cpu")[0]) is None
+    logger = logs.MetricLogger(tmp_path, total_steps=3, flops_per_step=60.0)
+    logger.train(1, STEP, seconds=1.0)
+    logger.close()
+    assert "tokens_per_second" in lines(tmp_path)[0]
+    assert "mfu" not in lines(tmp_path)[0]
+
+
+def test_resume_says_each_step_once(tmp_path):
+    def train(first: int, last: int, resume: int) -> None:
+        logger = logs.MetricLogger(tmp_path, total_steps=6)
+        logger.resume(resume)
+        for step in range(first, last + 1):
+            logger.train(step, STEP | {"loss": 1 / step + 1e-9 * resume}, seconds=0.5)
+        logger.evaluation(last, {"task": {"loss": 1.0}})
+        logger.close()
+
+    train(1, 5, resume=0)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "split": "tr')
+    train(4, 6, resume=3)
+    after = (tmp_path / "metrics.jsonl").read_text()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 6]
+    assert after.splitlines()[:3] == before.splitlines()[:3]
+    assert after.splitlines()[3] != before.splitlines()[3]
+    assert sorted(path.name for path in tmp_path.iterdir() if "tfevents" not in path.name) == ["metrics.jsonl"]
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
+    for _ in range(2):
+        logger = logs.MetricLogger(tmp_path, total_steps=2)
+        logger.resume(0)
+        logger.train(1, STEP, seconds=0.0)
+        logger.close()
+    assert len(lines(tmp_path)) == 1
+
+
+def test_torn_line_is_cut_off_before_adding(tmp_path):
+    """As --mode=eval does after a crash: it adds to the file without taking anything back."""
+    whole = '{"step": 9, "split": "train", "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 10, "sp')
+    assert logs.read_metrics(tmp_path) == [json.loads(whole)]
+    logger = logs.MetricLogger(tmp_path, total_steps=9)
+    logger.evaluation(9, {"task": {"loss": 2.0}})
+    logger.close()
+    assert [record["split"] for record in lines(tmp_path)] == ["train", "validation"]
+
+
+def test_unreadable_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 .*'not json"):
+        logs.MetricLogger(tmp_path, total_steps=3).resume(1)
+
+
+def test_tensorboard_events(tmp_path):
+    for resumed_at in (0, 1, None):
+        logger = logs.MetricLogger(tmp_path, total_steps=3)
+        if resumed_at is not None:
+            logger.resume(resumed_at)
+        logger.train(2, {**STEP, "loss": 7.5}, seconds=0.0)
+        logger.evaluation(2, {"cola": {"accuracy": 0.5}})
+        logger.close()
+    found = events(tmp_path)
+    starts = [event.step for event in found if event.HasField("session_log")]
+    assert starts == [1, 2]  # none by the logger that took nothing back
+    scalars = {(event.step, v.tag): v.simple_value for event in found for v in event.summary.value}
+    assert scalars[2, "train/loss"] == 7.5
+    assert scalars[2, "validation/cola/accuracy"] == 0.5
+    assert [event.file_version for event in found if event.file_version] == ["brain.Event:2"] * 3
+
+
+def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    logger = logs.MetricLogger(tmp_path, total_steps=3)
+    with caplog.at_level(logging.WARNING, "t5x_lite"):
+        logger.train(1, STEP, seconds=0.0)
+        logger.train(2, STEP, seconds=0.0)
+    logger.close()
+    assert len(caplog.messages) == 1
+    assert "pip install tensorboard" in caplog.text
+    assert len(lines(tmp_path)) == 2
+    assert not events(tmp_path)
+
+
+def test_neither_events_nor_plot_load_tensorflow(tmp_path):
+    script = (
+        "import sys; from t5x_lite import logs; logger = logs.MetricLogger(sys.argv[1], 2);"
+        f"logger.train(1, {STEP}, 0.0); logger.close(); logs.plot_losses(sys.argv[1]);"
+        "assert logger is not None and 'tensorboard' in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True, timeout=120)
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    logger = logs.MetricLogger(tmp_path, total_steps=3)
+    logger.resume(0)
+    logger.train(1, STEP, seconds=0.0)
+    logger.evaluation(1, {"task": {"loss": 1.0}})
+    logger.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_url_is_refused():
+    with pytest.raises(ValueError, match=r"gs://bucket/run .*mount"):
+        logs.MetricLogger("gs://bucket/run", total_steps=3)
+
+
+def test_plain_lines_come_at_intervals(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    logger = logs.MetricLogger(tmp_path, total_steps=100)
+    with caplog.at_level(logging.INFO, "t5x_lite"):
+        for step in (1, 2, 3, 4, 100):
+            logger.train(step, STEP, seconds=0.5 if step > 1 else 0.0)
+    logger.close()
+    assert caplog.messages == [
+        "step 1/100  loss 2.5000",
+        "step 3/100  loss 2.5000, 80 tokens/s, ETA 00:48",
+        "step 100/100  loss 2.5000, 80 tokens/s, ETA 00:00",
+    ]
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger = logs.MetricLogger(tmp_path, total_steps=20)
+    logger.resume(5)
+    logger.train(10, STEP, seconds=2.0)
+    logger.close()
+    drawn = capsys.readouterr().err
+    assert "10/20 steps, loss 2.5000, 20 tokens/s, ETA 00:20" in drawn
+    assert "50%" in drawn
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("cpu", None),
+        ("TPU v3", None),
+    ],
+)
+def test_peak_flops(kind, peak):
+    class Device:
+        device_kind = kind
+
+    assert logs.peak_flops(Device()) == peak
+
+
+def test_flops_by_counting_products():
+    """Every matrix product of the model written out as (rows, inner, columns)."""
+    B, S, T = 2, 7, 3
+    config = T5Config(
+        d_model=5, d_ff=11, num_heads=3, head_dim=4, num_encoder_layers=2, num_decoder_layers=1, vocab_size=13
+    )
+    D, F, HK, V = 5, 11, 12, 13
+
+    def attention(queries: int, keys: int) -> list:
+        return [
+            (queries, D, HK),
+            (keys, D, HK),
+            (keys, D, HK),
+            (queries, HK, keys),
+            (queries, keys, HK),
+            (queries, HK, D),
+        ]
+
+    def mlp(tokens: int) -> list:
+        return [(tokens, D, F), (tokens, D, F), (tokens, F, D)]
+
+    products = 2 * [*attention(S, S), *mlp(S)] + [*attention(T, T), *attention(T, S), *mlp(T), (T, D, V)]
+    expected = 3 * B * sum(2 * m * k * n for m, k, n in products)
+    assert logs.flops_per_step(config, B, S, T) == expected
+    assert logs.flops_per_step(config, B, T, S) != expected
+
+
+def test_flops_against_xla():
+    """XLA counts the products and little besides (norms, softmax): 3 percent more. Unrolled: it counts a loop once."""
+    B, S, T = 4, 96, 40
+    config = T5Config(
+        d_model=64, d_ff=160, num_heads=6, head_dim=16, num_encoder_layers=3, num_decoder_layers=2, vocab_size=1152,
+        scan_layers=False,
+    )  # fmt: skip
+    params = abstract_state(config, optim.Optimizer(optax.identity(), optim.constant(1.0)), sharding.make_mesh()).params
+    batch = {
+        "encoder_input_tokens": jax.ShapeDtypeStruct((B, S), np.int32),
+        "decoder_input_tokens": jax.ShapeDtypeStruct((B, T), np.int32),
+    }
+    lowered = jax.jit(lambda params, batch: forward(config, params, batch)).lower(params, batch)
+    counted = lowered.cost_analysis()["flops"]
+    assert 1.0 < 3 * counted / logs.flops_per_step(config, B, S, T) < 1.06
+
+
+def test_plot(tmp_path):
+    logger = logs.MetricLogger(tmp_path, total_steps=60)
+    for step in range(1, 61):
+        logger.train(step, STEP | {"cross_ent_loss": 9 / step + 1}, seconds=0.1)
+    logger.evaluation(30, {"glue_cola_v002": {"loss": 2.0, "accuracy": 0.5}, "squad": {"f1": 1.0}})
+    logger.close()
+    path = logs.plot_losses(tmp_path, {"unigram entropy": 6.5})
+    assert path == tmp_path / "loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_losses_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl does not exist"):
+        logs.plot_losses(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "validation", "task": "squad", "f1": 1.0}\n')
+    with pytest.raises(ValueError, match="no loss to plot"):
+        logs.plot_losses(tmp_path)
+
+
+def test_smoothing_is_centred_and_keeps_length():
+    ramp = np.arange(200.0)
+    np.testing.assert_allclose(logs._smoothed(list(ramp))[4:-4], ramp[4:-4])
+    np.testing.assert_array_equal(logs._smoothed([3.0, 1.0]), [3.0, 1.0])
+
+
+def test_setup_logging_is_one_line_and_quiets_others(capsys, monkeypatch):
+    names = (None, "absl", "t5x_lite", "tasks", "run", "__main__")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    try:
+        logs.setup_logging()
+        for name in ("t5x_lite", "absl", "some.library"):
+            logging.getLogger(name).info("info of %s", name)
+            logging.getLogger(name).warning("warning of %s", name)
+        said = capsys.readouterr().err.splitlines()
+    finally:
+        for logger, (level, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+    assert [line.split(" ", 1)[1] for line in said] == [
+        "info of t5x_lite",
+        "warning of t5x_lite",
+        "warning of absl",
+        "warning of some.library",
+    ]

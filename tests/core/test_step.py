@@ -1,0 +1,241 @@
+"""The training step against other implementations (goldens), and against itself in every shape it can take."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core.conftest import stack_layers
+from t5x_lite import optim, sharding, step
+from t5x_lite.losses import LossConfig
+from t5x_lite.model import T5, T5Config
+
+# Both dimensions of the MLP kernels reach 128, so that Adafactor factors them.
+CONFIG = T5Config(
+    d_model=128, d_ff=256, num_heads=4, head_dim=6, num_encoder_layers=2, num_decoder_layers=3, vocab_size=136
+)
+ROWS, INPUTS, TARGETS = 8, 11, 7
+
+
+def make_batch(seed=0):
+    random = np.random.default_rng(seed)
+    targets = random.integers(2, CONFIG.vocab_size, (ROWS, TARGETS)).astype(np.int32)
+    targets *= np.arange(TARGETS) < random.integers(2, TARGETS + 1, (ROWS, 1))
+    inputs = random.integers(2, CONFIG.vocab_size, (ROWS, INPUTS)).astype(np.int32)
+    inputs *= np.arange(INPUTS) < random.integers(3, INPUTS + 1, (ROWS, 1))
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_target_tokens": targets,
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_loss_weights": (targets != 0).astype(np.int32),
+    }
+
+
+def run(config=CONFIG, mesh=(1, 1, 1), steps=3, optimizer=None, loss=LossConfig(), num_microbatches=1, batches=None):
+    """Trains from the same start; returns the final state, the metrics of each step and the number of compilations."""
+    optimizer = optimizer or optim.make_optimizer(optim.adafactor(), optim.rsqrt_decay(0.1, 2))
+    compiler = step.Compiler(sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)]))
+    abstract = step.abstract_state(config, optimizer, compiler.mesh)
+    state = step.init_state(config, optimizer, jax.random.key(0), abstract)
+    compiled = compiler.train_step(
+        abstract, config=config, optimizer=optimizer, loss=loss, num_microbatches=num_microbatches
+    )
+    key = jax.device_put(jax.random.key(1), compiler.replicated())
+    metrics = []
+    for n in range(steps):
+        batch = sharding.shard_batch((batches or make_batch)(n), sharding.batch_sharding(compiler.mesh))
+        state, got = compiled(state, batch, key)
+        metrics.append({name: float(x) for name, x in got.items()})
+    return state, metrics, compiled._cache_size()
+
+
+def assert_same_training(a, b, rtol=2e-4):
+    for got, expected in zip(a[1], b[1], strict=True):
+        for name in expected:
+            np.testing.assert_allclose(got[name], expected[name], rtol=rtol, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-2, atol=2e-3), a[0].params, b[0].params)
+
+
+def test_gradients_of_the_mean_loss_agree_with_hugging_face(golden, golden_t5):
+    from safetensors.numpy import load_file
+
+    io = golden_t5.io
+    batch = {
+        "encoder_input_tokens": io["input_ids"] * io["attention_mask"],
+        "decoder_input_tokens": io["decoder_input_ids"],
+        "decoder_target_tokens": io["targets"],
+        "decoder_loss_weights": io["targets"] != 0,
+    }
+    # The step at learning rate 1 of plain gradient descent is minus the gradient.
+    import optax
+
+    descent = optim.make_optimizer(optax.scale(-1.0), optim.constant(1.0))
+    params = jax.tree.map(jnp.asarray, golden_t5.params)
+    state = step.TrainState(jnp.zeros((), jnp.int32), params, descent.transform.init(params))
+    loss = LossConfig(z_loss=0.0, normalizing_factor="NUM_REAL_TARGET_TOKENS")
+    descend = functools.partial(step.train_step, config=golden_t5.config, optimizer=descent, loss=loss)
+    new, metrics = jax.jit(descend)(state, batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"], golden_t5.outputs["loss_mean"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], golden_t5.outputs["grad_global_norm"], rtol=1e-4)
+    hub = load_file(golden("hf_t5_v11") / "grads.safetensors")
+    got = jax.tree.map(lambda old, new: np.asarray(old - new), params, new.params)
+    compare = {
+        "shared.weight": got["token_embedder"]["embedding"],
+        "lm_head.weight": got["decoder"]["logits_dense"]["kernel"].T,
+        "encoder.block.2.layer.0.SelfAttention.q.weight": got["encoder"]["layers"]["attention"]["query"]["kernel"][2].T,
+        "decoder.block.1.layer.1.EncDecAttention.k.weight": got["decoder"]["layers"]["encoder_decoder_attention"]["key"][
+            "kernel"
+        ][1].T,
+        "decoder.block.0.layer.2.DenseReluDense.wo.weight": got["decoder"]["layers"]["mlp"]["wo"]["kernel"][0].T,
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": got["encoder"]["relpos_bias"][
+            "rel_embedding"
+        ].T,
+        "decoder.final_layer_norm.weight": got["decoder"]["decoder_norm"]["scale"],
+    }
+    for name, gradient in compare.items():
+        np.testing.assert_allclose(gradient, hub[name], atol=2e-4, err_msg=name)
+        assert np.abs(hub[name]).max() > 1e-3
+
+
+def test_summed_loss_with_z_loss_agrees_with_t5x(golden_t5):
+    io = golden_t5.io
+    inputs = io["input_ids"] * io["attention_mask"]
+    logits = T5(golden_t5.config).apply({"params": golden_t5.params}, inputs, io["decoder_input_ids"])
+    sums = step.cross_entropy_sums(
+        logits, jnp.asarray(io["targets"]), jnp.asarray(io["targets"] != 0, jnp.float32), z_loss=1e-4, label_smoothing=0.0
+    )
+    np.testing.assert_allclose(sums["loss"], golden_t5.outputs["t5x_loss_sum_zloss1e-4"], rtol=1e-5)
+    np.testing.assert_allclose(sums["z_loss"], golden_t5.outputs["t5x_z_loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_eight_devices_train_as_one_with_one_compilation(mesh):
+    config = dataclasses.replace(CONFIG, dropout_rate=0.1)
+    alone, sharded = run(config), run(config, mesh)
+    assert_same_training(sharded, alone)
+    assert sharded[2] == 1
+    embedding = sharded[0].params["token_embedder"]["embedding"]
+    assert len(embedding.sharding.device_set) == 8
+    assert embedding.is_fully_replicated == (mesh == (8, 1, 1))
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+def test_scanned_and_unrolled_layers_agree_after_three_updates(optimizer):
+    optimizer = optim.make_optimizer(getattr(optim, optimizer)(), optim.constant(1e-2))
+    config = dataclasses.replace(CONFIG, dropout_rate=0.1)
+    scanned = run(config, optimizer=optimizer)
+    unrolled = run(dataclasses.replace(config, scan_layers=False), optimizer=optimizer)
+    assert_same_training(scanned, unrolled)
+    assert scanned[1][0]["loss"] - scanned[1][-1]["loss"] > 0.05  # three updates that did something
+
+
+@pytest.mark.parametrize("factor", [None, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"])
+def test_microbatches_equal_the_whole_batch(factor):
+    """Also with a normaliser that depends on the batch, where T5X's loss and gradients grow with the parts."""
+    loss = LossConfig(normalizing_factor=factor)
+    whole, parts = run(loss=loss), run(loss=loss, num_microbatches=4)
+    assert_same_training(parts, whole)
+    per_part = [np.count_nonzero(make_batch()["decoder_target_tokens"][i::4]) for i in range(4)]
+    assert len(set(per_part)) > 1  # parts of unequal weight: averaging them would differ
+
+
+def test_every_microbatch_has_its_own_dropout():
+    config = dataclasses.replace(CONFIG, dropout_rate=0.5)
+    row = {name: rows[:1] for name, rows in make_batch().items()}
+
+    def same_rows(rows):
+        return lambda n: {name: np.repeat(value, rows, axis=0) for name, value in row.items()}
+
+    # Two micro-batches of the same row: with one key for both, they would be one micro-batch counted twice.
+    loss = LossConfig(normalizing_factor="NUM_REAL_TARGET_TOKENS")
+    one = run(config, steps=1, loss=loss, batches=same_rows(1))
+    two = run(config, steps=1, loss=loss, num_microbatches=2, batches=same_rows(2))
+    assert abs(one[1][0]["loss"] - two[1][0]["loss"]) > 1e-3
+    config = dataclasses.replace(config, dropout_rate=0.0)
+    one = run(config, steps=1, loss=loss, batches=same_rows(1))
+    two = run(config, steps=1, loss=loss, num_microbatches=2, batches=same_rows(2))
+    assert one[1][0]["loss"] == pytest.approx(two[1][0]["loss"], rel=1e-5)
+
+
+def test_dropout_changes_from_step_to_step():
+    config = dataclasses.replace(CONFIG, dropout_rate=0.5)
+    frozen = optim.make_optimizer(optim.adafactor(), optim.constant(1e-8))
+    _, metrics, _ = run(config, steps=2, optimizer=frozen, batches=lambda n: make_batch())
+    assert abs(metrics[0]["loss"] - metrics[1]["loss"]) > 1e-4
+
+
+def test_the_logged_learning_rate_is_the_one_used():
+    """With any optax transform: T5X ignores its schedule for those, and logs another."""
+    import optax
+
+    schedule = optim.linear(0.1, 1, 4)
+    optimizer = optim.make_optimizer(optax.chain(optax.scale_by_sign(), optax.scale(-1.0)), schedule)
+    before, _, _ = run(optimizer=optimizer, steps=2)
+    after, metrics, _ = run(optimizer=optimizer, steps=3)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), before.params, after.params)
+    assert metrics[2]["learning_rate"] == pytest.approx(float(schedule(2)))
+    assert max(jax.tree.leaves(moved)) == pytest.approx(metrics[2]["learning_rate"], rel=1e-4)
+    assert len({m["learning_rate"] for m in metrics}) == 3
+
+
+def test_remat_and_packing_train_alike():
+    packed = lambda n: make_batch(n) | {  # noqa: E731
+        "encoder_segment_ids": np.where(np.arange(INPUTS) < 4, 1, 2) * np.ones((ROWS, 1), np.int32),
+        "decoder_segment_ids": np.where(np.arange(TARGETS) < 3, 1, 2) * np.ones((ROWS, 1), np.int32),
+    }
+    plain = run(batches=packed)
+    rematted = run(dataclasses.replace(CONFIG, remat="full"), batches=packed)
+    assert_same_training(rematted, plain)
+    assert abs(plain[1][0]["loss"] - run()[1][0]["loss"]) > 1e-3  # segments matter
+
+
+def test_metrics_are_what_they_say():
+    state, metrics, _ = run(steps=1, loss=LossConfig(z_loss=0.1))
+    batch, got = make_batch(), metrics[0]
+    assert got["target_tokens"] == np.count_nonzero(batch["decoder_target_tokens"])
+    assert got["input_tokens"] == np.count_nonzero(batch["encoder_input_tokens"])
+    assert got["loss"] == pytest.approx(got["cross_ent_loss"] + got["z_loss"], rel=1e-5)
+    assert got["z_loss"] > 0 and 0 <= got["accuracy"] <= 1 and got["grad_norm"] > 0
+    evaluated = jax.jit(functools.partial(step.eval_step, config=CONFIG))(state.params, batch)
+    assert evaluated["weights"] == got["target_tokens"]
+    assert int(state.step) == 1
+
+
+CORE_ALONE = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text", "gin", "t5"}:
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Block())
+import t5x_lite
+assert not {"jax", "tensorflow"} & set(sys.modules)
+from t5x_lite import attention, checkpoint, decode, layers, logs, losses, model, optim, sharding, step, train
+from core.test_step import run
+print(run(steps=1)[1][0]["loss"])
+"""
+
+
+def test_the_core_trains_a_step_without_tensorflow(request):
+    root = request.config.rootpath
+    done = subprocess.run(
+        [sys.executable, "-c", CORE_ALONE], cwd=root / "tests", env=_env(root), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
+
+
+def _env(root):
+    import os
+
+    return os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+
+
+def test_stack_layers_is_in_order():
+    leaves = {f"encoder/layers_{i}/mlp/wo/kernel": np.full((1, 2), i) for i in (10, 2, 0, 1)}
+    stacked = stack_layers(leaves)["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_array_equal(stacked[:, 0, 0], [0, 1, 2, 10])

@@ -1,0 +1,233 @@
+"""Batches: an order that one seed fixes, a position that can be gone back to, and errors before anything is read."""
+
+import logging
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from t5x_lite import data
+
+VOCABULARY = seqio.ByteVocabulary(extra_ids=10)
+LENGTHS = {"inputs": 24, "targets": 12}
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def with_noise(example, seed):
+    number = tf.strings.as_string(tf.random.stateless_uniform([], seed, 0, 1000, tf.int32))
+    return {**example, "inputs": tf.strings.join([example["inputs"], " ", number])}
+
+
+def in_memory(prefix: str, sizes: dict[str, int]) -> seqio.FunctionDataSource:
+    def read(split, shuffle_files, seed=None):
+        numbers = [str(i) for i in range(sizes[split])]
+        return tf.data.Dataset.from_tensor_slices({"inputs": [f"{prefix} {i}" for i in numbers], "targets": numbers})
+
+    return seqio.FunctionDataSource(read, splits=list(sizes), num_input_examples=sizes)
+
+
+def register(name: str, sizes: dict[str, int]) -> None:
+    seqio.TaskRegistry.add(
+        name,
+        source=in_memory(name.removeprefix("data_test_"), sizes),
+        preprocessors=[
+            seqio.CacheDatasetPlaceholder(),
+            with_noise,
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features={k: seqio.Feature(VOCABULARY, add_eos=True) for k in LENGTHS},
+        shuffle_buffer_size=20,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register("data_test_long", {"train": 90, "validation": 7})
+    register("data_test_short", {"train": 30})
+    seqio.MixtureRegistry.add("data_test_mix", [("data_test_long", 3), ("data_test_short", 1)])
+    seqio.MixtureRegistry.add("data_test_nothing", [("data_test_long", 0), ("data_test_short", 0)])
+    yield
+    for name in ("data_test_mix", "data_test_nothing"):
+        seqio.MixtureRegistry.remove(name)
+    for name in ("data_test_long", "data_test_short"):
+        seqio.TaskRegistry.remove(name)
+
+
+def batches(seed=5, **changes) -> data.TrainBatches:
+    return data.TrainBatches("data_test_mix", LENGTHS, **{"batch_size": 4, "seed": seed, **changes})
+
+
+def take(stream, count):
+    return [next(stream) for _ in range(count)]
+
+
+def equal(a, b) -> bool:
+    return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+
+
+def test_batches_have_the_agreed_names_shapes_and_dtype():
+    (batch,) = take(batches(), 1)
+    inputs = {"encoder_input_tokens", "encoder_segment_ids", "encoder_positions"}
+    targets = {"decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"}
+    targets |= {"decoder_segment_ids", "decoder_positions"}
+    assert {k: v.shape for k, v in batch.items()} == dict.fromkeys(inputs, (4, 24)) | dict.fromkeys(targets, (4, 12))
+    assert {v.dtype for v in batch.values()} == {np.dtype(np.int32)}
+    assert batch["encoder_segment_ids"].max() > 1, "packed"
+    assert batches().shapes == {k: v.shape for k, v in batch.items()}
+    (unpacked,) = take(batches(pack=False), 1)
+    assert set(unpacked) == {"encoder_input_tokens"} | {t for t in targets if "segment" not in t and "pos" not in t}
+
+
+@pytest.fixture(scope="module")
+def reference(registered):
+    """The first batches of `batches()`, read in one go."""
+    return take(batches(), 60)
+
+
+def test_the_seed_fixes_the_order(reference):
+    assert equal(take(batches(), 30), reference[:30])
+    assert not equal(take(batches(seed=6), 30), reference[:30])
+    text = data.describe_batch(reference[0], VOCABULARY) + data.describe_batch(reference[1], VOCABULARY)
+    assert "long" in text
+    assert "short" in text
+
+
+@pytest.mark.parametrize("consumed", [1, 37])
+def test_a_restored_position_goes_on_with_the_same_batches(tmp_path, reference, consumed):
+    stream = batches()
+    take(stream, consumed)
+    stream.save(str(tmp_path))
+    expected = reference[consumed : consumed + 20]
+    assert equal(take(stream, 20), expected), "saving disturbs nothing"
+    resumed = batches()
+    resumed.restore(str(tmp_path))
+    assert equal(take(resumed, 20), expected)
+    assert not equal(reference[:20], expected), "starting over would differ"
+
+
+def test_a_position_in_other_data_is_refused(tmp_path):
+    batches().save(str(tmp_path))
+    with pytest.raises(ValueError, match=r"(?s)BATCH_SIZE: was 4, is 8\n  seed: was 5, is 6\n.*Set these back"):
+        batches(seed=6, batch_size=8).restore(str(tmp_path))
+
+
+def test_hosts_share_the_batch_and_see_different_examples():
+    seen = []
+    for host in range(2):
+        options = {"pack": False, "process_index": host, "process_count": 2}
+        stream = data.TrainBatches("data_test_short", LENGTHS, batch_size=4, seed=1, **options)
+        rows = [row for batch in take(stream, 30) for row in batch["decoder_target_tokens"]]
+        assert len(rows) == 60
+        seen.append({VOCABULARY.decode(row.tolist()) for row in rows})
+    assert seen[0] | seen[1] == {str(i) for i in range(30)}
+    assert not seen[0] & seen[1]
+    with pytest.raises(ValueError, match="BATCH_SIZE=4 must be a positive multiple of the 3 hosts"):
+        batches(process_count=3)
+
+
+def test_examples_that_run_out_are_said_not_waited_for():
+    seqio.TaskRegistry.add(
+        "data_test_empty",
+        source=in_memory("none", {"train": 5}),
+        preprocessors=[lambda ds: ds.take(0), seqio.preprocessors.tokenize],
+        output_features={k: seqio.Feature(VOCABULARY) for k in LENGTHS},
+    )
+    try:
+        with pytest.raises(ValueError, match="data_test_empty ran out of examples"):
+            next(data.TrainBatches("data_test_empty", LENGTHS, batch_size=2, seed=0, shuffle=False))
+    finally:
+        seqio.TaskRegistry.remove("data_test_empty")
+
+
+def test_eval_batches_are_whole_in_order_and_weigh_what_fills_up_as_nothing():
+    stream = data.EvalBatches("data_test_long", LENGTHS, batch_size=4)
+    first, second = list(stream)
+    assert equal([first, second], list(stream)), "again and again"
+    targets = [VOCABULARY.decode(row.tolist()) for b in (first, second) for row in b["decoder_target_tokens"]]
+    assert targets == [*map(str, range(7)), ""]
+    assert first["decoder_loss_weights"].sum() == 8  # a digit and an EOS each
+    assert second["decoder_loss_weights"].sum(axis=1).tolist() == [2, 2, 2, 0]
+    assert all(not second[k][3].any() for k in second)
+    limited = data.EvalBatches("data_test_long", LENGTHS, batch_size=4, num_batches=1)
+    assert equal(list(limited), [first])
+    assert next(iter(limited)) is next(iter(limited)), "read once"
+
+
+def test_eval_batches_of_two_hosts_are_those_of_one_cut_in_two():
+    whole = list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4))
+    parts = [
+        list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4, process_index=i, process_count=2))
+        for i in (0, 1)
+    ]
+    joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
+    assert equal(joined, whole)
+
+
+def test_tasks_with_split(caplog):
+    caplog.set_level(logging.INFO)
+    assert data.tasks_with_split("data_test_mix", "validation") == ["data_test_long"]
+    assert "data_test_short" in caplog.text
+    assert data.tasks_with_split("data_test_mix", "train") == ["data_test_long", "data_test_short"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.find_provider("data_test_mux"), r"'data_test_mux' .* Nearest of \d+: data_test_mix"),
+        (lambda: data.check_split("data_test_short", "validation"), r"no split 'validation', only \['train'\]"),
+        (lambda: data.check_split("data_test_nothing", "train"), "rate 0 for every task"),
+        (lambda: data.check_lengths("data_test_mix", {"inputs": 5}), r"\{'inputs': 5\} must give a length for"),
+        (lambda: data.check_lengths("data_test_mix", {**LENGTHS, "extra": 1}), "and nothing else"),
+        (lambda: data.check_lengths("data_test_mix", {**LENGTHS, "inputs": 0}), "above 0"),
+        (
+            lambda: data.check_vocabulary("data_test_mix", 268),
+            r"ids up to 268 in 'inputs' \(vocabulary of 269: ByteVocabulary\), the model has vocab_size=268. .*=384",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_names_and_numbers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_vocabulary_that_fits_passes_and_one_far_too_small_is_remarked_on(caplog):
+    data.check_vocabulary("data_test_mix", 269)
+    data.check_vocabulary("data_test_mix", 384)
+    assert not caplog.records
+    data.check_vocabulary("data_test_mix", 32128)
+    assert "uses 269 ids in 'inputs', the model has vocab_size=32128" in caplog.text
+
+
+def test_describe_batch_shows_segments_positions_spans_and_efficiency():
+    def row(*segments):
+        return [VOCABULARY.encode(s) if isinstance(s, str) else s for s in segments]
+
+    first, second = [*row("ab")[0], 268, *row("c")[0], 1], [*row("de")[0], 1]
+    targets_first, targets_second = [268, *row("xy")[0], 267, *row("z")[0], 1], [*row("w")[0], 1]
+    batch = {
+        "encoder_input_tokens": [first + second + [0] * 2],
+        "encoder_segment_ids": [[1] * 5 + [2] * 3 + [0] * 2],
+        "encoder_positions": [[*range(5), *range(3), 0, 0]],
+        "decoder_target_tokens": [targets_first + targets_second],
+        "decoder_segment_ids": [[1] * 6 + [2] * 2],
+        "decoder_positions": [[*range(6), *range(2)]],
+        "decoder_loss_weights": [[1] * 8],
+    }
+    assert data.describe_batch({k: np.array(v) for k, v in batch.items()}, VOCABULARY).splitlines() == [
+        "row 0: inputs 8/10 tokens, targets 8/8, 2 segments",
+        "  segment 1: inputs [0:5] (positions 0..4), targets [0:6] (positions 0..5)",
+        "    inputs:  abc",
+        "    targets: xyz",
+        "    span <extra_id_0>: 'xy'",
+        "    span <extra_id_1>: 'z'",
+        "  segment 2: inputs [5:8] (positions 0..2), targets [6:8] (positions 0..1)",
+        "    inputs:  de",
+        "    targets: w",
+        "packing efficiency: 80.0% of 10 input and 100.0% of 8 target positions hold tokens; sum of loss weights 8",
+    ]
+
+
+def test_tensorflow_sees_no_accelerator():
+    assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}

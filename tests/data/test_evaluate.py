@@ -1,0 +1,238 @@
+"""Every task's metrics, whole files of predictions and scores, and nothing of the rows that only fill up a batch."""
+
+import gzip
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from t5x_lite import data, evaluate
+
+VOCABULARY = seqio.ByteVocabulary()
+FEATURES = {k: seqio.Feature(VOCABULARY, add_eos=True) for k in ("inputs", "targets")}
+LENGTHS = {"inputs": 8, "targets": 6}
+WORDS = ["one", "two", "three", "four", "five"]
+
+
+def accuracy(targets, predictions):
+    return {"accuracy": np.float32(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]) * 100)}
+
+
+def likelihood(targets, scores):
+    return {"likelihood": seqio.metrics.Scalar(float(np.mean(scores))), "note": seqio.metrics.Text("not a number")}
+
+
+def confidence(targets, predictions, aux_values):
+    assert len(aux_values["scores"]) == len(predictions) == len(targets)
+    return {"confidence": np.mean(aux_values["scores"])}
+
+
+def register(name, metric_fns, splits=("validation",), postprocess_fn=None):
+    def read(split, shuffle_files, seed=None):
+        return tf.data.Dataset.from_tensor_slices({"inputs": WORDS, "targets": [w.upper() for w in WORDS]})
+
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(read, splits=splits),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features=FEATURES,
+        metric_fns=metric_fns,
+        postprocess_fn=postprocess_fn,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register("eval_test_all", [accuracy, likelihood, confidence])
+    register("eval_test_first", [accuracy], postprocess_fn=lambda text, example, is_target: text[0])
+    register("eval_test_train_only", [accuracy], splits=("train",))
+    register("eval_test_unmeasured", [])
+    names = ["eval_test_all", "eval_test_first", "eval_test_train_only", "eval_test_unmeasured"]
+    seqio.MixtureRegistry.add("eval_test_mix", names, default_rate=1)
+    yield
+    seqio.MixtureRegistry.remove("eval_test_mix")
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+class Model:
+    """Answers in capitals, save that it knows no "three"; a score is minus the number of target tokens."""
+
+    def __init__(self):
+        self.shapes = set()
+
+    def predict(self, tokens_BS):
+        self.shapes.add(tokens_BS.shape)
+        answers = np.zeros((len(tokens_BS), 8), np.int32)
+        for row, tokens in zip(answers, tokens_BS, strict=True):
+            answer = VOCABULARY.encode(VOCABULARY.decode(tokens.tolist()).upper().replace("THREE", "TEN"))
+            row[: len(answer) + 1] = [*answer, 1]
+        return answers
+
+    def score(self, batch):
+        inputs, targets = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
+        self.shapes.add(batch["encoder_input_tokens"].shape)
+        assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+        assert not inputs[:, 0].any()
+        assert np.array_equal(batch["decoder_loss_weights"] > 0, targets > 0)
+        return -np.sum(targets > 0, axis=1).astype(np.float32)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    evaluation = evaluate.Evaluation("eval_test_mix", LENGTHS, batch_size=2, predictions=tmp_path / "predictions")
+    assert evaluation.tasks == ["eval_test_all", "eval_test_first"]
+    assert "no split 'validation': eval_test_train_only" in caplog.text
+    assert "no metrics: eval_test_unmeasured" in caplog.text
+    model = Model()
+    with jax.transfer_guard("disallow"):
+        results = evaluation.run(model.predict, model.score, step=7)
+    assert model.shapes == {(2, 8)}, "always whole batches"
+    mean_length = np.mean([len(w) + 1 for w in WORDS])
+    mean_answer = np.mean([len(w) + 1 for w in ("one", "two", "ten", "four", "five")])
+    assert results == {
+        "eval_test_all": {
+            "accuracy": 80.0,
+            "likelihood": pytest.approx(-mean_length),
+            "confidence": pytest.approx(-mean_answer),
+        },
+        "eval_test_first": {"accuracy": 100.0},  # T of TEN is the T of THREE
+    }
+    assert "not numbers are left out: note" in caplog.text
+    written = lines(tmp_path / "predictions" / "eval_test_all-7.jsonl")
+    assert written[2] == {"inputs": "three", "targets": "THREE", "prediction": "TEN", "score": -6.0}
+    assert [row["inputs"] for row in written] == WORDS
+    assert lines(tmp_path / "predictions" / "eval_test_first-7.jsonl")[0] == {
+        "inputs": "one",
+        "targets": "ONE",
+        "prediction": "ONE",
+    }
+    assert results == evaluation.run(model.predict, model.score, step=8), "again, from what is kept"
+    assert len(list((tmp_path / "predictions").iterdir())) == 4
+
+
+def test_a_limit_and_a_task_that_cannot_be_evaluated():
+    model = Model()
+    limited = evaluate.Evaluation("eval_test_first", LENGTHS, batch_size=4, num_examples=3)
+    always_t = np.full((4, 2), VOCABULARY.encode("T")[0], np.int32)
+    results = limited.run(lambda _: always_t, model.score, step=0)
+    assert results == {"eval_test_first": {"accuracy": pytest.approx(200 / 3)}}, "of ONE, TWO, THREE"
+    nothing = evaluate.Evaluation("eval_test_train_only", LENGTHS, batch_size=4)
+    assert nothing.tasks == []
+    assert nothing.run(model.predict, model.score, step=0) == {}
+
+
+def test_a_function_that_answers_in_the_wrong_shape_is_named():
+    evaluation = evaluate.Evaluation("eval_test_all", LENGTHS, batch_size=2)
+    model = Model()
+    with pytest.raises(ValueError, match=r"predict gave tokens of shape \(2, 1, 8\) for 2 rows: \[B, T\] is due"):
+        evaluation.run(lambda tokens: model.predict(tokens)[:, None], model.score, step=0)
+    with pytest.raises(ValueError, match=r"score gave an array of shape \(2, 1\) for 2 rows: \[B\] is due"):
+        evaluation.run(model.predict, lambda batch: model.score(batch)[:, None], step=0)
+
+
+def test_predictions_for_a_task_in_its_order(tmp_path):
+    model = Model()
+    examples = evaluate.task_examples("eval_test_all", LENGTHS)
+    options = {"lengths": LENGTHS, "batch_size": 2}
+    path = tmp_path / "out" / "predictions.jsonl"
+    count = evaluate.write_predictions(
+        examples, model.predict, path, vocabulary=VOCABULARY, score=model.score, **options
+    )
+    assert count == 5
+    written = lines(path)
+    assert [row["inputs"] for row in written] == WORDS
+    assert written[2] == {"inputs": "three", "targets": "THREE", "prediction": "TEN", "score": -4.0}
+    assert model.shapes == {(2, 8)}
+    assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
+    few = evaluate.task_examples("eval_test_all", LENGTHS, num_examples=2)
+    assert evaluate.write_scores(few, model.score, path, **options) == 2
+    assert lines(path)[1] == {"inputs": "two", "targets": "TWO", "score": -4.0}
+
+
+def test_predictions_count_nothing_behind_the_end(tmp_path):
+    tokens = np.array([[*VOCABULARY.encode("AB"), 1, *VOCABULARY.encode("CD")]] * 2, np.int32)
+    seen = []
+
+    def score(batch):
+        seen.append(batch["decoder_target_tokens"])
+        return np.zeros(2)
+
+    path = tmp_path / "p.jsonl"
+    examples = evaluate.task_examples("eval_test_all", LENGTHS, num_examples=1)
+    options = {"lengths": LENGTHS, "batch_size": 2, "vocabulary": VOCABULARY, "score": score}
+    evaluate.write_predictions(examples, lambda _: tokens, path, **options)
+    assert lines(path)[0]["prediction"] == "AB"
+    assert seen[0].tolist() == [[*VOCABULARY.encode("AB"), 1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "lines.txt.gz"])
+def test_a_text_file_is_answered_line_by_line_blank_ones_too(tmp_path, name):
+    content = b"one\n\nfour and more\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    examples = list(evaluate.file_examples(str(tmp_path / name), FEATURES, LENGTHS))
+    assert [(e.inputs, e.targets, e.target_tokens) for e in examples] == [
+        ("one", None, None),
+        ("", None, None),
+        ("four and more", None, None),
+    ]
+    assert examples[2].input_tokens.tolist() == [*VOCABULARY.encode("four an"), 1], "cut, and ended all the same"
+    path = tmp_path / "out.jsonl"
+    model = Model()
+    options = {"lengths": LENGTHS, "batch_size": 2}
+    assert evaluate.write_predictions(examples, model.predict, path, vocabulary=VOCABULARY, **options) == 3
+    assert lines(path) == [
+        {"inputs": "one", "prediction": "ONE"},
+        {"inputs": "", "prediction": ""},
+        {"inputs": "four and more", "prediction": "FOUR AN"},
+    ]
+    with pytest.raises(ValueError, match=rf'{name}:1 has no "targets" to score'):
+        evaluate.write_scores(examples, model.score, tmp_path / "scores.jsonl", **options)
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_tokens_of_a_file_are_those_of_the_task(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"inputs": w, "targets": w.upper(), "id": 1}) + "\n" for w in WORDS))
+    from_file = evaluate.file_examples(str(path), FEATURES, LENGTHS)
+    from_task = evaluate.task_examples("eval_test_all", LENGTHS)
+    for a, b in zip(from_file, from_task, strict=True):
+        assert (a.inputs, a.targets) == (b.inputs, b.targets)
+        assert np.array_equal(a.input_tokens, b.input_tokens)
+        assert np.array_equal(a.target_tokens, b.target_tokens)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", r"rows\.jsonl:2: not JSON"),
+        ('{"text": "x"}', r'rows\.jsonl:2: "inputs" is None'),
+        ("[1]", "expected a JSON object"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"inputs": "x"}}\n{row}\n')
+    with pytest.raises(ValueError, match=message):
+        list(evaluate.file_examples(str(path), FEATURES, LENGTHS))
+    with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.txt'"):
+        list(evaluate.file_examples("nowhere.txt", FEATURES, LENGTHS))
+
+
+def test_fill_up_adds_rows_of_nothing():
+    assert data.fill_up({"a": np.ones((1, 2), np.int32)}, 3)["a"].tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+def test_batches_are_no_wider_than_the_longest_example():
+    evaluation = evaluate.Evaluation("eval_test_first", {"inputs": 500, "targets": 60}, batch_size=2)
+    model = Model()
+    evaluation.run(model.predict, model.score, step=0)
+    assert model.shapes == {(2, 64)}

@@ -1,0 +1,104 @@
+"""One's own files as a task."""
+
+import gzip
+import json
+
+import pytest
+import seqio
+
+from tasks import files
+
+LENGTHS = {"inputs": 64, "targets": 32}
+
+
+@pytest.fixture
+def folder(tmp_path, bytes_vocabulary):
+    (tmp_path / "a.jsonl").write_text(
+        '{"question": "Who?", "n": 3, "answer": "A"}\n\n{"question": "Où?", "n": 4, "answer": "B"}\n'
+    )
+    (tmp_path / "b.csv").write_text('question,answer\n"Why, then?","so ""it"" is"\n"two\nlines",yes\n')
+    (tmp_path / "c.tsv.gz").write_bytes(gzip.compress(b"inputs\ttargets\nx\ty\n"))
+    (tmp_path / "d.txt").write_text("a paragraph of text\n\nand another one\n")
+    yield tmp_path
+    seqio.TaskRegistry.remove("mine")
+
+
+def pairs(split="train", name="mine"):
+    dataset = seqio.TaskRegistry.get(name).get_dataset(LENGTHS, split, shuffle=False)
+    return [
+        (x["inputs_pretokenized"].decode(), x["targets_pretokenized"].decode()) for x in dataset.as_numpy_iterator()
+    ]
+
+
+def test_jsonl_through_templates(folder):
+    task = files.register_files(
+        "mine", f"{folder}/*.jsonl", inputs_template="q{{{n}}}: {question}", targets_template="{answer}"
+    )
+    assert pairs() == [("q{3}: Who?", "A"), ("q{4}: Où?", "B")]
+    assert list(task.splits) == ["train"]
+    assert task.num_input_examples("train") == 2
+    first = next(task.get_dataset(LENGTHS, "train", shuffle=False).as_numpy_iterator())
+    assert first["targets"].tolist() == [ord("A") + 3, 1]
+
+
+def test_csv_with_quotes_and_default_columns_of_tsv(folder):
+    files.register_files("mine", f"{folder}/c.tsv.gz")
+    assert pairs() == [("x", "y")]
+    files.register_files("mine", [f"{folder}/b.csv"], inputs_template="{question}", targets_template="{answer}")
+    assert pairs() == [("Why, then?", 'so "it" is'), ("two\nlines", "yes")]
+
+
+def test_span_corruption_of_text(folder):
+    task = files.register_files("mine", f"{folder}/d.txt", f"{folder}/d.txt", objective="span_corruption")
+    (x,) = task.get_dataset(LENGTHS, "validation", shuffle=False, seed=0).as_numpy_iterator()
+    assert set(task.splits) == {"train", "validation"}
+    assert x["inputs"][-1] == x["targets"][-1] == 1
+    assert (x["targets"] >= 259).sum() == (x["inputs"] >= 259).sum() > 0
+
+
+def test_large_files_are_streamed_with_the_same_examples(folder, monkeypatch):
+    templates = {"inputs_template": "{question}", "targets_template": "{answer}"}
+    files.register_files("mine", f"{folder}/a.jsonl", **templates)
+    in_memory = pairs()
+    monkeypatch.setattr(files, "MEMORY_LIMIT", 10)
+    task = files.register_files("mine", f"{folder}/a.jsonl", **templates)
+    assert isinstance(task.source, seqio.FileDataSource)
+    assert pairs() == in_memory
+    with pytest.raises(ValueError, match=r"convert to \.jsonl"):
+        files.register_files("mine", f"{folder}/b.csv", **templates)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"train_files": "{folder}/*.parquet"}, FileNotFoundError, r"no file matches '.*/\*\.parquet'"),
+        ({"train_files": "{folder}/a.jsonl"}, ValueError, r"a\.jsonl:1: no column inputs; it has: question, n, answer"),
+        ({"train_files": "{folder}/d.txt"}, ValueError, "plain text has no columns"),
+        ({"train_files": "{folder}/a.jsonl", "inputs_template": "none"}, ValueError, "name columns as {column}"),
+        ({"train_files": "{folder}/a.jsonl", "inputs_template": "{question"}, ValueError, "expected '}'"),
+        ({"train_files": "{folder}/a.jsonl", "objective": "lm"}, ValueError, "use 'text_to_text' or 'span_corruption'"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(folder, arguments, error, says):
+    arguments = {k: v.replace("{folder}", str(folder)) for k, v in arguments.items()}
+    with pytest.raises(error, match=says):
+        files.register_files("mine", **arguments)
+
+
+def test_bad_lines_are_named(folder):
+    (folder / "bad.jsonl").write_text('{"inputs": "a", "targets": "b"}\n{"inputs": "a"}\n')
+    files.register_files("mine", f"{folder}/bad.jsonl")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: no column targets"):
+        pairs()
+    (folder / "bad.csv").write_text("inputs,targets\na,b\na,b,c\n")
+    files.register_files("mine", f"{folder}/bad.csv")
+    with pytest.raises(ValueError, match=r"bad\.csv:3: 3 fields, the header has 2"):
+        pairs()
+    (folder / "list.jsonl").write_text(json.dumps({"inputs": ["a"], "targets": "b"}) + "\n")
+    with pytest.raises(ValueError, match=r"list\.jsonl:1: column inputs holds list"):
+        files.register_files("mine", f"{folder}/list.jsonl")
+
+
+def test_the_name_of_another_task_is_not_taken(folder):
+    with pytest.raises(ValueError, match="duplicate"):
+        files.register_files("glue_cola_v002", f"{folder}/c.tsv.gz")
