@@ -27,6 +27,7 @@ from typing import Any
 
 import gin
 from absl import flags
+from gin import config as gin_config
 
 GIN_CONFIGS = Path(__file__).resolve().parent / "gin_configs"
 MODES = ("train", "eval", "infer", "score", "inspect")
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         from t5x_lite import jobs, logs
 
         logs.setup_logging()
+        keep_compiled()
         if options.dry_run:
             jobs.dry_run(run, options.mode)
         elif options.mode == "train":
@@ -66,6 +68,15 @@ def main(argv: Sequence[str]) -> int:
         print(f"run.py: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def keep_compiled() -> None:
+    """What XLA compiles is kept for the next run, unless JAX has been told where to keep it."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        import jax
+
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "t5x_lite", "jax"))
 
 
 # Flags
@@ -156,16 +167,16 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
     for folder in search_paths:
         if not Path(folder).is_dir():
             raise Refusal(f"--gin_search_paths: there is no folder {folder}")
-    gin.config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
-    del gin.config._FILE_READERS[1:]  # the one for packages logs an error for each place where a file is not
+    gin_config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
+    del gin_config._FILE_READERS[1:]  # the one for packages logs an error for each place where a file is not
     for file in files:
-        if not any(Path(folder, file).is_file() for folder in gin.config._LOCATION_PREFIXES):
+        if not any(Path(folder, file).is_file() for folder in gin_config._LOCATION_PREFIXES):
             raise Refusal(_no_file(file))
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for modules of the user's, also when run.py is installed elsewhere
     parts = configurables()
     gin.clear_config()
-    config = gin.config._CONFIG  # gin has no public list of what is bound
+    config = gin_config._CONFIG  # gin has no public list of what is bound
     used: set[str] = set()  # macros, also where a later file or binding overrides what uses them
     for file in (str(GIN_CONFIGS / "defaults.gin"), *files):
         _parse(gin.parse_config_file, file, f"--gin_file={file}")
@@ -185,7 +196,7 @@ def _gin_files(under: str = "") -> list[str]:
 
 def _no_file(file: str) -> str:
     known = _gin_files() + [str(path) for path in Path(file).parent.glob("*.gin")]
-    folders = ", ".join(gin.config._LOCATION_PREFIXES[1:])
+    folders = ", ".join(gin_config._LOCATION_PREFIXES[1:])
     return f"no gin file {file} in the current folder or in {folders}.{nearest(file, known)}"
 
 
@@ -231,7 +242,7 @@ def _macros(config: Config) -> dict[str, Any]:
 
 
 def _macros_used(config: Config) -> set[str]:
-    return {ref.config_key[0] for ref in gin.config.iterate_references(config) if ref.selector == "gin.macro"}
+    return {ref.config_key[0] for ref in gin_config.iterate_references(config) if ref.selector == "gin.macro"}
 
 
 def _check_macros(config: Config, used_before: set[str]) -> None:
@@ -247,7 +258,7 @@ def _check_macros(config: Config, used_before: set[str]) -> None:
 def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
     """Refuses values that are missing or of the wrong type, in the parts that this run is made of."""
     macros = _macros(config)
-    chosen = {ref.configurable.name for ref in gin.config.iterate_references(config)} | {"Run"}
+    chosen = {ref.selector.split(".")[-1] for ref in gin_config.iterate_references(config)} | {"Run"}
     for name, part in parts.items():
         if name not in chosen:
             continue
@@ -272,13 +283,13 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
 
 
 def _refers_to(value: Any, selector: str) -> bool:
-    return isinstance(value, gin.config.ConfigurableReference) and value.selector == selector
+    return isinstance(value, gin_config.ConfigurableReference) and value.selector == selector
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a gin literal is of the type `hint`. What only running can tell (a reference, an odd hint) fits."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, gin.config.ConfigurableReference):
+    if isinstance(value, gin_config.ConfigurableReference):
         return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)

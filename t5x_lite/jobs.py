@@ -213,7 +213,9 @@ def train(run: Run, config: str) -> None:
         else:
             state = step.init_state(run.model, run.optimizer, parameter_key, machine.abstract)
             if start.path is not None:
-                state = state.replace(params=checkpoint.restore_params(start.path, machine.abstract.params))
+                state = dataclasses.replace(
+                    state, params=checkpoint.restore_params(start.path, machine.abstract.params)
+                )
         scores: Scores = {}
 
         def evaluate(state: step.TrainState) -> Scores:
@@ -223,7 +225,7 @@ def train(run: Run, config: str) -> None:
         if int(state.step) >= last:
             log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
             logger.evaluation(int(state.step), evaluate(state))
-        loop.train(
+        state = loop.train(
             state,
             machine.compiler.train_step(
                 machine.abstract,
@@ -241,7 +243,7 @@ def train(run: Run, config: str) -> None:
             evaluate=evaluate,
         )
     if jax.process_index() == 0:
-        report.after_training(run.model_dir, scores, last, _baselines(name), _vocabulary_file(run, name))
+        report.after_training(run.model_dir, scores, int(state.step), _baselines(name), _vocabulary_file(run, name))
 
 
 def _checkpointer(run: Run) -> checkpoint.Checkpointer:

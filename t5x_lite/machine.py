@@ -4,7 +4,6 @@ What the devices do not allow is refused here, before any data is read. It knows
 must not know text, SeqIO or TensorFlow.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,12 +18,9 @@ class Machine:
     """The devices of a run and the shapes of its state on them; what can be refused without reading data is."""
 
     def __init__(self, run: Run):
-        if jax.config.jax_compilation_cache_dir is None:
-            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "t5x_lite", "jax"))
         if unknown := set(run.mesh) - set(sharding.MESH_AXES):
             raise ValueError(f"MESH has no axis {unknown.pop()!r}: its axes are {', '.join(sharding.MESH_AXES)}")
-        self.mesh = sharding.make_mesh(**{"data": 1, **run.mesh})
+        self.mesh = sharding.make_mesh(run.mesh.get("data", 1), run.mesh.get("fsdp", 1), run.mesh.get("tensor", 1))
         self.rules = run.logical_axis_rules or sharding.RULES
         parts = sharding.batch_parts(self.mesh, self.rules)
         for name, rows in (

@@ -144,8 +144,8 @@ def train_step(
 
     metrics = _means(sums) | {
         "learning_rate": learning_rate,
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(state.params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(state.params),
         "target_tokens": jnp.sum(batch["decoder_target_tokens"] != 0).astype(jnp.float32),
         "input_tokens": jnp.sum(batch["encoder_input_tokens"] != 0).astype(jnp.float32),
     }

@@ -138,12 +138,12 @@ def _read_labelled(paths: list[str], split: str) -> sources.Columns:
 
 def _read_questions(paths: list[str], split: str) -> sources.Columns:
     rows = stdlib_text.questions(split)
-    ends = np.cumsum([0] + [len(q.answers) for q in rows])
+    answers, ends = _column([a for q in rows for a in q.answers]), np.cumsum([0] + [len(q.answers) for q in rows])
     return {
         "id": _column([f"{split}-{i}" for i in range(len(rows))]),
         "context": _column([q.context for q in rows]),
         "question": _column([q.question for q in rows]),
-        "answers": {"text": tf.RaggedTensor.from_row_splits(_column([a for q in rows for a in q.answers]), ends)},
+        "answers": {"text": tf.RaggedTensor.from_row_splits(answers, ends)},  # pyright: ignore[reportAttributeAccessIssue]
     }
 
 

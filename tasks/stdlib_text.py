@@ -78,9 +78,9 @@ def sentences(text: str) -> tuple[str, ...]:
         if _NOT_PROSE.search(paragraph):
             continue
         for sentence in _SENTENCE_END.split(" ".join(_BULLET.sub("", paragraph).split())):
-            plain = sum(c.isalpha() or c == " " for c in sentence)
-            if 4 <= len(sentence.split()) <= 50 and sentence[0].isupper() and plain >= 0.87 * len(sentence):
-                found += [] if _CODE.search(sentence) else [sentence]
+            plain = sum(c.islower() or c == " " for c in sentence)
+            if len(sentence.split()) >= 4 and len(sentence) <= 300 and plain >= 0.75 * len(sentence):
+                found += [sentence] if sentence[0].isupper() and not _CODE.search(sentence) else []
     return tuple(found)
 
 

@@ -57,7 +57,8 @@ def assert_same_training(a, b, rtol=2e-4):
     for got, expected in zip(a[1], b[1], strict=True):
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], rtol=rtol, atol=1e-6, err_msg=name)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-2, atol=2e-3), a[0].params, b[0].params)
+    for x, y in zip(jax.tree.leaves(a[0].params), jax.tree.leaves(b[0].params), strict=True):
+        assert np.linalg.norm(np.subtract(x, y)) < 2e-3 * np.linalg.norm(y)
 
 
 def test_gradients_of_the_mean_loss_agree_with_hugging_face(golden, golden_t5):
@@ -115,7 +116,7 @@ def test_summed_loss_with_z_loss_agrees_with_t5x(golden_t5):
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_eight_devices_train_as_one_with_one_compilation(mesh):
     config = dataclasses.replace(CONFIG, dropout_rate=0.1)
-    alone, sharded = run(config), run(config, mesh)
+    alone, sharded = run(config), run(config, mesh)  # one device's program comes from the compilation cache
     assert_same_training(sharded, alone)
     assert sharded[2] == 1
     embedding = sharded[0].params["token_embedder"]["embedding"]

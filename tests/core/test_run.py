@@ -1,0 +1,266 @@
+"""The command line: gin files and flags to a `Run`, and what the user is told of each mistake."""
+
+import dataclasses
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import jax
+import pytest
+
+import run
+from t5x_lite import step
+from t5x_lite.machine import Machine
+from t5x_lite.model import T5Config
+from t5x_lite.options import Run, last_step
+
+REPO = Path(run.__file__).parent
+SMALL = "--gin_file=models/t5_1_1/small.gin"
+
+
+@pytest.fixture(autouse=True)
+def _process(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # set by whoever runs the tests, or none
+    handlers = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = handlers
+
+
+def configured(*arguments: str) -> Run:
+    options = run.parse_flags(["run.py", *arguments])
+    return run.configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that the command says of these arguments."""
+    assert run.main(["run.py", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("run.py: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["nothing to run", "quickstart.gin", "runs/finetune.gin"]),
+        (["--mode=trian"], ["'trian'", "Did you mean train"]),
+        (["--mod=train"], ["--mod", "Did you mean --mode"]),
+        (["train"], ["'train'", "--NAME=VALUE"]),
+        (["--gin.BATCH_SIZE"], ["--gin.BATCH_SIZE=VALUE"]),
+        (["--gin_file=quikstart.gin"], ["quikstart.gin", "Did you mean quickstart.gin"]),
+        (["--gin_file=models/t5_1_1/smal.gin"], ["Did you mean models/t5_1_1/small.gin"]),
+        (["--gin_search_paths=/nowhere", SMALL], ["/nowhere"]),
+        ([SMALL, "--gin.BATCHSIZE=64"], ["BATCHSIZE", "Did you mean BATCH_SIZE"]),
+        ([SMALL, "--gin.BATCH_SIZE='many'"], ["BATCH_SIZE", "'many'", "int"]),
+        ([SMALL, "--gin.BATCH_SIZE=True"], ["BATCH_SIZE", "int"]),
+        ([SMALL, "--gin.DTYPE='float16'"], ["DTYPE", "bfloat16"]),
+        ([SMALL, "--gin.MESH={'data': '2'}"], ["MESH", "Mapping[str, int]"]),
+        ([SMALL, "--gin.MODEL_DIR=/tmp/m"], ["--gin.MODEL_DIR=/tmp/m", "quotes"]),
+        ([SMALL, "--gin.TASK_FEATURE_LENGTHS={'inputs': 3"], ["TASK_FEATURE_LENGTHS", "not a gin value"]),
+        ([SMALL, "--gin.T5Config.d_modle=3"], ["d_modle", "Did you mean d_model"]),
+        ([SMALL, "--gin.T5Confg.d_model=3"], ["T5Confg", "Did you mean T5Config"]),
+        ([SMALL, "--gin.OPTIMIZER=@adafctor()"], ["adafctor", "Did you mean adafactor"]),
+        ([SMALL, "--gin.SCHEDULE=@constant()"], ["constant", "optim"]),
+        ([SMALL, "--gin.SCHEDULE=@optim.linear()"], ["TRAIN_STEPS = None", "int"]),
+        ([SMALL, "--gin.BATCH_SIZE=%ROWS"], ["ROWS", "never set"]),
+        ([SMALL, "--gin.T5Config.num_heads=0"], ["num_heads", "0"]),
+        ([SMALL, "--gin.BATCH_SIZE=6", "--gin.NUM_MICROBATCHES=4"], ["BATCH_SIZE = 6", "NUM_MICROBATCHES = 4"]),
+        ([SMALL, "--gin.TRAIN_STEPS=1", "--gin.TOTAL_TRAIN_STEPS=1"], ["TRAIN_STEPS = 1", "TOTAL_TRAIN_STEPS = 1"]),
+        ([SMALL, "--gin.KEEP_BEST_METRIC='a/b'", "--gin.EVAL_PERIOD=300"], ["KEEP_BEST_METRIC", "300"]),
+        ([SMALL, "--gin.EVAL_FILES='a.txt'"], ["EVAL_FILES", "TRAIN_FILES"]),
+        ([SMALL], ["TRAIN_STEPS is not set"]),
+        ([SMALL, "--gin.TRAIN_STEPS=1"], ["MIXTURE_OR_TASK_NAME", "TRAIN_FILES"]),
+        ([SMALL, "--gin.TRAIN_STEPS=1", "--gin.MESH={'dat': 8}"], ["'dat'", "data, fsdp, tensor"]),
+        ([SMALL, "--gin.TRAIN_STEPS=1", "--gin.MESH={'data': 3}"], ["data=3", "8 cpu"]),
+        ([SMALL, "--gin.TRAIN_STEPS=1", "--gin.BATCH_SIZE=12"], ["BATCH_SIZE", "12", "8 parts"]),
+        ([SMALL, "--gin.TRAIN_STEPS=1", "--gin.MESH={'fsdp': 2, 'tensor': 4}"], ["'heads' of size 6", "tensor = 4"]),
+        ([SMALL, "--gin_file=runs/finetune.gin"], ["INITIAL_CHECKPOINT_PATH", "required"]),
+        (["--gin_file=runs/pretrain.gin"], ["T5Config", "d_model", "models/t5_1_1/small.gin"]),
+        ([SMALL, "--mode=eval", "--gin.MODEL_DIR='/nowhere/m'"], ["no checkpoint", "/nowhere/m"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, said):
+    line = refused(capsys, *arguments)
+    for part in said:
+        assert part in line
+
+
+def test_mistakes_in_a_gin_file_are_said_with_file_and_line(capsys, tmp_path):
+    file = tmp_path / "mine.gin"
+    for text, said in [
+        ("BATCH_SIZE = 3\nT5Config:\n  d_modl = 3\n", f"{file}, line 3: T5Config has no parameter d_modl"),
+        ("\ninclude 'models/t5_1_1/smal.gin'\n", f"{file}, line 2: no gin file models/t5_1_1/smal.gin"),
+        ("import absent_module\n", f"{file}, line 1: No module named 'absent_module'"),
+        ("BATCH_SIZE = 3 4\n", f"{file}, line 1: not a gin value"),
+        ("BATCH_SIZE = [3\n", "not a gin value"),
+    ]:
+        file.write_text(text)
+        assert said in refused(capsys, f"--gin_file={file}")
+
+
+@pytest.mark.parametrize("text", ["import absent_of_mine", "raise ValueError('mine')", "1 +", "{}['x']"])
+def test_what_a_users_module_raises_keeps_its_traceback(tmp_path, monkeypatch, text):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_module_of_mine.py").write_text(text + "\n")
+    file = tmp_path / "mine.gin"
+    file.write_text("import a_module_of_mine\n")
+    with pytest.raises((ModuleNotFoundError, ValueError, SyntaxError, KeyError)) as error:
+        run.main(["run.py", f"--gin_file={file}"])
+    assert not isinstance(error.value, run.Refusal)
+
+
+def test_flags_are_refused_before_jax_is_imported():
+    script = (
+        "import sys, run; code = run.main(['run.py', '--mode=trian']); "
+        "assert not {'jax', 'tensorflow'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr == "run.py: unknown mode 'trian'. Did you mean train?\n"
+
+
+def test_help_names_modes_and_flags(capsys):
+    assert run.main(["run.py", "--help"]) == 0
+    said = capsys.readouterr().out
+    for part in ("--gin_file", "--gin_bindings", "--gin_search_paths", "--mode", "--[no]dry_run", *run.MODES):
+        assert part in said
+
+
+def test_the_last_one_to_set_a_macro_wins(tmp_path):
+    (tmp_path / "mine.gin").write_text("BATCH_SIZE = 24\nRANDOM_SEED = 5\n")
+    search = f"--gin_search_paths={tmp_path}"
+    assert configured(SMALL).batch_size == 128
+    assert configured(SMALL, search, "--gin_file=mine.gin").batch_size == 24
+    found = configured(SMALL, search, "--gin_file=mine.gin", "--gin.BATCH_SIZE=32")
+    assert (found.batch_size, found.random_seed, found.eval_batch_size) == (32, 5, 32)
+    assert configured(SMALL, "--gin_bindings=BATCH_SIZE = 48").batch_size == 48
+
+
+def test_a_file_in_the_current_folder_goes_before_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configured(SMALL, "--gin_file=quickstart.gin").batch_size != 7
+    (tmp_path / "quickstart.gin").write_text("BATCH_SIZE = 7\n")
+    assert configured(SMALL, "--gin_file=quickstart.gin").batch_size == 7
+
+
+def test_a_macro_of_the_users_may_be_left_without_use_by_the_command_line(tmp_path):
+    (tmp_path / "mine.gin").write_text("ROWS = 8\nBATCH_SIZE = %ROWS\n")
+    assert configured(SMALL, f"--gin_file={tmp_path}/mine.gin").batch_size == 8
+    assert configured(SMALL, f"--gin_file={tmp_path}/mine.gin", "--gin.BATCH_SIZE=16").batch_size == 16
+
+
+def test_without_a_model_dir_it_is_named_after_the_last_gin_file():
+    assert configured("--gin_file=runs/pretrain.gin", SMALL).model_dir == "runs/small"
+    assert configured(SMALL, "--gin.MODEL_DIR='/m'").model_dir == "/m"
+
+
+def test_the_operative_config_gives_the_same_run(tmp_path):
+    first = configured(SMALL, "--gin_file=runs/pretrain.gin", "--gin.MESH={'fsdp': -1}", "--gin.CLIP_NORM=1.5")
+    (tmp_path / "config.gin").write_text(gin.operative_config_str())
+    again = configured(f"--gin_file={tmp_path}/config.gin")
+    assert dataclasses.replace(again, optimizer=first.optimizer) == first
+    assert again.model_dir == "runs/pretrain" and again.mesh == {"fsdp": -1}
+    assert (
+        float(again.optimizer.schedule(20_000)) == float(first.optimizer.schedule(20_000)) == pytest.approx(0.00707107)
+    )
+
+
+def test_every_option_has_a_macro_and_every_macro_a_comment():
+    text = (REPO / "gin_configs" / "defaults.gin").read_text()
+    macros = re.findall(r"^([A-Z][A-Z0-9_]*) = (.*)$", text, re.MULTILINE)
+    options = {field.name.upper() for field in dataclasses.fields(Run)} - {"MODEL", "OPTIMIZER", "LOSS"}
+    assert options <= {name for name, _ in macros}
+    obvious = {"SHUFFLE_TRAIN_EXAMPLES", "FILES_TARGETS_TEMPLATE", "Z_LOSS", "LABEL_SMOOTHING", "EVAL_BATCH_SIZE"}
+    obvious |= {"EVAL_SPLIT", "CHECKPOINT_PERIOD", "KEEP_BEST", "KEEP_BEST_MODE"}
+    assert {name for name, value in macros if "#" not in value} <= obvious
+
+
+# What the gin files say, against FACTS: exact counts, as transformers and T5X have them.
+COUNTS = {
+    "t5_1_0/small": 60_506_624,
+    "t5_1_0/base": 222_903_552,
+    "t5_1_0/large": 737_668_096,
+    "t5_1_0/3B": 2_851_598_336,
+    "t5_1_0/11B": 11_307_321_344,
+    "t5_1_1/small": 76_961_152,
+    "t5_1_1/base": 247_577_856,
+    "t5_1_1/large": 783_150_080,
+    "t5_1_1/xl": 2_849_757_184,
+    "t5_1_1/xxl": 11_135_332_352,
+}
+
+
+def test_every_model_file_is_counted():
+    assert {
+        str(file.relative_to(REPO / "gin_configs/models"))[:-4] for file in REPO.glob("gin_configs/models/*/*.gin")
+    } == set(COUNTS)
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameter_counts(size):
+    file = REPO / "gin_configs" / "models" / f"{size}.gin"
+    machine = Machine(configured(f"--gin_file={file}"))
+    assert step.param_count(machine.abstract.params) == COUNTS[size]
+    assert f"{COUNTS[size]:,} parameters" in file.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "fsdp_tensor"])
+def test_mesh_files_use_all_devices(mesh):
+    machine = Machine(configured(SMALL, f"--gin_file=mesh/{mesh}.gin"))
+    assert machine.mesh.size == len(jax.devices()) == 8
+    shares = {axis for axis, size in machine.mesh.shape.items() if size > 1}
+    assert shares == {"data": {"data"}, "fsdp": {"fsdp"}, "fsdp_tensor": {"fsdp", "tensor"}}[mesh]
+
+
+def test_run_files_follow_the_published_recipes():
+    pretrain = configured(SMALL, "--gin_file=runs/pretrain.gin")
+    assert [float(pretrain.optimizer.schedule(n)) for n in (0, 40_000)] == pytest.approx([0.01, 0.005])
+    assert (pretrain.batch_size, pretrain.task_feature_lengths) == (128, {"inputs": 512, "targets": 114})
+    assert pretrain.model.dropout_rate == 0.0
+    finetune = configured(SMALL, "--gin_file=runs/finetune.gin", "--gin.INITIAL_CHECKPOINT_PATH=None")
+    assert [float(finetune.optimizer.schedule(n)) for n in (0, 40_000)] == pytest.approx([0.001, 0.001])
+    assert finetune.model.dropout_rate == 0.1
+    for name in ("eval", "infer", "score"):
+        assert isinstance(configured(SMALL, f"--gin_file=runs/{name}.gin").model, T5Config)
+
+
+def test_total_train_steps_count_those_of_the_initial_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "30" / "params").mkdir(parents=True)
+    total = configured(
+        SMALL, "--gin.TOTAL_TRAIN_STEPS=100", f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/checkpoints/30'"
+    )
+    assert last_step(total) == 70
+    assert last_step(dataclasses.replace(total, initial_checkpoint_path=None)) == 100
+    assert last_step(dataclasses.replace(total, total_train_steps=None, train_steps=100)) == 100
+    with pytest.raises(ValueError, match="30 steps"):
+        last_step(dataclasses.replace(total, total_train_steps=30))
+
+
+# Packaging: bounds are written in three places, because pip and setuptools read different files.
+
+
+def requirements(name: str) -> dict[str, str]:
+    lines = [line.partition("#")[0].strip() for line in (REPO / name).read_text().splitlines()]
+    found = [re.fullmatch(r"([\w-]+(?:\[\w+\])?)(.*)", line) for line in lines if line and not line.startswith("-")]
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_every_requirement_has_bounds_and_a_pin_within_them():
+    from packaging.specifiers import SpecifierSet
+
+    pins = {name.lower().replace("_", "-"): pin for name, pin in requirements("constraints.txt").items()}
+    assert all(pin.startswith("==") for pin in pins.values())
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-tpu.txt", "requirements-gpu.txt"):
+        for name, bounds in requirements(file).items():
+            assert ">=" in bounds and "<" in bounds, f"{file}: {name}"
+            assert SpecifierSet(bounds).contains(pins[name.partition("[")[0]].removeprefix("==")), f"{file}: {name}"
+
+
+def test_the_extras_have_the_bounds_of_the_requirements():
+    text = (REPO / "pyproject.toml").read_text()
+    for file in ("requirements-tpu.txt", "requirements-gpu.txt"):
+        ((name, bounds),) = requirements(file).items()
+        assert f'["{name}{bounds}"]' in text and bounds == requirements("requirements.txt")["jax"]

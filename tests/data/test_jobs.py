@@ -1,0 +1,143 @@
+"""The modes of the command, end to end, on files of one's own."""
+
+import json
+import logging
+import pathlib
+
+import jax
+import pytest
+
+import run
+
+LINES = [{"inputs": f"reverse: {word}", "targets": word[::-1]} for word in "one two three four five six seven".split()]
+
+# All sizes differ; 359 byte ids are padded to 384.
+MODEL = """
+T5Config:
+    d_model = 16
+    d_ff = 24
+    num_heads = 2
+    head_dim = 6
+    num_encoder_layers = 1
+    num_decoder_layers = 2
+    vocab_size = 384
+
+VOCABULARY = "bytes"
+TASK_FEATURE_LENGTHS = {"inputs": 20, "targets": 9}
+BATCH_SIZE = 8
+DTYPE = "float32"
+DROPOUT_RATE = 0.1
+SCHEDULE = @optim.constant()
+LEARNING_RATE = 0.01
+WARMUP_STEPS = 0
+EVAL_PERIOD = 3
+CHECKPOINT_PERIOD = 3
+LOG_PERIOD = 1
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys, bytes_vocabulary):
+    """Runs the command in a folder with `mine.gin` and files of one's own; gives what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    handlers = logging.getLogger().handlers[:]
+    rows = "".join(json.dumps(line) + "\n" for line in LINES)
+    for name in ("train.jsonl", "valid.jsonl"):
+        pathlib.Path(name).write_text(rows)
+    files = "TRAIN_FILES = 'train.jsonl'\nEVAL_FILES = 'valid.jsonl'\n"
+    pathlib.Path("mine.gin").write_text(MODEL + files)
+
+    def execute(*arguments: str, code: int = 0) -> str:
+        assert run.main(["run.py", "--gin_file=mine.gin", *arguments]) == code
+        out, err = capsys.readouterr()
+        return out if code == 0 else err
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))  # the modes share what they compile
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield execute
+    jax.config.update("jax_compilation_cache_dir", None)
+    logging.getLogger().handlers[:] = handlers
+
+
+def records(model_dir: str, split: str) -> list[dict]:
+    lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def test_inspect_shows_a_batch_as_text(command):
+    said = command("--mode=inspect")
+    assert "reverse: seven" in said
+    assert "packing efficiency" in said
+
+
+def test_dry_run_builds_all_and_writes_nothing(command):
+    before = sorted(pathlib.Path().iterdir())
+    said = command("--dry_run", "--gin.TRAIN_STEPS=5")
+    for part in ("parameters", "data=8, fsdp=1, tensor=1", "encoder_input_tokens [8, 20]", "100.000% files"):
+        assert part in said
+    assert sorted(pathlib.Path().iterdir()) == before
+
+
+def test_unknown_names_are_refused_with_the_nearest(command):
+    said = command("--gin.TRAIN_STEPS=5", "--gin.TRAIN_FILES=None", "--gin.EVAL_FILES=None",
+                   "--gin.MIXTURE_OR_TASK_NAME='glue_mrcp_v002'", code=2)  # fmt: skip
+    assert "glue_mrcp_v002" in said
+    assert "glue_mrpc_v002" in said
+    said = command("--gin.TRAIN_STEPS=5", "--gin.MIXTURE_OR_TASK_MODULE='absent.tasks'", code=2)
+    assert "'absent'" in said
+    said = command("--gin.TRAIN_STEPS=5", "--gin.TRAIN_FILES='absent*.jsonl'", code=2)
+    assert "absent*.jsonl" in said
+    said = command("--gin.TRAIN_STEPS=5", "--gin.T5Config.vocab_size=256", code=2)
+    assert "256" in said
+    assert "384" in said
+
+
+def test_what_the_users_tasks_raise_keeps_its_traceback(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tasks_of_mine.py").write_text("raise ValueError('mine')\n")
+    with pytest.raises(ValueError, match="mine"):
+        command("--gin.TRAIN_STEPS=5", "--gin.MIXTURE_OR_TASK_MODULE='tasks_of_mine'")
+
+
+@pytest.mark.slow
+def test_train_stop_resume_evaluate_infer_and_score(command):
+    said = command("--gin.TRAIN_STEPS=6", "--gin.MODEL_DIR='whole'")
+    assert "token_accuracy" in said
+    assert pathlib.Path("whole/loss.png").stat().st_size > 0
+    assert "TRAIN_STEPS = 6" in pathlib.Path("whole/config.gin").read_text()
+
+    # Stopped after step 3 and gone on, with the same losses to the bit; the data position counts, not only the state.
+    command("--gin.TRAIN_STEPS=3", "--gin.MODEL_DIR='parts'")
+    command("--gin.TRAIN_STEPS=6", "--gin.MODEL_DIR='parts'")
+    losses = {name: {r["step"]: r["loss"] for r in records(name, "train")} for name in ("whole", "parts")}
+    assert losses["parts"] == losses["whole"]
+    assert list(losses["whole"]) == [1, 2, 3, 4, 5, 6]
+    assert len(set(losses["whole"].values())) == 6
+
+    # Evaluated during training and afterwards, from the file that the run has left: the same scores.
+    (during,) = [r for r in records("whole", "validation") if r["step"] == 6]
+    said = command("--gin_file=whole/config.gin", "--mode=eval")
+    assert records("whole", "validation")[-1] == during
+    assert "files" in said
+    predictions = pathlib.Path("whole/predictions/files-6.jsonl").read_text().splitlines()
+    assert [json.loads(line)["targets"] for line in predictions] == [line["targets"] for line in LINES]
+
+    # Nothing is left to train, and the scores are said again.
+    assert "token_accuracy" in command("--gin_file=whole/config.gin")
+
+    pathlib.Path("questions.txt").write_text("reverse: six\n\nreverse: ten\n")
+    command("--gin_file=whole/config.gin", "--mode=infer", "--gin.INFER_INPUT='questions.txt'")
+    answers = [json.loads(line) for line in pathlib.Path("whole/infer/questions-6.jsonl").read_text().splitlines()]
+    assert [answer["inputs"] for answer in answers] == ["reverse: six", "", "reverse: ten"]
+    command("--gin_file=whole/config.gin", "--mode=score", "--gin.INFER_OUTPUT='scores.jsonl'")
+    scores = [json.loads(line) for line in pathlib.Path("scores.jsonl").read_text().splitlines()]
+    assert [score["targets"] for score in scores] == [line["targets"] for line in LINES]
+    tokens = sum(len(line["targets"]) + 1 for line in LINES)
+    assert -sum(score["score"] for score in scores) / tokens == pytest.approx(during["loss"], rel=1e-5)
+
+    # From these parameters, with a fresh optimizer and steps that count from 0.
+    command("--gin.TRAIN_STEPS=3", "--gin.INITIAL_CHECKPOINT_PATH='whole'", "--gin.MODEL_DIR='tuned'")
+    tuned = {r["step"]: r["loss"] for r in records("tuned", "train")}
+    assert list(tuned) == [1, 2, 3]
+    assert tuned[1] < losses["whole"][1]
