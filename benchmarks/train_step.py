@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py --model=t5_1_1/small --batch_size=8 --dtype=float32
 
-The step is the one that `run.py` runs: Adafactor, z-loss, gradients and all. Batches are full rows of random tokens, so
-that no time goes to padding; `--packed` splits each row into two segments. Needs neither TensorFlow nor gin: it reads the
-sizes out of `gin_configs/models/`. Seconds are medians over `--steps` steps, after two that are not counted.
+The step is the one that `run.py` runs: Adafactor, z-loss, gradients and all. Batches are full rows of random tokens,
+so that no time goes to padding; `--packed` splits each row into two segments. Needs neither TensorFlow nor gin: it
+reads the sizes out of `gin_configs/models/`. Seconds are medians over `--steps` steps, after two that are not counted.
 """
 
 import argparse

@@ -29,7 +29,7 @@ class Visibility:
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
     def dense(self, query_length: int, key_length: int) -> Bool[Array, "B 1 T S"] | None:
-        """The mask written out (`True` = visible), its batch axis 1 if all rows agree; `None` if everything is visible."""
+        """The mask written out, `True` where visible; with batch axis 1 if all rows agree; `None`: all visible."""
         mask = None
         if self.key_segments is not None:
             if self.query_segments is None:

@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,17 +52,8 @@ class DataIterator(Protocol):
     def restore(self, path: str) -> None: ...
 
 
-class State(Protocol):
-    """A training state (step.TrainState): step is an int32 scalar, params a nested dict, opt_state any tree."""
-
-    step: Any
-    params: Any
-    opt_state: Any
-
-    def replace(self, **changes: Any) -> Any: ...
-
-
-StateT = TypeVar("StateT", bound=State)
+# A training state (step.TrainState), a dataclass: step is an int32 scalar, params a nested dict, opt_state any tree.
+State = Any
 
 
 # The data position as a part of an Orbax checkpoint.
@@ -238,7 +229,7 @@ class Checkpointer:
         with jax.transfer_guard("allow"):
             return self._manager.save(step, args=ocp.args.Composite(**parts), metrics=scores, force=True)
 
-    def restore(self, step: int, abstract_state: StateT, iterator: DataIterator | None = None) -> StateT:
+    def restore(self, step: int, abstract_state: State, iterator: DataIterator | None = None) -> State:
         """The state of `step`, bit for bit, and the iterator put where it was.
 
         Args:
@@ -268,7 +259,9 @@ class Checkpointer:
         restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
         params = _like(abstract_state.params, restored["params"])
         optimizer = _like(_optimizer_part(abstract_state), restored["optimizer"])
-        return abstract_state.replace(step=optimizer["step"], params=params, opt_state=optimizer["opt_state"])
+        return dataclasses.replace(
+            abstract_state, step=optimizer["step"], params=params, opt_state=optimizer["opt_state"]
+        )
 
     def wait(self) -> None:
         """Returns when no save is under way; raises what the last one raised."""

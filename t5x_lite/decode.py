@@ -60,6 +60,7 @@ def greedy(
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:
     """Log-likelihood of each row's targets, summed over those with a loss weight (natural logarithm)."""
     logits_BTV = T5(config).apply({"params": params}, batch["encoder_input_tokens"], batch["decoder_input_tokens"])
+    assert isinstance(logits_BTV, jax.Array)
     log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     targets_BT = batch["decoder_target_tokens"]
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]

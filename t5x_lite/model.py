@@ -12,7 +12,7 @@ T5X's. This module knows nothing of losses, optimizers, meshes or data; token 0 
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         joined = c.num_heads * c.head_dim
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
-        def query_init(*args: object) -> Array:
+        def query_init(*args: Any) -> Array:
             return normal(*args) / jnp.sqrt(c.head_dim)  # the scale that the logits do not get
 
         self.query = Dense(joined, ("embed", "joined_kv"), query_init, c.compute_dtype)
@@ -198,7 +198,11 @@ class DecoderLayer(nn.Module):
 
         h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
         cross = self.encoder_decoder_attention
-        key, value = (cache.cross_key, cache.cross_value) if cache is not None else cross.keys_values(encoded_BSD)
+        if cache is not None:
+            key, value = cache.cross_key, cache.cross_value
+        else:
+            assert encoded_BSD is not None
+            key, value = cross.keys_values(encoded_BSD)
         x_BTD += self.dropout(cross(h_BTD, key, value, None, cross_visibility))
 
         x_BTD += self.dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
@@ -218,13 +222,13 @@ def _remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
 
 def _stack(layer: type[nn.Module], config: T5Config, length: int, **in_axes: tuple) -> type[nn.Module]:
     """`length` layers under one name, parameters on a leading axis. in_axes: method -> scan axes of its arguments."""
-    options = dict(
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        length=length,
-        unroll=1 if config.scan_layers else length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    options = {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True, "dropout": True},
+        "length": length,
+        "unroll": 1 if config.scan_layers else length,
+        "metadata_params": {nn.PARTITION_NAME: "layers"},
+    }
     return nn.scan(layer, methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()})
 
 
@@ -271,7 +275,9 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
         if not c.tie_embeddings:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-            self.logits_dense = Dense(c.vocab_size, ("embed", "vocab"), init, c.compute_dtype, output_dtype=jnp.dtype("float32"))
+            self.logits_dense = Dense(
+                c.vocab_size, ("embed", "vocab"), init, c.compute_dtype, output_dtype=jnp.dtype("float32")
+            )
 
     def __call__(
         self,
@@ -288,7 +294,8 @@ class Decoder(nn.Module):
         x_BTD, new = self.layers(x_BTD, cache, encoded_BSD, bias_HTS, self_visibility, cross_visibility)
         if cache is not None:
             start = (0, 0, self_visibility.offset, 0, 0)
-            cache = cache.replace(
+            cache = dataclasses.replace(
+                cache,
                 self_key=jax.lax.dynamic_update_slice(cache.self_key, new[0], start),
                 self_value=jax.lax.dynamic_update_slice(cache.self_value, new[1], start),
             )
@@ -368,15 +375,16 @@ class T5(nn.Module):
         cache: Cache,
         encoder_input_tokens: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits of the next tokens (usually one), which stand at positions index, index + 1, ...; and the new cache."""
-        x_BTD, cache = self.decoder(
+        """Logits of the next tokens (usually one), at positions index, index + 1, ...; and the new cache."""
+        x_BTD, new_cache = self.decoder(
             self.token_embedder(decoder_input_tokens),
             None,
             Visibility(offset=index, causal=True),
             Visibility(None, _segments(encoder_input_tokens, None)),
             cache,
         )
-        return self._logits(x_BTD), cache
+        assert new_cache is not None
+        return self._logits(x_BTD), new_cache
 
     def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):

@@ -40,9 +40,6 @@ class Optimizer:
     transform: GradientTransformation
     schedule: Schedule
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "transform", optax.with_extra_args_support(self.transform))
-
 
 def make_optimizer(transform: GradientTransformation, schedule: Schedule, clip_norm: float | None = None) -> Optimizer:
     """An `Optimizer`; with `clip_norm`, gradients whose global norm is above it are scaled down to it first."""

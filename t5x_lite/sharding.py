@@ -1,7 +1,7 @@
 """How arrays lie on the devices: one mesh, and rules that turn logical axes (said beside each parameter) into its axes.
 
 The mesh has three axes. `data` copies parameters and splits the batch; `fsdp` splits both; `tensor` splits heads, MLP
-and vocabulary. Rules are data: a run may give others. This module knows arrays, names and devices, not what is computed.
+and vocabulary. Rules are data: a run may give others. This module knows arrays, names and devices only.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ LARGEST_REPLICATED = 2**23
 _layout: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (of all hosts); at most one axis may be -1, which takes what the others leave."""
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

@@ -24,6 +24,8 @@ from t5x_lite.optim import Optimizer
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
+T5_LOSS = LossConfig()
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -66,7 +68,7 @@ def param_count(params: Any) -> int:
 
 def forward(config: T5Config, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None) -> Array:
     """Teacher-forced logits [B, T, V] of a batch, packed or not; with dropout if a key is given."""
-    return T5(config, train=dropout_key is not None).apply(
+    logits_BTV = T5(config, train=dropout_key is not None).apply(
         {"params": params},
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
@@ -74,6 +76,8 @@ def forward(config: T5Config, params: Any, batch: Batch, dropout_key: Key[Array,
         batch.get("decoder_segment_ids"),
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
+    assert isinstance(logits_BTV, jax.Array)
+    return logits_BTV
 
 
 def train_step(
@@ -83,7 +87,7 @@ def train_step(
     *,
     config: T5Config,
     optimizer: Optimizer,
-    loss: LossConfig = LossConfig(),
+    loss: LossConfig = T5_LOSS,
     num_microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update from one global batch.
@@ -94,9 +98,9 @@ def train_step(
         batch, so without dropout the result is that of one part, up to rounding.
 
     Returns:
-      The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats a target
-      token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update); `target_tokens` and
-      `input_tokens`, without padding.
+      The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats a
+      target token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update);
+      `target_tokens` and `input_tokens`, without padding.
     """
     weights_BT, factor = normalizer(loss, batch)
     key = jax.random.fold_in(key, state.step)
@@ -137,7 +141,7 @@ def train_step(
 
     with jax.named_scope("optimizer"):
         learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
-        direction, opt_state = optimizer.transform.update(
+        direction, opt_state = optax.with_extra_args_support(optimizer.transform).update(
             grads, state.opt_state, state.params, learning_rate=learning_rate
         )
         params = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), state.params, direction)

@@ -30,7 +30,7 @@ class Logger(Protocol):
 
 
 class Saver(Protocol):
-    def save(self, step: int, state: Any, iterator: Any, metrics: Mapping[str, float]) -> None: ...
+    def save(self, step: int, state: Any, iterator: Any, metrics: Any) -> object: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,9 @@ def train(
             logger.train(number, metrics, sum(times) / len(times) if times else 0.0)
             times.clear()
         if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss of step {number} is {metrics['loss']}; earlier checkpoints are untouched")
+            raise FloatingPointError(
+                f"the loss of step {number} is {metrics['loss']}; earlier checkpoints are untouched"
+            )
 
     while step < schedule.last_step:
         batch = next(batches, None)
@@ -110,7 +112,9 @@ def train(
             logger.evaluation(step, scores)
         if saver is not None and schedule.due(schedule.save, step):
             report()
-            saver.save(step, state, batches, {f"{task}/{name}": x for task, of in scores.items() for name, x in of.items()})
+            saver.save(
+                step, state, batches, {f"{task}/{name}": x for task, of in scores.items() for name, x in of.items()}
+            )
         if launched is None:
             clock = time.perf_counter()  # what evaluating and saving took is not the steps'
     report()

@@ -1,5 +1,5 @@
-"""Eight CPU devices for all tests, and where real data and golden values are found. Both are optional: a test that needs
-them says so and skips."""
+"""Eight CPU devices for all tests, and where golden values are found. A test that needs them, or real data, and finds
+none says so and skips."""
 
 import os
 import pathlib

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from t5x_lite.model import T5Config
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
+
 from t5x_lite import decode
 from t5x_lite.model import T5
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from benchmarks.train_step import model_config
 from t5x_lite.attention import Visibility
 from t5x_lite.layers import relative_position_bucket
@@ -27,9 +28,7 @@ PARAMETERS = {
     "t5_1_1/xxl": 11_135_332_352,
 }
 
-TINY = T5Config(
-    d_model=12, d_ff=20, num_heads=3, head_dim=5, num_encoder_layers=2, num_decoder_layers=4, vocab_size=31
-)
+TINY = T5Config(d_model=12, d_ff=20, num_heads=3, head_dim=5, num_encoder_layers=2, num_decoder_layers=4, vocab_size=31)
 ENCODER_INPUT = np.array([[7, 8, 9, 10, 11, 12, 1], [5, 6, 1, 0, 0, 0, 0]])
 DECODER_INPUT = np.array([[0, 21, 22, 23, 24], [0, 25, 26, 0, 0]])
 
@@ -119,9 +118,7 @@ def test_scan_and_remat_change_the_program_but_not_the_gradients(change):
     assert plain.as_text() != changed.as_text()
     if "scan_layers" in change:
         assert "stablehlo.while" in plain.as_text() and "stablehlo.while" not in changed.as_text()
-    for a, b in zip(
-        jax.tree.leaves(plain.compile()(params)), jax.tree.leaves(changed.compile()(params)), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(plain.compile()(params)), jax.tree.leaves(changed.compile()(params)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -129,8 +126,9 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params = init(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
-    exact, rounded = logits(TINY, params, ENCODER_INPUT, DECODER_INPUT), logits(
-        config, params, ENCODER_INPUT, DECODER_INPUT
+    exact, rounded = (
+        logits(TINY, params, ENCODER_INPUT, DECODER_INPUT),
+        logits(config, params, ENCODER_INPUT, DECODER_INPUT),
     )
     assert rounded.dtype == np.float32
     assert 1e-5 < np.abs(exact - rounded).max() / np.abs(exact).max() < 5e-2

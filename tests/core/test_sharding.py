@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks.train_step import model_config
 from core.test_model import PARAMETERS
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from benchmarks.train_step import model_config
 from t5x_lite import optim, sharding, step
 from t5x_lite.model import T5Config
 
@@ -65,7 +66,9 @@ def test_optimizer_moments_lie_as_their_parameters():
 
 
 def test_an_axis_that_does_not_divide_is_refused_by_leaf_axis_and_cure():
-    with pytest.raises(ValueError, match=r"kernel of shape \(3, 8, 24\): axis 'joined_kv' of size 24 .*tensor = 16.*1, 2, 3"):
+    with pytest.raises(
+        ValueError, match=r"kernel of shape \(3, 8, 24\): axis 'joined_kv' of size 24 .*tensor = 16.*1, 2, 3"
+    ):
         step.abstract_state(SMALL, ADAFACTOR, abstract_mesh(1, 1, 16))
     with pytest.raises(ValueError, match=r"rel_embedding of shape \(4, 32\): axis 'heads' of size 4 .*tensor = 8"):
         step.abstract_state(SMALL, ADAFACTOR, abstract_mesh(1, 1, 8))

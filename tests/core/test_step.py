@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from core.conftest import stack_layers
+
 from t5x_lite import optim, sharding, step
 from t5x_lite.losses import LossConfig
 from t5x_lite.model import T5, T5Config
@@ -35,7 +36,7 @@ def make_batch(seed=0):
     }
 
 
-def run(config=CONFIG, mesh=(1, 1, 1), steps=3, optimizer=None, loss=LossConfig(), num_microbatches=1, batches=None):
+def run(config=CONFIG, mesh=(1, 1, 1), steps=3, optimizer=None, loss=step.T5_LOSS, num_microbatches=1, batches=None):
     """Trains from the same start; returns the final state, the metrics of each step and the number of compilations."""
     optimizer = optimizer or optim.make_optimizer(optim.adafactor(), optim.rsqrt_decay(0.1, 2))
     compiler = step.Compiler(sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)]))
@@ -88,9 +89,9 @@ def test_gradients_of_the_mean_loss_agree_with_hugging_face(golden, golden_t5):
         "shared.weight": got["token_embedder"]["embedding"],
         "lm_head.weight": got["decoder"]["logits_dense"]["kernel"].T,
         "encoder.block.2.layer.0.SelfAttention.q.weight": got["encoder"]["layers"]["attention"]["query"]["kernel"][2].T,
-        "decoder.block.1.layer.1.EncDecAttention.k.weight": got["decoder"]["layers"]["encoder_decoder_attention"]["key"][
-            "kernel"
-        ][1].T,
+        "decoder.block.1.layer.1.EncDecAttention.k.weight": got["decoder"]["layers"]["encoder_decoder_attention"][
+            "key"
+        ]["kernel"][1].T,
         "decoder.block.0.layer.2.DenseReluDense.wo.weight": got["decoder"]["layers"]["mlp"]["wo"]["kernel"][0].T,
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": got["encoder"]["relpos_bias"][
             "rel_embedding"
@@ -107,7 +108,11 @@ def test_summed_loss_with_z_loss_agrees_with_t5x(golden_t5):
     inputs = io["input_ids"] * io["attention_mask"]
     logits = T5(golden_t5.config).apply({"params": golden_t5.params}, inputs, io["decoder_input_ids"])
     sums = step.cross_entropy_sums(
-        logits, jnp.asarray(io["targets"]), jnp.asarray(io["targets"] != 0, jnp.float32), z_loss=1e-4, label_smoothing=0.0
+        logits,
+        jnp.asarray(io["targets"]),
+        jnp.asarray(io["targets"] != 0, jnp.float32),
+        z_loss=1e-4,
+        label_smoothing=0.0,
     )
     np.testing.assert_allclose(sums["loss"], golden_t5.outputs["t5x_loss_sum_zloss1e-4"], rtol=1e-5)
     np.testing.assert_allclose(sums["z_loss"], golden_t5.outputs["t5x_z_loss"], rtol=1e-4)
@@ -184,10 +189,13 @@ def test_the_logged_learning_rate_is_the_one_used():
 
 
 def test_remat_and_packing_train_alike():
-    packed = lambda n: make_batch(n) | {  # noqa: E731
-        "encoder_segment_ids": np.where(np.arange(INPUTS) < 4, 1, 2) * np.ones((ROWS, 1), np.int32),
-        "decoder_segment_ids": np.where(np.arange(TARGETS) < 3, 1, 2) * np.ones((ROWS, 1), np.int32),
-    }
+    def packed(n):
+        ones = np.ones((ROWS, 1), np.int32)
+        return make_batch(n) | {
+            "encoder_segment_ids": np.where(np.arange(INPUTS) < 4, 1, 2) * ones,
+            "decoder_segment_ids": np.where(np.arange(TARGETS) < 3, 1, 2) * ones,
+        }
+
     plain = run(batches=packed)
     rematted = run(dataclasses.replace(CONFIG, remat="full"), batches=packed)
     assert_same_training(rematted, plain)
