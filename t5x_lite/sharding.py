@@ -13,10 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+AnyMesh = Mesh | AbstractMesh  # with devices, or only their number
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 # In order of precedence: a mesh axis is used once in an array, so `embed` splits parameters over fsdp, but activations
@@ -33,7 +34,7 @@ RULES: Rules = (
 # A leaf above this size (bytes) that no axis splits, on a mesh that splits parameters, is a mistake in names or rules.
 LARGEST_REPLICATED = 2**23
 
-_layout: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
+_layout: contextvars.ContextVar[tuple[AnyMesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -57,7 +58,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 @contextlib.contextmanager
-def layout(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+def layout(mesh: AnyMesh, rules: Rules = RULES) -> Iterator[None]:
     """Puts mesh and rules in force for `constrain`, while a function is traced."""
     token = _layout.set((mesh, rules))
     try:
@@ -72,11 +73,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if current is None else jax.lax.with_sharding_constraint(x, named_sharding(*current, axes))
 
 
-def named_sharding(mesh: Mesh, rules: Rules, axes: Sequence[str | None]) -> NamedSharding:
+def named_sharding(mesh: AnyMesh, rules: Rules, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, nn.logical_to_mesh_axes(tuple(axes), tuple(rules)) or PartitionSpec())
 
 
-def shard_state(state: Any, params: Mapping, mesh: Mesh, rules: Rules = RULES) -> Any:
+def shard_state(state: Any, params: Mapping, mesh: AnyMesh, rules: Rules = RULES) -> Any:
     """The one decision where the training state lies: used at init, step and restore.
 
     Args:
@@ -131,12 +132,12 @@ def _check(name: str, leaf: jax.ShapeDtypeStruct, axes: Sequence[str | None], sh
         )
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, rules: Rules = RULES) -> NamedSharding:
     """Rows are split over data and fsdp."""
     return named_sharding(mesh, rules, ("batch",))
 
 
-def batch_parts(mesh: Mesh, rules: Rules = RULES) -> int:
+def batch_parts(mesh: AnyMesh, rules: Rules = RULES) -> int:
     """Into how many equal parts the rows of a batch are split."""
     spec = batch_sharding(mesh, rules).spec
     axes = spec[0] if spec else ()

@@ -31,7 +31,7 @@ T5_LOSS = LossConfig()
 class TrainState:
     """All that a step changes. `step` counts the updates done."""
 
-    step: Int[Array, ""]
+    step: Any  # int32 scalar; in an abstract state its shape, in one of shardings where it lies
     params: Any
     opt_state: Any
 
@@ -47,7 +47,7 @@ def _new_state(config: T5Config, optimizer: Optimizer, key: Key[Array, ""]) -> T
 
 
 def abstract_state(
-    config: T5Config, optimizer: Optimizer, mesh: Mesh, rules: sharding.Rules = sharding.RULES
+    config: T5Config, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing any of it (`jax.ShapeDtypeStruct` leaves)."""
     key = jax.eval_shape(lambda: jax.random.key(0))

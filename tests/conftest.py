@@ -1,9 +1,11 @@
 """Eight CPU devices for all tests, and where golden values are found. A test that needs them, or real data, and finds
 none says so and skips."""
 
+import importlib.util
 import os
 import pathlib
 
+import jaxtyping
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +18,10 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Shapes and types that signatures state are checked at every call; only here, for a run should not pay for it.
+if importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook("t5x_lite", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,7 @@ SMALL = "--gin_file=models/t5_1_1/small.gin"
 
 
 @pytest.fixture(autouse=True)
-def _process(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # set by whoever runs the tests, or none
+def _same_root_logger():
     handlers = logging.getLogger().handlers[:]
     yield
     logging.getLogger().handlers[:] = handlers

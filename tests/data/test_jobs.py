@@ -4,7 +4,6 @@ import json
 import logging
 import pathlib
 
-import jax
 import pytest
 
 import run
@@ -40,7 +39,6 @@ LOG_PERIOD = 1
 def command(tmp_path, monkeypatch, capsys, bytes_vocabulary):
     """Runs the command in a folder with `mine.gin` and files of one's own; gives what it prints."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     handlers = logging.getLogger().handlers[:]
     rows = "".join(json.dumps(line) + "\n" for line in LINES)
     for name in ("train.jsonl", "valid.jsonl"):
@@ -53,10 +51,7 @@ def command(tmp_path, monkeypatch, capsys, bytes_vocabulary):
         out, err = capsys.readouterr()
         return out if code == 0 else err
 
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))  # the modes share what they compile
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield execute
-    jax.config.update("jax_compilation_cache_dir", None)
     logging.getLogger().handlers[:] = handlers
 
 
