@@ -7,7 +7,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
 
 .PHONY: venv quickstart test test-slow lint clean
 
@@ -55,7 +55,7 @@ $(VENV)/installed: $(REQUIREMENTS)
 	fi; \
 	echo "Setting up $(VENV) with $$($$chosen --version): a download of some 1 GB and a few minutes, this time only."; \
 	$$chosen -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --only-binary editdistance --constraint constraints.txt editdistance 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet ./packaging/editdistance
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary editdistance --constraint constraints.txt editdistance 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check ./shims/editdistance
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
 	@touch $@

@@ -5,6 +5,8 @@ meaning (`Visibility`) rather than as a dense mask, so that a fused kernel never
 arrays only: no parameters, no layers, no config.
 """
 
+from typing import Literal
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 # Large enough to vanish in a float32 softmax, small enough that a bias added to it does not overflow.
 MASKED = -1e10
+
+Implementation = Literal["batch", "rows"]
+
+CACHED_LOGITS = 2**21  # so many of them, in float32, are 8 MiB
 
 
 @flax.struct.dataclass
@@ -28,7 +34,7 @@ class Visibility:
     offset: Int[Array, ""] | int = 0
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def dense(self, query_length: int, key_length: int) -> Bool[Array, "B 1 T S"] | None:
+    def dense(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 T S"] | None:
         """The mask written out, `True` where visible; with batch axis 1 if all rows agree; `None`: all visible."""
         mask = None
         if self.key_segments is not None:
@@ -54,23 +60,55 @@ def dot_product_attention(
     *,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T H K"]:
     """softmax(q k + bias) v, without a 1/sqrt(K): T5 folds that into the query's initialiser (T5X layers.py).
 
     Logits and softmax are float32 whatever the inputs; the weights go back to the values' dtype. Dropout on the weights
     is shared by all queries of a row (T5X broadcasts it along the query axis). Queries that see no key get an average
     over all keys: such rows are padding, and nothing reads them.
+
+    Args:
+      implementation: "batch" holds the weights of all rows at once. "rows" goes row by row, forward and backward, so
+        that a row's weights stay in a CPU's cache: 1.6 times as fast there at [8, 6, 512, 512], in a fraction of the
+        memory. None: "rows" on a lone CPU device where the logits are larger than its caches, else "batch".
     """
+    rows, query_length, heads, _ = query_BTHK.shape
+    key_length = key_BSHK.shape[1]
+    if implementation is None:
+        lone_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        large = rows * heads * query_length * key_length > CACHED_LOGITS
+        implementation = "rows" if lone_cpu and large else "batch"
     with jax.named_scope("attention"):
-        logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query_BTHK, key_BSHK, preferred_element_type=jnp.float32)
-        if bias_HTS is not None:
-            logits_BHTS += bias_HTS.astype(jnp.float32)
-        mask = visibility.dense(query_BTHK.shape[1], key_BSHK.shape[1])
-        if mask is not None:
-            logits_BHTS = jnp.where(mask, logits_BHTS, MASKED)
-        weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(value_BSHK.dtype)
+        mask_B1TS = visibility.dense(query_length, key_length)
+        kept_BH1S = None
         if dropout_rate > 0.0 and dropout_key is not None:
-            batch, heads, _, keys = weights_BHTS.shape
-            kept_BH1S = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, (batch, heads, 1, keys))
-            weights_BHTS = weights_BHTS * (kept_BH1S / (1.0 - dropout_rate)).astype(weights_BHTS.dtype)
-        return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value_BSHK)
+            kept_BH1S = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, (rows, heads, 1, key_length))
+            kept_BH1S = (kept_BH1S / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
+        arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS, kept_BH1S)
+        if implementation == "batch":
+            return _attend(bias_HTS, *arrays)
+        if mask_B1TS is not None:
+            mask_B1TS = jnp.broadcast_to(mask_B1TS, (rows, *mask_B1TS.shape[1:]))
+        each_row = jax.tree.map(lambda x: x[:, None], (query_BTHK, key_BSHK, value_BSHK, mask_B1TS, kept_BH1S))
+        attend_row = jax.checkpoint(lambda row: _attend(bias_HTS, *row))
+        return jax.lax.map(attend_row, each_row)[:, 0]
+
+
+def _attend(
+    bias_HTS: Float[Array, "H T S"] | None,
+    query_BTHK: Float[Array, "B T H K"],
+    key_BSHK: Float[Array, "B S H K"],
+    value_BSHK: Float[Array, "B S H K"],
+    mask_B1TS: Bool[Array, "_ 1 T S"] | None,
+    kept_BH1S: Float[Array, "B H 1 S"] | None,
+) -> Float[Array, "B T H K"]:
+    logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query_BTHK, key_BSHK, preferred_element_type=jnp.float32)
+    if bias_HTS is not None:
+        logits_BHTS += bias_HTS.astype(jnp.float32)
+    if mask_B1TS is not None:
+        logits_BHTS = jnp.where(mask_B1TS, logits_BHTS, MASKED)
+    weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(value_BSHK.dtype)
+    if kept_BH1S is not None:
+        weights_BHTS = weights_BHTS * kept_BH1S
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value_BSHK)
