@@ -62,7 +62,7 @@ class Evaluation:
         with_split = [seqio.TaskRegistry.get(task) for task in data.tasks_with_split(name, split)]
         without = [task.name for task in with_split if not task.metric_objs]
         if without:
-            logger.info("Not evaluated, for they have no metrics: %s.", ", ".join(without))
+            logger.info("No metrics beside the loss: %s.", ", ".join(without))
         for task in with_split:
             for metric in task.metric_objs:
                 if metric.model_output_type == Output.SCORE_WITH_INTERMEDIATES:

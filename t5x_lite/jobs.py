@@ -44,7 +44,10 @@ def _prepare_tasks(run: Run) -> str:
         if name:
             log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
         name = _register_files(run)
-    data.find_provider(name)
+    from tasks import sources
+
+    for task, read in sources.describe(data.find_provider(name)).items():
+        log.info("%s reads %s", task, read)
     data.check_vocabulary(name, run.model.vocab_size)
     data.check_lengths(name, run.task_feature_lengths)
     return name
