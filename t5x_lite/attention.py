@@ -34,7 +34,7 @@ class Visibility:
     offset: Int[Array, ""] | int = 0
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def dense(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 T S"] | None:
+    def dense(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
         """The mask written out, `True` where visible; with batch axis 1 if all rows agree; `None`: all visible."""
         mask = None
         if self.key_segments is not None:
@@ -100,7 +100,7 @@ def _attend(
     query_BTHK: Float[Array, "B T H K"],
     key_BSHK: Float[Array, "B S H K"],
     value_BSHK: Float[Array, "B S H K"],
-    mask_B1TS: Bool[Array, "_ 1 T S"] | None,
+    mask_B1TS: Bool[Array, "_ 1 #T S"] | None,
     kept_BH1S: Float[Array, "B H 1 S"] | None,
 ) -> Float[Array, "B T H K"]:
     logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query_BTHK, key_BSHK, preferred_element_type=jnp.float32)

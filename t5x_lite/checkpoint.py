@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class _WithoutOrbaxChatter(logging.Filter):
 logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
 
 
+@runtime_checkable
 class DataIterator(Protocol):
     """What can be saved beside the state: writes its position as files into an empty local folder, reads it back."""
 

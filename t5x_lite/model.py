@@ -84,12 +84,13 @@ class Cache:
     """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
 
     self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start.
+    Inside a layer the leading axis is gone.
     """
 
-    self_key: Float[Array, "L B T H K"]
-    self_value: Float[Array, "L B T H K"]
-    cross_key: Float[Array, "L B S H K"]
-    cross_value: Float[Array, "L B S H K"]
+    self_key: Float[Array, "*L B T H K"]
+    self_value: Float[Array, "*L B T H K"]
+    cross_key: Float[Array, "*L B S H K"]
+    cross_value: Float[Array, "*L B S H K"]
 
 
 class Attention(nn.Module):
@@ -182,7 +183,7 @@ class DecoderLayer(nn.Module):
         x_BTD: Float[Array, "B T D"],
         cache: Cache | None,
         encoded_BSD: Float[Array, "B S D"] | None,
-        bias_HTT: Float[Array, "H T T"],
+        bias_HTS: Float[Array, "H T _"],
         self_visibility: Visibility,
         cross_visibility: Visibility,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
@@ -194,7 +195,7 @@ class DecoderLayer(nn.Module):
             new_keys_values = (key, value)
             key = jax.lax.dynamic_update_slice_in_dim(cache.self_key, key, self_visibility.offset, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache.self_value, value, self_visibility.offset, axis=1)
-        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTT, self_visibility))
+        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_visibility))
 
         h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
         cross = self.encoder_decoder_attention

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -23,12 +23,14 @@ log = logging.getLogger(__name__)
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
 
 
+@runtime_checkable
 class Logger(Protocol):
     def train(self, step: int, metrics: Mapping[str, float], seconds: float) -> None: ...
 
     def evaluation(self, step: int, scores: Scores) -> None: ...
 
 
+@runtime_checkable
 class Saver(Protocol):
     def save(self, step: int, state: Any, iterator: Any, metrics: Any) -> object: ...
 

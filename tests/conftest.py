@@ -2,6 +2,7 @@
 none says so and skips."""
 
 import importlib.util
+import json
 import os
 import pathlib
 
@@ -36,3 +37,9 @@ def golden():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def golden_json(golden):
+    """name -> contents of a JSON file among them."""
+    return lambda name: json.loads(golden(f"{name}.json").read_text(encoding="utf-8"))

@@ -17,17 +17,21 @@ def golden_dir(golden) -> Path:
     return golden("README.md").parent
 
 
-@pytest.fixture
-def golden_json(golden):
-    return lambda name: json.loads(golden(f"{name}.json").read_text())
-
-
 @dataclasses.dataclass
 class GoldenT5:
     config: T5Config
     params: dict[str, Any]
     io: dict[str, np.ndarray]
     outputs: dict[str, Any]
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]:
+        return {
+            "encoder_input_tokens": self.io["input_ids"] * self.io["attention_mask"],
+            "decoder_input_tokens": self.io["decoder_input_ids"],
+            "decoder_target_tokens": self.io["targets"],
+            "decoder_loss_weights": (self.io["targets"] != 0).astype(np.int32),
+        }
 
 
 @pytest.fixture(scope="session")

@@ -59,12 +59,7 @@ def test_greedy_agrees_with_hugging_face(golden_t5):
 
 def test_score_is_the_log_likelihood_of_the_targets(golden_t5):
     io = golden_t5.io
-    batch = {
-        "encoder_input_tokens": io["input_ids"] * io["attention_mask"],
-        "decoder_input_tokens": io["decoder_input_ids"],
-        "decoder_target_tokens": io["targets"],
-        "decoder_loss_weights": io["targets"] != 0,
-    }
+    batch = golden_t5.batch
     got = jax.jit(functools.partial(decode.score, config=golden_t5.config))(golden_t5.params, batch)
     expected = -np.sum(io["token_nll"] * (io["targets"] != 0), axis=-1)
     np.testing.assert_allclose(got, expected, rtol=1e-5)

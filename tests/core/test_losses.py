@@ -1,6 +1,5 @@
 """losses.py against T5X's numbers and closed forms, and compiled with a sharded vocabulary."""
 
-import json
 import math
 import os
 import pathlib
@@ -15,16 +14,6 @@ import numpy as np
 import pytest
 
 from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer
-
-ROOT = pathlib.Path(__file__).parents[2]
-GOLDEN = pathlib.Path(os.environ.get("T5X_LITE_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
-
-
-def golden(section: str) -> dict:
-    path = GOLDEN / "training.json"
-    if not path.exists():
-        pytest.skip(f"no golden file {path}; set T5X_LITE_GOLDEN_DIR")
-    return json.loads(path.read_text())[section]
 
 
 def random_case(vocab: int = 7):
@@ -49,8 +38,8 @@ def by_definition(logits, targets, weights, z_loss: float, smoothing: float) -> 
     return total
 
 
-def test_golden_losses_and_gradients():
-    data = golden("loss")
+def test_golden_losses_and_gradients(golden_json):
+    data = golden_json("training")["loss"]
     logits = jnp.asarray(data["logits"], jnp.float32)
     targets, weights = jnp.asarray(data["targets"], jnp.int32), jnp.asarray(data["weights"], jnp.float32)
     seen = set()
@@ -73,8 +62,8 @@ def test_golden_losses_and_gradients():
 
 
 @pytest.mark.parametrize("factor", ["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"])
-def test_golden_normalizing(factor):
-    data = golden("loss")["loss_normalizing"]
+def test_golden_normalizing(golden_json, factor):
+    data = golden_json("training")["loss"]["loss_normalizing"]
     batch = {name: jnp.asarray(value) for name, value in data["batch"].items()}
     weights, value = normalizer(LossConfig(normalizing_factor=factor), batch)
     np.testing.assert_allclose(value, data[factor]["factor"], rtol=1e-6)
@@ -208,7 +197,7 @@ def test_sharded_vocabulary_stays_sharded():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
     }
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED)], env=environment, capture_output=True, text=True, timeout=120

@@ -10,6 +10,7 @@ from pathlib import Path
 import gin
 import jax
 import pytest
+from core.test_model import PARAMETERS
 
 import run
 from t5x_lite import step
@@ -177,33 +178,18 @@ def test_every_option_has_a_macro_and_every_macro_a_comment():
     assert {name for name, value in macros if "#" not in value} <= obvious
 
 
-# What the gin files say, against FACTS: exact counts, as transformers and T5X have them.
-COUNTS = {
-    "t5_1_0/small": 60_506_624,
-    "t5_1_0/base": 222_903_552,
-    "t5_1_0/large": 737_668_096,
-    "t5_1_0/3B": 2_851_598_336,
-    "t5_1_0/11B": 11_307_321_344,
-    "t5_1_1/small": 76_961_152,
-    "t5_1_1/base": 247_577_856,
-    "t5_1_1/large": 783_150_080,
-    "t5_1_1/xl": 2_849_757_184,
-    "t5_1_1/xxl": 11_135_332_352,
-}
-
-
 def test_every_model_file_is_counted():
     assert {
         str(file.relative_to(REPO / "gin_configs/models"))[:-4] for file in REPO.glob("gin_configs/models/*/*.gin")
-    } == set(COUNTS)
+    } == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("size", COUNTS)
+@pytest.mark.parametrize("size", PARAMETERS)
 def test_parameter_counts(size):
     file = REPO / "gin_configs" / "models" / f"{size}.gin"
     machine = Machine(configured(f"--gin_file={file}"))
-    assert step.param_count(machine.abstract.params) == COUNTS[size]
-    assert f"{COUNTS[size]:,} parameters" in file.read_text().splitlines()[0]
+    assert step.param_count(machine.abstract.params) == PARAMETERS[size]
+    assert f"{PARAMETERS[size]:,} parameters" in file.read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "fsdp_tensor"])

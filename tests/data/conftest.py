@@ -1,12 +1,9 @@
-"""Where the data tests find real data and golden values; both are optional, and a test that needs them says so."""
+"""Where the data tests find real data; it is optional, and a test that needs it says so and skips."""
 
-import json
 import os
 import pathlib
 
 import pytest
-
-_REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -15,20 +12,6 @@ def data_dir() -> pathlib.Path:
     if not folder:
         pytest.skip("needs the corpora's official files: set T5X_LITE_DATA_DIR")
     return pathlib.Path(folder)
-
-
-@pytest.fixture
-def golden():
-    """Reads a golden JSON file made by the t5 package."""
-    folder = pathlib.Path(os.environ.get("T5X_LITE_GOLDEN_DIR", _REPO.parent / "shared" / "golden"))
-
-    def read(name: str):
-        path = folder / name
-        if not path.exists():
-            pytest.skip(f"needs {path}: set T5X_LITE_GOLDEN_DIR")
-        return json.loads(path.read_text())
-
-    return read
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
     evaluation = evaluate.Evaluation("eval_test_mix", LENGTHS, batch_size=2, predictions=tmp_path / "predictions")
     assert evaluation.tasks == ["eval_test_all", "eval_test_first"]
     assert "no split 'validation': eval_test_train_only" in caplog.text
-    assert "no metrics: eval_test_unmeasured" in caplog.text
+    assert "No metrics beside the loss: eval_test_unmeasured" in caplog.text
     model = Model()
     with jax.transfer_guard("disallow"):
         results = evaluation.run(model.predict, model.score, step=7)

@@ -55,8 +55,8 @@ def test_answers_come_decoded_as_targets():
     assert metrics.qa_answers("said", example=example) == "said"
 
 
-def test_agrees_with_t5(golden):
-    reference = golden("metrics.json")
+def test_agrees_with_t5(golden_json):
+    reference = golden_json("metrics")
     for case in reference["squad"]["per_example"]:
         assert metrics.squad([case["answers"]], [case["prediction"]]) == {"em": case["em"], "f1": case["f1"]}
     for text, normalized, _ in reference["normalize_squad"]:

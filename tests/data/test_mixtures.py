@@ -21,8 +21,8 @@ def test_rates_of_glue_and_squad_from_the_published_counts():
     assert mixtures.rates(tasks) == mixtures.rates(tasks, limit=2**19) != capped
 
 
-def test_rates_agree_with_t5(golden):
-    reference = golden("mixing_rates.json")
+def test_rates_agree_with_t5(golden_json):
+    reference = golden_json("mixing_rates")
     for name, expected in reference["sets"]["glue8"].items():
         strategy = name.split("_")[0]
         limit = 2.0 ** int(name.split("2^")[1].split("_")[0]) if "2^" in name else None

@@ -57,8 +57,8 @@ def test_squad_padded_and_not():
     assert one(preprocessors.squad_context_free, example)["inputs"] == "squad trivia question: How much ? "
 
 
-def test_text_agrees_with_t5(golden):
-    reference = golden("text_preprocessors.json")
+def test_text_agrees_with_t5(golden_json):
+    reference = golden_json("text_preprocessors")
     for name, cases in reference["glue"].items():
         for case in cases:
             example = case["example"] | ({"label": np.float32(case["example"]["label"])} if name == "stsb" else {})
@@ -134,8 +134,8 @@ def test_span_masks_begin_with_text_and_end_with_noise():
     assert not mask(1, [[1, 2], [3, 4]]).any()
 
 
-def test_objectives_agree_with_t5(golden):
-    reference = golden("pretraining_objectives.json")
+def test_objectives_agree_with_t5(golden_json):
+    reference = golden_json("pretraining_objectives")
     for *settings, raw, targets in reference["random_spans_helper"]["rows"]:
         assert preprocessors.random_spans_helper(*settings) == (raw, targets), settings
     for length, noise, spans in reference["noise_counts_density0.15_span3"]["rows"]:
