@@ -88,9 +88,7 @@ def dot_product_attention(
         arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS, kept_BH1S)
         if implementation == "batch":
             return _attend(bias_HTS, *arrays)
-        if mask_B1TS is not None:
-            mask_B1TS = jnp.broadcast_to(mask_B1TS, (rows, *mask_B1TS.shape[1:]))
-        each_row = jax.tree.map(lambda x: x[:, None], (query_BTHK, key_BSHK, value_BSHK, mask_B1TS, kept_BH1S))
+        each_row = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))[:, None], arrays)
         attend_row = jax.checkpoint(lambda row: _attend(bias_HTS, *row))
         return jax.lax.map(attend_row, each_row)[:, 0]
 

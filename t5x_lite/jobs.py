@@ -25,7 +25,7 @@ from t5x_lite.options import Run, last_step
 
 log = logging.getLogger("t5x_lite")
 
-Scores = dict[str, dict[str, float]]  # by task and metric
+Scores = loop.Scores
 
 # What every mode needs
 

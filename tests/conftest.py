@@ -25,6 +25,14 @@ if importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook("t5x_lite", "beartype.beartype")
 
 
+@pytest.fixture
+def unchecked_types():
+    """For what our own code says to a value of the wrong type: the check above would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """name -> path of a file with values that other implementations computed."""

@@ -290,7 +290,7 @@ def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
     assert [record.message for record in caplog.records if record.name == "absl"] == ["of somebody else"]
 
 
-def test_bad_settings_are_refused(tmp_path):
-    for options in ({"keep_last": 0}, {"keep_best": 0}):
+def test_bad_settings_are_refused(tmp_path, unchecked_types):
+    for options in ({"keep_last": 0}, {"keep_best": 0}, {"best_mode": "most"}):
         with pytest.raises(ValueError, match="must be"):
             checkpoint.Checkpointer(tmp_path, **options)

@@ -227,12 +227,11 @@ def test_masks_agree_with_t5x(golden_json):
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"mlp_activations": ("swish",)}, "mlp_activations has .*swish"),
         ({"dropout_rate": 1.0}, "dropout_rate must be in"),
-        ({"dtype": "float16"}, "float16"),
-        ({"remat": "all"}, "'all'"),
+        ({"dtype": "float16"}, "dtype must be one of .*float16"),
+        ({"remat": "all"}, "remat must be one of .*'all'"),
         ({"relative_buckets": 6}, "relative_buckets=6"),
     ],
 )
-def test_bad_configs_are_refused_with_name_and_value(change, message):
-    # The type check of the tests may come first, and says TypeError.
-    with pytest.raises((ValueError, TypeError), match=message):
+def test_bad_configs_are_refused_with_name_and_value(change, message, unchecked_types):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
