@@ -54,12 +54,13 @@ def _prepare_tasks(run: Run) -> str:
 
 
 def _import_tasks(run: Run) -> None:
-    """Imports this project's tasks and the modules of MIXTURE_OR_TASK_MODULE, and sets the vocabulary."""
+    """Imports this project's tasks and the modules of MIXTURE_OR_TASK_MODULE; sets the vocabulary and BAD_ROWS."""
     log.info("Loading TensorFlow and SeqIO ...")
     with _without_chatter():
         import tasks
         from t5x_lite import data  # noqa: F401  takes TensorFlow off the accelerators before its first op
 
+    tasks.formats.set_bad_rows(run.bad_rows)
     modules = run.mixture_or_task_module or []
     for module in [modules] if isinstance(modules, str) else modules:
         try:

@@ -28,6 +28,7 @@ class Run:
     mixture_or_task_name: str | None
     mixture_or_task_module: Files | None
     vocabulary: str | None
+    bad_rows: Literal["refuse", "skip"]
     use_cached_tasks: bool
     shuffle_train_examples: bool
     pack: bool
@@ -70,6 +71,8 @@ class Run:
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size} does not divide into NUM_MICROBATCHES = {self.num_microbatches} parts"
             )
+        if self.bad_rows not in ("refuse", "skip"):
+            raise ValueError(f"BAD_ROWS = {self.bad_rows!r}: use 'refuse' or 'skip'")
         if self.eval_files and not self.train_files:
             raise ValueError(
                 "EVAL_FILES is set without TRAIN_FILES: a task of your own files begins with those to train on"

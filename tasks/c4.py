@@ -12,9 +12,7 @@ from tasks import formats, preprocessors, sources, vocabulary
 NAMES = ("c4_v220_span_corruption", "c4_v020_unsupervised")
 
 
-def _document(path: str, number: int, line: str) -> tuple[str, str, str] | None:
-    if not line.strip():
-        return None  # a blank line holds no document
+def _document(path: str, number: int, line: str) -> tuple[str, str, str]:
     document = formats.json_object(path, number, line)
     formats.check_columns(path, number, ["text"], list(document))
     return document["text"], document.get("timestamp", ""), document.get("url", "")

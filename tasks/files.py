@@ -53,7 +53,8 @@ def register_files(
     Raises:
       FileNotFoundError: no file matches.
       ValueError: an ending it does not know, a template without a column, a column missing from a file's first row.
-        Later rows are checked as they are read (those of files held in memory: when the dataset is made).
+        Later rows are checked as they are read (those of files held in memory: when the dataset is made). Bad rows may
+        be skipped instead: formats.set_bad_rows.
     """
     if objective == "text_to_text":
         templates = {"inputs": inputs_template, "targets": targets_template}
@@ -66,8 +67,10 @@ def register_files(
         paths["validation"] = find(eval_files)
     for feature, template in templates.items():
         _columns(feature, template)  # refuses a template that names none
-    for path in {path for found in paths.values() for path in found}:
-        _check_first_row(path, templates, objective)
+    for split, found in paths.items():
+        good = [path for path in found if _check_first_row(path, templates, objective)]
+        if not good:
+            raise ValueError(f"{', '.join(found)}: not one good row for {split}; the log says what is bad")
 
     everything = [path for found in paths.values() for path in found]
     size = sum(tf.io.gfile.stat(path).length * (4 if path.endswith(".gz") else 1) for path in everything)
@@ -137,29 +140,34 @@ def _add_empty_inputs(x: preprocessors.Example) -> preprocessors.Example:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _rows(path: str) -> Iterator[tuple[int, dict]]:
-    """The rows of a file of any known format, with their line numbers; blank lines hold none."""
+def _rows(path: str, skipped: formats.Skipped) -> Iterator[tuple[int, dict]]:
+    """The rows of a file of any known format, with their line numbers; blank lines of plain text hold none."""
     if _ending(path) in _DELIMITERS:
-        yield from formats.csv_rows(path, _DELIMITERS[_ending(path)])
+        yield from formats.csv_rows(path, _DELIMITERS[_ending(path)], skipped)
         return
-    for number, line in formats.lines(path):
-        row = _line_row(path, number, line)
-        if row is not None:
-            yield number, row
+    for number, line in formats.lines(path, skipped):
+        with skipped:
+            row = _line_row(path, number, line)
+            if row is None:
+                skipped.blank += 1
+            else:
+                yield number, row
 
 
 def _line_row(path: str, number: int, line: str) -> dict | None:
-    if not line.strip():
-        return None
-    return {"text": line} if _ending(path) == ".txt" else formats.json_object(path, number, line)
+    if _ending(path) == ".txt":
+        return {"text": line} if line.strip() else None
+    return formats.json_object(path, number, line)
 
 
 def _read(paths: list[str], split: str, templates: Templates) -> sources.Columns:
     values: dict[str, list[bytes]] = {feature: [] for feature in templates}
     for path in paths:
-        for number, row in _rows(path):
-            for feature, text in zip(templates, _fill(path, number, row, templates), strict=True):
-                values[feature].append(text.encode())
+        skipped = formats.Skipped(path)
+        for number, row in _rows(path, skipped):
+            with skipped:
+                for feature, text in zip(templates, _fill(path, number, row, templates), strict=True):
+                    values[feature].append(text.encode())
     return {feature: np.array(column, object) for feature, column in values.items()}
 
 
@@ -168,28 +176,34 @@ def _fill_line(path: str, number: int, line: str, templates: Templates) -> list[
     return None if row is None else _fill(path, number, row, templates)
 
 
-def _check_first_row(path: str, templates: Templates, objective: Objective) -> None:
-    for number, row in _first_rows(path):
-        if objective == "text_to_text" and _ending(path) == ".txt":
-            raise ValueError(
-                f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
-                "'span_corruption'"
-            )
-        _fill(path, number, row, templates)
-        return
-    raise ValueError(f"{path}: holds no rows")
+def _check_first_row(path: str, templates: Templates, objective: Objective) -> bool:
+    """Refuses a file whose first row is bad; where bad rows are skipped, gives whether there is a good one."""
+    if objective == "text_to_text" and _ending(path) == ".txt":
+        raise ValueError(
+            f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
+            "'span_corruption'"
+        )
+    skipped = formats.Skipped(path)
+    for number, row in _first_rows(path, skipped):
+        with skipped:
+            _fill(path, number, row, templates)
+            return True
+    with skipped:
+        raise formats.BadRow(f"{path}: holds no {'good ' if skipped.count else ''}rows")
+    return False
 
 
-def _first_rows(path: str) -> Iterator[tuple[int, dict]]:
+def _first_rows(path: str, skipped: formats.Skipped) -> Iterator[tuple[int, dict]]:
     """Like `_rows`, without reading a large file of lines whole."""
     if _ending(path) in _DELIMITERS:
-        yield from _rows(path)
+        yield from _rows(path, skipped)
         return
     compression = "GZIP" if path.endswith(".gz") else ""
     for number, line in enumerate(tf.data.TextLineDataset(path, compression).as_numpy_iterator(), start=1):
-        row = _line_row(path, number, formats.decode(path, line, number))
-        if row is not None:
-            yield number, row
+        with skipped:
+            row = _line_row(path, number, formats.decode_line(path, number, line))
+            if row is not None:
+                yield number, row
 
 
 # ----------------------------------------------------------------------------------------------------------- templates

@@ -1,7 +1,8 @@
 """Reads files of text, TSV, CSV, JSON lines and SQuAD's JSON into rows, or says which line of which file is bad.
 
 Local paths and gs:// alike (tf.io.gfile), plain or .gz. Nothing is skipped or repaired in silence: a row that cannot be
-read raises ValueError with "file:line: what is wrong and what to do".
+read raises `BadRow` with "file:line: what is wrong and what to do", or, after `set_bad_rows("skip")`, is left out,
+counted and logged.
 
 Must not know: tasks, vocabularies, SeqIO.
 """
@@ -12,10 +13,15 @@ import json
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator
+from typing import Literal, get_args
 
 import tensorflow as tf
+from absl import logging
 
 DATA_DIR_VARIABLE = "T5X_LITE_DATA_DIR"
+MAX_LINE_BYTES = 8 * 2**20  # more is no text to train on but a file whose line ends are lost
+EMPTY_LINE = "an empty line: remove it, or have bad rows skipped (BAD_ROWS)"
+_CHUNK = 1 << 20
 
 
 def data_dir() -> str | None:
@@ -31,9 +37,72 @@ def data_dir() -> str | None:
     return folder
 
 
-def bad_row(path: str, line: int, problem: str) -> ValueError:
+# ------------------------------------------------------------------------------------------------------------ bad rows
+
+Action = Literal["refuse", "skip"]
+_action: Action = "refuse"
+
+
+class BadRow(ValueError):
+    """A row, or the rest of a damaged file, that cannot be read."""
+
+
+def bad_row(path: str, line: int, problem: str) -> BadRow:
     """The error for line number `line` (from 1) of `path`."""
-    return ValueError(f"{path}:{line}: {problem}")
+    return BadRow(f"{path}:{line}: {problem}")
+
+
+def set_bad_rows(action: Action) -> None:
+    """Says for all files read from now on whether a bad row stops the reading ("refuse", as at first) or not ("skip").
+
+    Skipping is never silent: of each file the first bad row is logged at once, and their number when it is at its end.
+    What spoils a file as a whole (SQuAD's JSON cut short, no good row at all) is refused all the same.
+    """
+    global _action
+    if action not in get_args(Action):
+        raise ValueError(f"bad rows: {action!r} is neither of {', '.join(map(repr, get_args(Action)))}")
+    _action = action
+
+
+class Skipped:
+    """The bad rows of one file: `with skipped:` round the reading of a row lets its BadRow pass, or counts it.
+
+    Args:
+      path: the file.
+      action: what to do; None for what `set_bad_rows` said last.
+    """
+
+    def __init__(self, path: str, action: Action | None = None):
+        self.count = 0
+        self.blank = 0  # lines that hold nothing and need not, as between the paragraphs of a text; never refused
+        self._path = path
+        self._last: BadRow | None = None
+        self._skip = (action or _action) == "skip"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        if not (self._skip and isinstance(error, BadRow)):
+            return False
+        self.add(error)
+        return True
+
+    def add(self, error: BadRow) -> None:
+        """Counts one, whatever was set."""
+        self.count, self._last = self.count + 1, error
+        if self.count == 1:
+            logging.warning("%s (skipped, as will be all bad rows of this file)", error)
+
+    def log(self) -> None:
+        """Says at the end of the file how many there were."""
+        if self.count:
+            logging.warning("%s: %d bad rows skipped, the last: %s", self._path, self.count, self._last)
+        if self.blank:
+            logging.info("%s: %d blank lines", self._path, self.blank)
+
+
+# ---------------------------------------------------------------------------------------------------- bytes and lines
 
 
 def _unpack(path: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -73,17 +142,23 @@ def check_gzip_end(path: str, size: int) -> None:
         if end in (size % 2**32, (size - 1) % 2**32):  # with or without a line end after the last line
             return
         file.seek(0)
-        for _ in _unpack(path, iter(lambda: file.read(1 << 20), b"")):
+        for _ in _unpack(path, iter(lambda: file.read(_CHUNK), b"")):
             pass
 
 
-def read_text(path: str) -> str:
-    """The whole file as text with line ends as "\\n", without a byte-order mark; .gz is unpacked."""
+def _content(path: str, skipped: Skipped) -> bytes:
+    """The whole file, unpacked; where a damaged .gz is no reason to stop, the whole lines up to the damage."""
     with tf.io.gfile.GFile(path, "rb") as file:
         data = file.read()
-    if path.endswith(".gz"):
-        data = b"".join(_unpack(path, [data]))
-    return decode(path, data, 1).replace("\r\n", "\n").replace("\r", "\n")
+    if not path.endswith(".gz"):
+        return data
+    parts = []
+    with skipped:
+        for part in _unpack(path, (data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK))):
+            parts.append(part)  # what came before an error is kept
+        return b"".join(parts)
+    content = b"".join(parts)
+    return content[: content.rfind(b"\n") + 1]
 
 
 def decode(path: str, data: bytes, first_line: int) -> str:
@@ -95,10 +170,30 @@ def decode(path: str, data: bytes, first_line: int) -> str:
         raise bad_row(path, line, f"not UTF-8 ({error.reason}): convert the file to UTF-8") from error
 
 
-def lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) of a text file; the end of the file makes no empty last line."""
-    text = read_text(path)
-    yield from enumerate(text.removesuffix("\n").split("\n") if text else (), start=1)
+def decode_line(path: str, number: int, data: bytes) -> str:
+    """One line as text; refuses one that is not UTF-8 or longer than MAX_LINE_BYTES."""
+    if len(data) > MAX_LINE_BYTES:
+        raise bad_row(
+            path,
+            number,
+            f"a line of {len(data) / 2**20:.1f} MB, at most {MAX_LINE_BYTES >> 20} MB are read: put each document on a "
+            "line of its own",
+        )
+    return decode(path, data, number)
+
+
+def lines(path: str, skipped: Skipped | None = None) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1) of a text file; the end of the file makes no empty last line. A bad line is refused, or
+    where it may be left out, counted in `skipped`.
+    """
+    skipped = skipped or Skipped(path, "refuse")
+    for number, line in enumerate(_content(path, skipped).splitlines(), start=1):
+        with skipped:
+            yield number, decode_line(path, number, line)
+    skipped.log()
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
 
 
 def check_columns(path: str, line: int, wanted: Iterable[str], present: Collection[str]) -> None:
@@ -108,49 +203,64 @@ def check_columns(path: str, line: int, wanted: Iterable[str], present: Collecti
         raise bad_row(path, line, f"no column {', '.join(missing)}; it has: {', '.join(present)}")
 
 
-def tsv_rows(path: str, columns: list[str] | None) -> Iterator[tuple[int, dict[str, str] | list[str]]]:
+def tsv_rows(
+    path: str, columns: list[str] | None, skipped: Skipped
+) -> Iterator[tuple[int, dict[str, str] | list[str]]]:
     """Rows of a tab-separated file in which quotes mean nothing (as in GLUE's), each with its line number.
 
     Args:
       path: the file.
       columns: what its first line must name, giving dicts; or None for a file without a header, giving lists. A row
         that is too short lacks its last columns: which of them matter is the caller's to say.
+      skipped: counts bad rows; where they are skipped, the first line that names the columns is the header.
     """
     header: list[str] | None = None
-    for number, line in lines(path):
-        fields = line.split("\t")
-        if columns is None:
-            yield number, fields
-        elif header is None:
-            header = fields
-            check_columns(path, number, columns, header)
-        else:
-            yield number, dict(zip(header, fields, strict=False))
+    for number, line in lines(path, skipped):
+        with skipped:
+            if not line:
+                raise bad_row(path, number, EMPTY_LINE)
+            fields = line.split("\t")
+            if columns is None:
+                yield number, fields
+            elif header is None:
+                check_columns(path, number, columns, fields)
+                header = fields
+            else:
+                yield number, dict(zip(header, fields, strict=False))
 
 
-def csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a delimited file with a header and the usual quoting; the number is that of the row's last line."""
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True)
+def csv_rows(path: str, delimiter: str, skipped: Skipped) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a delimited file with a header and the usual quoting; the number is that of the row's first line."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    text = _content(path, skipped).decode("utf-8-sig", "surrogateescape")  # what is not UTF-8 is refused row by row
+    reader = csv.reader(io.StringIO(text.replace("\r\n", "\n").replace("\r", "\n")), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    try:
-        for fields in reader:
+    while True:
+        number = reader.line_num + 1
+        with skipped:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                problem = f"{error}, in lines {number} to {reader.line_num}"
+                raise bad_row(path, number, f"{problem}: check the quotes and the delimiter {delimiter!r}") from error
+            if fields is None:
+                break
             if not fields:
-                continue  # a blank line holds no row
+                raise bad_row(path, number, EMPTY_LINE)
+            decode_line(path, number, "".join(fields).encode("utf-8", "surrogateescape").replace(b"\n", b" "))
             if header is None:
                 header = fields
             elif len(fields) != len(header):
-                raise bad_row(
-                    path, reader.line_num, f"{len(fields)} fields, the header has {len(header)} ({', '.join(header)})"
-                )
+                raise bad_row(path, number, f"{len(fields)} fields, the header has {len(header)} ({', '.join(header)})")
             else:
-                yield reader.line_num, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise bad_row(path, reader.line_num, f"{error}: check the quotes and the delimiter {delimiter!r}") from error
+                yield number, dict(zip(header, fields, strict=True))
+    skipped.log()
 
 
 def json_object(path: str, line: int, text: str) -> dict:
     """One line of JSON that must be an object."""
+    if not text.strip():
+        raise bad_row(path, line, EMPTY_LINE)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -160,26 +270,28 @@ def json_object(path: str, line: int, text: str) -> dict:
     return value
 
 
-def squad_rows(path: str) -> Iterator[dict]:
+def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:
     """Questions of a SQuAD v1.1 file, in the shape of TFDS's `squad/v1.1`: id, title, context, question, answers."""
     try:
-        articles = json.loads(read_text(path))["data"]
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield {
-                        "id": question["id"],
-                        "title": article.get("title", ""),
-                        "context": paragraph["context"],
-                        "question": question["question"],
-                        "answers": {
-                            "text": [answer["text"] for answer in question["answers"]],
-                            "answer_start": [answer["answer_start"] for answer in question["answers"]],
-                        },
-                    }
+        articles = json.loads(decode(path, _content(path, Skipped(path, "refuse")), 1))["data"]
+        paragraphs = [(article.get("title", ""), p) for article in articles for p in article["paragraphs"]]
+        questions = [(title, p["context"], question) for title, p in paragraphs for question in p["qas"]]
     except json.JSONDecodeError as error:
         raise bad_row(path, error.lineno, f"not JSON ({error.msg}); is the file cut short?") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: not in SQuAD v1.1's format: {error!r} where an article, paragraph or question is due"
+            f"{path}: not in SQuAD v1.1's format: {error!r} where an article or paragraph is due"
         ) from error
+    for title, context, question in questions:
+        with skipped:
+            try:
+                answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
+                row = {"id": question["id"], "title": title, "context": context, "question": question["question"]}
+            except (KeyError, TypeError) as error:
+                raise BadRow(
+                    f"{path}: {error!r} where a question of SQuAD v1.1 is due: {str(question)[:80]}"
+                ) from error
+            if not answers["text"]:
+                raise BadRow(f"{path}: question {row['id']} has no answer; SQuAD v1.1 answers every question")
+            yield {**row, "answers": answers}
+    skipped.log()

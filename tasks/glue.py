@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import seqio
-from absl import logging
 
 from tasks import formats, metrics, preprocessors, sources, vocabulary
 
@@ -111,36 +110,30 @@ CONFIGS = (
 def read(paths: list[str], split: str, config: Glue) -> sources.Columns:
     """The examples of a split's TSV file, with TFDS's features: the text, `label` and `idx` (the row, from 0).
 
-    Raises ValueError naming file and line for a header without the columns, a short row, an unknown label.
+    Raises formats.BadRow for a header without the columns, a short row, an unknown label, unless such rows are skipped.
     """
     columns: dict[str, list] = {name: [] for name in (*config.text, "label", "idx")}
-    broken: list[int] = []
+    positions = config.no_header.get(split)
+    needed = [*config.text.values()] + [config.label_column] * (not split.startswith("test"))
     for path in paths:
-        positions = config.no_header.get(split)
-        wanted = [*config.text.values()] + [config.label_column] * (not split.startswith("test"))
-        for idx, (line, row) in enumerate(formats.tsv_rows(path, None if positions else wanted)):
-            if isinstance(row, list):
-                assert positions is not None
-                row = {name: row[k] for name, k in positions.items() if k < len(row)}
-                has_label = True
-            else:
-                has_label = config.label_column in row
-            short = [column for column in config.text.values() if column not in row]
-            if short or (has_label and not row.get(config.label_column)):
-                if not config.drop_broken_rows:
-                    raise formats.bad_row(
-                        path, line, f"no {', '.join(short) or config.label_column} in this row: mend or remove it"
-                    )
-                broken.append(line)
-                continue
-            for feature, column in config.text.items():
-                columns[feature].append(row[column])
-            columns["label"].append(_label(row[config.label_column], config, path, line) if has_label else -1)
-            columns["idx"].append(idx)
-        if broken:
-            logging.warning(
-                "%s: dropped %d rows that lack a column, the first at line %d", path, len(broken), broken[0]
-            )
+        skipped = formats.Skipped(path)
+        for line, row in formats.tsv_rows(path, None if positions else needed, skipped):
+            with skipped:
+                if isinstance(row, list):
+                    assert positions is not None
+                    row = {name: row[k] for name, k in positions.items() if k < len(row)}
+                lacking = [c for c in needed if c not in row or (c == config.label_column and not row[c])]
+                if lacking:
+                    error = formats.bad_row(path, line, f"no {', '.join(lacking)} in this row: mend or remove it")
+                    if not config.drop_broken_rows:
+                        raise error
+                    skipped.add(error)
+                    continue
+                value = row.get(config.label_column, "")
+                columns["label"].append(_label(value, config, path, line) if value else -1)
+                columns["idx"].append(line - (1 if positions else 2))
+                for feature, column in config.text.items():
+                    columns[feature].append(row[column])
     text = {feature: np.array([value.encode() for value in columns[feature]], object) for feature in config.text}
     label = np.array(columns["label"], np.int64 if config.labels else np.float32)
     return {**text, "label": label, "idx": np.array(columns["idx"], np.int32)}

@@ -114,11 +114,13 @@ class LinesSource(seqio.FileDataSource):
 
     Args:
       files: split name to file patterns.
-      parse: (path, line number from 1, line as text) to one string for each name in `features`, or None for no example.
+      parse: (path, line number from 1, line as text) to one string for each name in `features`, or None for a blank
+        line that need not hold an example.
       features: the names of the strings that `parse` gives.
 
     A line that `parse` refuses, text that is not UTF-8 and a .gz that ends early stop the iterator with
-    tf.errors.InvalidArgumentError naming file and line. (tf.data alone takes a truncated .gz for a short one.)
+    tf.errors.InvalidArgumentError naming file and line, unless `formats.set_bad_rows` has them skipped; their number is
+    logged at the end of the file. (tf.data alone takes a truncated .gz for a short one.)
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class LinesSource(seqio.FileDataSource):
     ):
         self._parse = parse
         self._features = tuple(features)
+        self._skipped: dict[str, formats.Skipped] = {}  # of the files being read; for the log alone
         super().__init__(read_file_fn=self._read_lines, split_to_filepattern=files)
 
     def _read_lines(self, path: tf.Tensor) -> tf.data.Dataset:
@@ -146,13 +149,21 @@ class LinesSource(seqio.FileDataSource):
 
     def _parse_batch(self, path: bytes, seen: np.ndarray, batch: np.ndarray) -> list[np.ndarray]:
         name, lines_before, bytes_before = path.decode(), int(seen[0]), int(seen[1])
+        if not lines_before or name not in self._skipped:
+            self._skipped[name] = formats.Skipped(name)
+        skipped = self._skipped[name]
         if not len(batch):
-            formats.check_gzip_end(name, bytes_before)
+            with skipped:
+                formats.check_gzip_end(name, bytes_before)
+            skipped.log()
         rows = []
         for number, line in enumerate(batch, start=lines_before + 1):
-            row = self._parse(name, number, formats.decode(name, line, number))
-            if row is not None:
-                rows.append(row)
+            with skipped:
+                row = self._parse(name, number, formats.decode_line(name, number, line))
+                if row is None:
+                    skipped.blank += 1
+                else:
+                    rows.append(row)
         return [np.array([row[k].encode() for row in rows], object) for k in range(len(self._features))]
 
 

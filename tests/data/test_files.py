@@ -14,7 +14,7 @@ LENGTHS = {"inputs": 64, "targets": 32}
 @pytest.fixture
 def folder(tmp_path, bytes_vocabulary):
     (tmp_path / "a.jsonl").write_text(
-        '{"question": "Who?", "n": 3, "answer": "A"}\n\n{"question": "Où?", "n": 4, "answer": "B"}\n'
+        '{"question": "Who?", "n": 3, "answer": "A"}\n{"question": "Où?", "n": 4, "answer": "B"}\n'
     )
     (tmp_path / "b.csv").write_text('question,answer\n"Why, then?","so ""it"" is"\n"two\nlines",yes\n')
     (tmp_path / "c.tsv.gz").write_bytes(gzip.compress(b"inputs\ttargets\nx\ty\n"))

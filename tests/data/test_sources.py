@@ -61,7 +61,7 @@ def test_only_splits_with_files_are_there_and_a_mixture_passes_over_the_rest(cor
     [
         ("question\tsentence\nq\ts\n", r"train\.tsv:1: no column label; it has: question, sentence"),
         ("question\tlabel\nq\tentailment\n", r"train\.tsv:1: no column sentence; it has: question, label"),
-        ("question\tsentence\tlabel\nq\ts\tentailment\nq\n", r"train\.tsv:3: no sentence in this row"),
+        ("question\tsentence\tlabel\nq\ts\tentailment\nq\n", r"train\.tsv:3: no sentence, label in this row"),
         ("question\tsentence\tlabel\nq\ts\tperhaps\n", r"train\.tsv:2: unknown label 'perhaps'; qnli has entailment"),
         ("question\tsentence\tlabel\nq\ts\t2\n", r"train\.tsv:2: unknown label '2'"),
         ("question\tsentence\tlabel\n", "no examples"),
