@@ -16,12 +16,10 @@ Must not know: models, training.
 import collections
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,7 +28,8 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import metrics, preprocessors, sources, stdlib_text
+from tasks import metrics, objectives, preprocessors, sources, stdlib_text
+from tasks.vocabulary import trainer
 
 # Lengths that hold every example of the mixture, and as targets what span corruption makes of these inputs.
 FEATURE_LENGTHS = {"inputs": 128, "targets": 32}
@@ -39,17 +38,7 @@ RATES = {"quickstart_span_corruption": 1.0, "quickstart_source": 1.0, "quickstar
 
 EXTRA_IDS = 100
 PIECES = 4096 - EXTRA_IDS
-_TRAINER = {
-    "model_type": "unigram",
-    "vocab_size": PIECES,
-    "pad_id": 0,
-    "eos_id": 1,
-    "unk_id": 2,
-    "bos_id": -1,
-    "character_coverage": 0.9999,
-    "num_threads": 1,  # more would add in another order
-    "minloglevel": 2,
-}
+_TRAINER = {"size": PIECES, "character_coverage": 0.9999, "threads": 1}  # more threads would add in another order
 
 # ----------------------------------------------------------------------------------------------------------- vocabulary
 
@@ -79,17 +68,10 @@ def vocabulary_file() -> str:
     path = _cache_folder() / f"quickstart-{digest[:16]}" / "sentencepiece.model"
     if not path.exists():
         logging.info("quickstart: learning a vocabulary of %d pieces from %d lines, into %s", PIECES, len(lines), path)
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **_TRAINER)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix="partial-", delete=False) as file:
-                file.write(model.getvalue())
-            os.replace(file.name, path)
+            trainer.train(lines, str(path), **_TRAINER)
         except OSError as error:
-            raise OSError(
-                f"cannot keep the vocabulary at {path} ({error}): set XDG_CACHE_HOME to a folder of yours"
-            ) from error
+            raise OSError(f"{error}: set XDG_CACHE_HOME to a folder of yours to keep the vocabulary in") from error
     return str(path)
 
 
@@ -163,7 +145,7 @@ def _add_task(name: str, read, steps: list, **settings) -> None:
     )
 
 
-_add_task("quickstart_span_corruption", _read_passages, [*_TOKENIZE, preprocessors.span_corruption], metric_fns=[])
+_add_task("quickstart_span_corruption", _read_passages, [*_TOKENIZE, objectives.span_corruption], metric_fns=[])
 _add_task(
     "quickstart_source",
     _read_labelled,

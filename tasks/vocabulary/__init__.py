@@ -15,6 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 from tasks import formats
+from tasks.vocabulary.trainer import train as train
 
 EXTRA_IDS = 100
 T5_MODEL = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"

@@ -3,7 +3,6 @@
 import collections
 import copy
 import inspect
-import io
 import os
 import pathlib
 import pickle
@@ -15,8 +14,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import seqio
+import tensorflow as tf
 
 from tasks import metrics, quickstart, stdlib_text
+from tasks.vocabulary import trainer
 
 TASKS = tuple(quickstart.RATES)
 
@@ -203,25 +204,23 @@ def test_model_is_kept_whole_and_read_again(cache):
     assert path.stat().st_mtime_ns == before
 
 
-def test_the_same_text_gives_the_same_model():
-    again = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(quickstart._vocabulary_lines()), model_writer=again, **quickstart._TRAINER
-    )
-    assert again.getvalue() == pathlib.Path(quickstart.vocabulary_file()).read_bytes()
+def test_the_same_text_gives_the_same_model(tmp_path):
+    again = tmp_path / "again.model"
+    trainer.train(quickstart._vocabulary_lines(), str(again), **quickstart._TRAINER)
+    assert again.read_bytes() == pathlib.Path(quickstart.vocabulary_file()).read_bytes()
 
 
 def test_a_run_stopped_while_writing_leaves_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(quickstart, "_vocabulary_lines", lambda: ["a few words of text", "and some more words"])
-    monkeypatch.setattr(quickstart, "_TRAINER", {**quickstart._TRAINER, "vocab_size": 18})
+    monkeypatch.setattr(quickstart, "_TRAINER", {**quickstart._TRAINER, "size": 18})
     fresh = quickstart.vocabulary_file.__wrapped__
 
-    def stopped(source, target):
+    def stopped(source, target, overwrite):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart.os, "replace", stopped)
+        patch.setattr(tf.io.gfile, "rename", stopped)
         with pytest.raises(KeyboardInterrupt):
             fresh()
     (folder,) = (tmp_path / "t5x_lite").iterdir()
@@ -235,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_cure(tmp_path, monkeyp
     (tmp_path / "t5x_lite").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(quickstart, "_vocabulary_lines", lambda: ["a few words of text", "and some more words"])
-    monkeypatch.setattr(quickstart, "_TRAINER", {**quickstart._TRAINER, "vocab_size": 18})
+    monkeypatch.setattr(quickstart, "_TRAINER", {**quickstart._TRAINER, "size": 18})
     with pytest.raises(OSError, match="XDG_CACHE_HOME"):
         quickstart.vocabulary_file.__wrapped__()
 

@@ -4,14 +4,18 @@ import copy
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
+import sentencepiece
 import seqio
 import tensorflow as tf
 
 from tasks import vocabulary
+from tasks.vocabulary import __main__ as command
+from tasks.vocabulary import report, texts
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -75,3 +79,183 @@ def test_ids_of_the_public_vocabulary(data_dir):
     ]  # fmt: skip
     assert t5.encode("Das Haus ist wunderbar.") == [644, 4598, 229, 19250, 5]
     assert t5.encode("<extra_id_0> <extra_id_99>") == [32099, 32000]
+
+
+# ------------------------------------------------------------------------------------ what other implementations gave
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_models_cut_and_join_text_as_sentencepiece_does(golden, golden_json, kind):
+    expected = golden_json("sentencepiece")[kind]
+    loaded = vocabulary.load(str(golden(f"spm/{kind}.model")))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(golden(f"spm/{kind}.model")))
+    assert [model.id_to_piece(i) for i in range(expected["vocab_size"])] == expected["pieces"]
+    for row in expected["rows"]:
+        assert loaded.encode(row["text"]) == row["ids"] == loaded.encode_tf(row["text"]).numpy().tolist()
+        assert loaded.decode(row["ids"]) == row["decoded"]
+        assert model.encode(row["text"], out_type=str) == row["pieces"]
+        assert model.normalize(row["text"]) == row["normalized"]
+    assert all(model.normalize(text) == normalized for text, normalized in expected["nmt_nfkc"])
+    sentinels = expected["seqio_extra_ids_100"]
+    assert (loaded.vocab_size, loaded.eos_id) == (sentinels["vocab_size"], sentinels["eos_id"])
+    assert (loaded.pad_id, loaded.unk_id) == (sentinels["pad_id"], sentinels["unk_id"])
+    assert loaded.encode(sentinels["text"]) == sentinels["encode"]
+    assert loaded.encode_tf(sentinels["text"]).numpy().tolist() == sentinels["encode_tf"]
+    assert loaded.decode(sentinels["encode"]) == sentinels["decode"]
+    assert loaded.decode([sentinels["<extra_id_0>"]]) == "<extra_id_0>"
+    whole, texts_with_all_pieces = expected["lossless_on_texts_without_unk"]
+    measured = report.measure(model, (row["text"] for row in expected["rows"]))
+    assert (measured.returned, measured.whole) == (whole, texts_with_all_pieces)
+    assert measured.texts > measured.whole  # some cannot come back: their characters have no piece
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_training_finds_the_same_pieces_as_the_reference(golden_json, tmp_path, kind):
+    reference = golden_json("sentencepiece")
+    path = tmp_path / "new" / "mine.model"
+    text = "\n".join(reference["corpus"] * reference["repeat"])  # one long document, beyond SentencePiece's own limit
+    assert len(text) > 4192
+    vocabulary.train([text], str(path), reference[kind]["vocab_size"], kind, threads=1)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert [model.id_to_piece(i) for i in range(model.get_piece_size())] == reference[kind]["pieces"]
+    assert [file.name for file in path.parent.iterdir()] == ["mine.model"]
+
+
+def test_bpe_merges_the_words_of_sennrich_as_published(golden_json, tmp_path):
+    toy = golden_json("sentencepiece")["bpe_toy_sennrich"]
+    vocabulary.train(
+        [word for word, n in toy["vocab"].items() for _ in range(n)], str(tmp_path / "toy.model"), 24, "bpe"
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "toy.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    assert pieces[3:5] == ["es", "est"]  # later ones differ: SentencePiece marks where words begin, not where they end
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+SENTENCES = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog sat"] * 20
+
+
+def trained(path, lines=SENTENCES, size=20, **settings):
+    vocabulary.train(lines, str(path), size, threads=1, **settings)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def test_report_counts_what_can_be_counted_by_hand(tmp_path):
+    model = trained(tmp_path / "m.model")
+    measured = report.measure(model, ["the  cat", "the q\u00b2 cat"])
+    ids = [*model.encode("the cat"), *model.encode("the q\u00b2 cat")]
+    assert (measured.texts, measured.words, measured.characters) == (2, 5, len("the cat") + len("the q2 cat"))
+    assert measured.tokens == len(ids)
+    assert measured.fertility == len(ids) / 5
+    assert measured.unknown == 1  # the two characters are neighbours, and one <unk>
+    assert measured.coverage == 1 - 1 / len(ids)
+    assert measured.uncovered == {"q": 1, "2": 1}
+    assert measured.changed == 2  # two spaces, and a superscript
+    assert (measured.whole, measured.returned, measured.lossless) == (1, 1, True)
+    assert measured.used == set(ids) - {2}
+    assert report.pieces(model) == 20 - 3
+    assert "U+0071 q (1)" in report.to_text(measured, model)
+
+
+def test_a_decoder_that_loses_text_is_found(tmp_path):
+    model = trained(tmp_path / "m.model")
+
+    class Lossy:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def decode(self, ids):
+            return model.decode(ids).replace(" ", "")
+
+    assert not report.measure(Lossy(), SENTENCES).lossless  # pyright: ignore[reportArgumentType]
+    assert report.measure(model, SENTENCES).lossless
+
+
+def test_bytes_spell_what_has_no_piece(tmp_path):
+    model = trained(tmp_path / "m.model", size=276, byte_fallback=True)
+    measured = report.measure(model, ["the \u96ea cat"])
+    assert (measured.unknown, measured.bytes, measured.returned) == (0, 3, 1)
+    assert measured.uncovered == {"\u96ea": 1}
+    assert "single bytes" in report.to_text(measured, model)
+
+
+def test_normalization_is_chosen(tmp_path):
+    assert trained(tmp_path / "a.model").normalize("A\u00b2\tb") == "\u2581A2\u2581b"
+    assert trained(tmp_path / "b.model", normalization="nmt_nfkc_cf").normalize("A\u00b2\tb") == "\u2581a2\u2581b"
+    assert trained(tmp_path / "c.model", normalization="identity").normalize("A\u00b2\tb") == "\u2581A\u00b2\tb"
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_text_of_a_task_is_what_its_tokens_are_made_of(corpus):
+    (corpus / "glue/CoLA").mkdir(parents=True)
+    (corpus / "glue/CoLA/train.tsv").write_text("gj04\t1\t\tThe sailors rode the breeze.\ncj99\t0\t*\tThe more.\n")
+    assert list(texts.of_task("glue_cola_v002")) == [
+        *("cola sentence: The sailors rode the breeze.", "acceptable"),
+        *("cola sentence: The more.", "unacceptable"),
+    ]
+    with pytest.raises(ValueError, match="no split 'validation'; it has: train"):
+        next(texts.of_task("glue_cola_v002", "validation"))
+    with pytest.raises(ValueError, match="a mixture: name one of its tasks"):
+        next(texts.of_task("glue_v002_equal"))
+
+
+def test_text_of_files_is_read_as_everywhere_else(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "One", "body": "two  three"}\n')
+    (tmp_path / "b.txt").write_text("four\n\nfive\n")
+    assert list(texts.of_files([str(tmp_path / "*.jsonl")], "{title}: {body}")) == ["One: two  three"]
+    assert list(texts.of_files([str(tmp_path / "b.txt")])) == ["four", "five"]
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def test_command_learns_from_files_and_reports(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    model = tmp_path / "out" / "mine.model"
+    files = ["--files", str(tmp_path / "*.txt")]
+    assert command.main(["train", f"--output={model}", "--size=40", "--type=bpe", *files]) == 0
+    first = capsys.readouterr().out
+    assert "mine.model: bpe, nmt_nfkc normalisation, 40 pieces (140 ids with 100 sentinels)" in first
+    assert "60 texts, 360 words" in first
+    assert "lossless, 60 of 60 texts come back" in first
+    assert command.main(["check", str(model), *files]) == 0
+    assert capsys.readouterr().out == first
+    assert vocabulary.load(str(model)).vocab_size == 140
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--size=4000"], r"this text gives at most \d+ pieces, not 4000: ask for a size up to \d+"),
+        (["--size=9"], r"9 pieces cannot hold the text's characters: .* Ask for a size above \d+"),
+        (["--size=-1"], "size -1"),
+        (["--size=40", "--coverage=99"], r"character coverage 99\.0: it is a share"),
+        (["--size=40", "--files", "nothing*.txt"], r"no file matches 'nothing\*\.txt'"),
+        (["--size=40", "--output=/dev/null/a.model"], r"cannot write /dev/null/a\.model: "),
+        (["--size=40", "--output=text.txt"], r"text\.txt exists, and what was trained with it needs it"),
+        (["--size=40", "--limit=0"], "at least one text"),
+    ],
+)
+def test_command_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    assert command.main(["train", "--output=a.model", "--files", "text.txt", *flags]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert re.search(says, printed), printed
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_text_that_cannot_be_read_stops_training_with_its_own_error(tmp_path):
+    def broken():
+        yield "the cat sat"
+        raise ValueError("mine.txt:2: not UTF-8")
+
+    with pytest.raises(ValueError, match=r"^mine\.txt:2: not UTF-8$"):
+        trained(tmp_path / "m.model", broken())
+    with pytest.raises(ValueError, match="every line is empty"):
+        trained(tmp_path / "m.model", ["", " \n "])
+    assert not list(tmp_path.iterdir())
