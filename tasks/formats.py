@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 import tensorflow as tf
@@ -204,29 +204,27 @@ def check_columns(path: str, line: int, wanted: Iterable[str], present: Collecti
 
 
 def tsv_rows(
-    path: str, columns: list[str] | None, skipped: Skipped
-) -> Iterator[tuple[int, dict[str, str] | list[str]]]:
+    path: str, columns: Collection[str] | Mapping[str, int], skipped: Skipped
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a tab-separated file in which quotes mean nothing (as in GLUE's), each with its line number.
 
     Args:
       path: the file.
-      columns: what its first line must name, giving dicts; or None for a file without a header, giving lists. A row
-        that is too short lacks its last columns: which of them matter is the caller's to say.
+      columns: what its first line must name; or for a file without a header, the columns' positions. A row that is too
+        short lacks its last columns: which of them matter is the caller's to say.
       skipped: counts bad rows; where they are skipped, the first line that names the columns is the header.
     """
-    header: list[str] | None = None
+    positions = columns if isinstance(columns, Mapping) else None
     for number, line in lines(path, skipped):
         with skipped:
             if not line:
                 raise bad_row(path, number, EMPTY_LINE)
             fields = line.split("\t")
-            if columns is None:
-                yield number, fields
-            elif header is None:
+            if positions is None:
                 check_columns(path, number, columns, fields)
-                header = fields
+                positions = {name: k for k, name in enumerate(fields)}
             else:
-                yield number, dict(zip(header, fields, strict=False))
+                yield number, {name: fields[k] for name, k in positions.items() if k < len(fields)}
 
 
 def csv_rows(path: str, delimiter: str, skipped: Skipped) -> Iterator[tuple[int, dict[str, str]]]:

@@ -2,18 +2,21 @@
 
 Reads the official glue/<Task>/*.tsv, or TFDS. t5 names TFDS's glue:1.0.0; 2.0.0 is what today's TFDS can prepare and
 has the same features and label order (QQP has 363,846 rows where 1.0.0 had 363,849), so v002's text does not change.
-One difference between the two readings: TFDS numbers MRPC's rows (`idx`) by the original Microsoft file, from which it
-makes its splits, and the official TSV files are numbered each from 0.
+TFDS numbers MRPC's rows (`idx`) by Microsoft's msr_paraphrase_train.txt, from which both splits were made. GLUE's own
+download script leaves that file beside the TSV files; without it, each of these is numbered from 0, which the log says.
 
 Must not know: mixtures, models.
 """
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import seqio
+import tensorflow as tf
+from absl import logging
 
 from tasks import formats, metrics, preprocessors, sources, vocabulary
 
@@ -36,6 +39,7 @@ class Glue:
       prefix: the first word of the inputs, the name unless given.
       no_header: splits whose file has no header, with the position of each column.
       drop_broken_rows: whether rows that lack a column are dropped, with a count in the log, as TFDS does, or refused.
+      numbered_by: the file whose rows `idx` counts, where it is not the split's own, and the columns that name a row.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Glue:
     prefix: str = ""
     no_header: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     drop_broken_rows: bool = False
+    numbered_by: tuple[str, tuple[str, ...]] | None = None
 
 
 def _pair(first: str, second: str) -> dict[str, str]:
@@ -72,6 +77,7 @@ CONFIGS = (
     Glue(
         "mrpc", "MRPC", {"sentence1": "#1 String", "sentence2": "#2 String"}, ("not_equivalent", "equivalent"),
         "Quality", [metrics.f1_score_with_invalid, metrics.accuracy],
+        numbered_by=("msr_paraphrase_train.txt", ("#1 ID", "#2 ID")),
     ),
     Glue(
         "qqp", "QQP", _pair("question1", "question2"), ("not_duplicate", "duplicate"), "is_duplicate",
@@ -117,11 +123,9 @@ def read(paths: list[str], split: str, config: Glue) -> sources.Columns:
     needed = [*config.text.values()] + [config.label_column] * (not split.startswith("test"))
     for path in paths:
         skipped = formats.Skipped(path)
-        for line, row in formats.tsv_rows(path, None if positions else needed, skipped):
+        number = _numbers(path, split, config)
+        for line, row in formats.tsv_rows(path, positions or needed, skipped):
             with skipped:
-                if isinstance(row, list):
-                    assert positions is not None
-                    row = {name: row[k] for name, k in positions.items() if k < len(row)}
                 lacking = [c for c in needed if c not in row or (c == config.label_column and not row[c])]
                 if lacking:
                     error = formats.bad_row(path, line, f"no {', '.join(lacking)} in this row: mend or remove it")
@@ -131,12 +135,33 @@ def read(paths: list[str], split: str, config: Glue) -> sources.Columns:
                     continue
                 value = row.get(config.label_column, "")
                 columns["label"].append(_label(value, config, path, line) if value else -1)
-                columns["idx"].append(line - (1 if positions else 2))
+                columns["idx"].append(number(row, line - (1 if positions else 2)))
                 for feature, column in config.text.items():
                     columns[feature].append(row[column])
     text = {feature: np.array([value.encode() for value in columns[feature]], object) for feature in config.text}
     label = np.array(columns["label"], np.int64 if config.labels else np.float32)
     return {**text, "label": label, "idx": np.array(columns["idx"], np.int32)}
+
+
+def _numbers(path: str, split: str, config: Glue) -> Callable[[Mapping[str, str], int], int]:
+    """A function of a row, and its place in the file, to its `idx`."""
+    if config.numbered_by is None or split.startswith("test"):
+        return lambda row, place: place
+    name, key = config.numbered_by
+    original = os.path.join(os.path.dirname(path), name)
+    if not tf.io.gfile.exists(original):
+        logging.info("%s: idx counts its own rows, for %s is not there", path, original)
+        return lambda row, place: place
+    rows = formats.tsv_rows(original, key, formats.Skipped(original, "refuse"))
+    places = {tuple(row[column] for column in key): line - 2 for line, row in rows}
+
+    def number(row: Mapping[str, str], place: int) -> int:
+        named = tuple(row[column] for column in key)
+        if named not in places:
+            raise formats.bad_row(path, place + 2, f"{original} has no row {named}, by which this one is numbered")
+        return places[named]
+
+    return number
 
 
 def _label(value: str, config: Glue, path: str, line: int) -> float:

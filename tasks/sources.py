@@ -182,7 +182,7 @@ class _Choice:
 class CorpusSource(seqio.DataSource):
     """A corpus's official files under $T5X_LITE_DATA_DIR when its folder is there, otherwise TFDS.
 
-    Which of the two is decided when the source is first used (and again when the variable changes), and logged. With
+    Which of the two is decided when the source is first used (and again when a variable changes), and logged. With
     the folder there, its splits are those whose files are; a missing split is missing, never taken from TFDS.
 
     Args:
@@ -207,23 +207,24 @@ class CorpusSource(seqio.DataSource):
         self._build = build
         self._tfds_name = tfds_name
         self._tfds_splits = tuple(tfds_splits)
-        self._choices: dict[str | None, _Choice] = {}
+        self._choices: dict[tuple[str | None, str | None], _Choice] = {}
 
     def _choice(self) -> _Choice:
-        root = formats.data_dir()
-        if root not in self._choices:
+        root, tfds_folder = place = formats.data_dir(), os.environ.get("TFDS_DATA_DIR")
+        if place not in self._choices:
             folder = root and os.path.join(root, self._folder)
             if folder and tf.io.gfile.isdir(folder):
                 found = {split: sorted(tf.io.gfile.glob(os.path.join(folder, f))) for split, f in self._files.items()}
                 found = {split: paths for split, paths in found.items() if paths}
                 choice = _Choice(self._build(found), f"the files in {folder} ({', '.join(found) or 'no split'})")
             else:
-                where = os.environ.get("TFDS_DATA_DIR", "TFDS's own folder")
-                source = seqio.TfdsDataSource(self._tfds_name, splits=self._tfds_splits)
+                # TFDS itself would take the variable's value at the time when it was imported.
+                source = seqio.TfdsDataSource(self._tfds_name, tfds_folder, self._tfds_splits)
+                where = tfds_folder or "TFDS's own folder"
                 choice = _Choice(source, f"TFDS {self._tfds_name} in {where}")
             logging.info("%s: reading %s", self._tfds_name.split(":")[0], choice.origin)
-            self._choices[root] = choice
-        return self._choices[root]
+            self._choices[place] = choice
+        return self._choices[place]
 
     def describe(self) -> str:
         """What is read, for a person: the folder with its splits, or the TFDS name and place."""

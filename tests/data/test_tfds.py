@@ -1,0 +1,211 @@
+"""TFDS and the official files give the same examples: TFDS's own builders run on the files, and both are read.
+
+Only the network is replaced: what a builder would download is the folder or file that the official archive unpacks to.
+"""
+
+import csv
+import gzip
+import itertools
+import json
+import logging
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow_datasets as tfds
+
+from tasks import glue, sources
+
+pytest.importorskip("importlib_resources", reason="TFDS's builders use it without asking for it")
+
+ROWS = 50  # of each real file, in the fast tests
+LENGTHS = {"inputs": 256, "targets": 64}
+
+
+def read_tsv(path, rows=None):
+    with path.open(encoding="utf-8-sig") as file:
+        return list(itertools.islice(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), rows))
+
+
+def write_tsv(path, rows, bom=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join("\t".join(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
+
+
+def without_labels(rows, *labels):
+    keep = [k for k, name in enumerate(rows[0]) if name not in labels]
+    return [[row[k] for k in keep] for row in rows]
+
+
+def lay_out_glue(real, folder, config, rows=ROWS):
+    """The official layout of one task of GLUE: the real rows, and the splits that are not at hand made of others."""
+    name = config.folder
+    if name == "AX":
+        train = read_tsv(real / "MNLI/train.tsv", rows)
+        write_tsv(folder / "AX/AX.tsv", without_labels(train, "gold_label", "label1"))
+        return
+    train = read_tsv(real / name / "train.tsv", rows)
+    dev = read_tsv(real / name / "dev.tsv", rows) if (real / name / "dev.tsv").exists() else train
+    for split, file in config.files.items():
+        if split == "train":
+            write_tsv(folder / name / file, train, bom=name == "MRPC")
+        elif split.startswith("validation"):
+            write_tsv(folder / name / file, dev, bom=name == "MRPC")
+        elif name == "CoLA":
+            write_tsv(folder / name / file, [["index", "sentence"], *([str(i), row[3]] for i, row in enumerate(dev))])
+        else:
+            write_tsv(folder / name / file, without_labels(dev, config.label_column, "label1"))
+    if name == "MRPC":  # TFDS makes its splits of Microsoft's files; here dev's rows stand between those of train
+        header, *train_rows = train
+        mixed = [row for pair in itertools.zip_longest(train_rows[1:], dev[1:]) for row in pair if row]
+        write_tsv(folder / name / "msr_paraphrase_train.txt", [header, train_rows[0], *mixed], bom=True)
+        write_tsv(folder / name / "msr_paraphrase_test.txt", dev)
+        write_tsv(folder / name / "mrpc_dev_ids.tsv", [row[1:3] for row in dev[1:]])
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """Runs a builder of TFDS, giving it what it asks to be downloaded, into the TFDS folder in force."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+    def run(name, downloaded):
+        for method in ("download", "download_and_extract"):
+            monkeypatch.setattr(tfds.download.DownloadManager, method, lambda manager, urls: downloaded)
+        builder = tfds.builder(name, data_dir=str(tmp_path / "tfds"))
+        builder.download_and_prepare()
+        return builder
+
+    return run
+
+
+def examples(task, split, key):
+    """All features of all examples of a split, by the feature that names an example; without one, in their order."""
+    dataset = seqio.get_mixture_or_task(task).get_dataset(LENGTHS, split, shuffle=False, seed=0)
+    rows = [{k: plain(v) for k, v in row.items()} for row in dataset.as_numpy_iterator()]
+    return {row[key]: row for row in rows} if key else rows
+
+
+def plain(value):
+    """A value with its type, to be compared."""
+    return (value.dtype.str, value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def read_both(task, split, key, tmp_path, monkeypatch):
+    """A split read from the files and from TFDS; that it is so is asked of the source."""
+    source = seqio.TaskRegistry.get(task).source
+    assert isinstance(source, sources.CorpusSource)
+    monkeypatch.setenv("T5X_LITE_DATA_DIR", str(tmp_path / "files"))
+    assert source.describe().startswith("the files in")
+    splits, from_files = set(source.splits), examples(task, split, key)
+    monkeypatch.delenv("T5X_LITE_DATA_DIR")
+    assert source.describe() == f"TFDS {source._tfds_name} in {tmp_path / 'tfds'}"
+    assert set(source.splits) == splits
+    return from_files, examples(task, split, key)
+
+
+def glue_downloads(folder, config):
+    """What TFDS's builder gets: the unpacked folder; for MRPC three files, for AX one."""
+    if config.name == "ax":
+        return str(folder / "AX/AX.tsv")
+    if config.name == "mrpc":
+        files = {"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt", "dev_ids": "mrpc_dev_ids.tsv"}
+        return {key: str(folder / "MRPC" / file) for key, file in files.items()}
+    return str(folder)
+
+
+def compare_glue(config, rows, data_dir, tmp_path, monkeypatch, prepare):
+    folder = tmp_path / "files/glue"
+    lay_out_glue(data_dir / "glue", folder, config, rows)
+    builder = prepare(f"glue/{config.name}:2.0.0", glue_downloads(folder, config))
+    assert set(builder.info.splits) == set(config.files)
+    for split in config.files:
+        from_files, from_tfds = read_both(f"glue_{config.name}_v002", split, "idx", tmp_path, monkeypatch)
+        assert len(from_files) >= ROWS - 1
+        assert from_files == from_tfds
+
+
+@pytest.mark.parametrize("config", glue.CONFIGS, ids=lambda config: config.name)
+def test_glue(config, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    compare_glue(config, ROWS, data_dir, tmp_path, monkeypatch, prepare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", glue.CONFIGS, ids=lambda config: config.name)
+def test_glue_whole(config, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    compare_glue(config, None, data_dir, tmp_path, monkeypatch, prepare)
+
+
+def lay_out_squad(real, folder, articles):
+    """The official files, cut to so many articles of two paragraphs each."""
+    folder.mkdir(parents=True)
+    for file in ("train-v1.1.json", "dev-v1.1.json"):
+        content = json.loads((real / file).read_text(encoding="utf-8"))
+        if articles is not None:
+            content["data"] = content["data"][:articles]
+            for article in content["data"]:
+                article["paragraphs"] = article["paragraphs"][:2]
+        (folder / file).write_text(json.dumps(content), encoding="utf-8")
+
+
+SQUAD_TASKS = [name for name in seqio.TaskRegistry.names() if name.startswith("squad_v")]
+
+
+@pytest.mark.parametrize("articles", [2, pytest.param(None, marks=pytest.mark.slow)])
+def test_squad(articles, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    folder = tmp_path / "files/squad"
+    lay_out_squad(data_dir / "squad", folder, articles)
+    files = {"train": str(folder / "train-v1.1.json"), "dev": str(folder / "dev-v1.1.json")}
+    builder = prepare("squad/v1.1:3.0.0", files)
+    assert set(builder.info.splits) == {"train", "validation"}
+    for task, split in itertools.product(SQUAD_TASKS, builder.info.splits):
+        from_files, from_tfds = read_both(task, split, "id", tmp_path, monkeypatch)
+        assert len(from_files) > 10
+        assert from_files == from_tfds
+
+
+def test_c4(data_dir, tmp_path, monkeypatch, bytes_vocabulary):
+    """TFDS makes C4 on Beam from Common Crawl; here its examples are those of the official files, in TFDS's form."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    names = ["content-length", "content-type", "text", "timestamp", "url"]
+    splits = {}
+    for split in ("train", "validation"):
+        (real,) = (data_dir / "c4").glob(f"c4-{split}.*")
+        lines = gzip.decompress(real.read_bytes()).splitlines(keepends=True)[:ROWS]
+        (tmp_path / "files/c4").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files/c4" / real.name).write_bytes(gzip.compress(b"".join(lines)))
+        splits[split] = [(i, dict.fromkeys(names, "") | json.loads(line)) for i, line in enumerate(lines)]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="c4",
+        config="en",
+        version="2.2.0",
+        features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in names}),
+        split_datasets=splits,
+        data_dir=str(tmp_path / "tfds"),
+        disable_shuffling=True,  # the noise goes by an example's place
+    )
+    for split in splits:
+        from_files, from_tfds = read_both("c4_v220_span_corruption", split, None, tmp_path, monkeypatch)
+        assert len(from_files) > 1
+        assert from_files == from_tfds
+
+
+def test_the_log_says_which_is_read_and_the_error_what_to_do(tmp_path, monkeypatch, caplog, bytes_vocabulary):
+    caplog.set_level(logging.INFO, "absl")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("T5X_LITE_DATA_DIR", str(tmp_path))
+    (tmp_path / "glue/RTE").mkdir(parents=True)
+    (tmp_path / "glue/RTE/train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
+    task = seqio.TaskRegistry.get("glue_rte_v002")
+    assert len(list(task.get_dataset(LENGTHS, "train", shuffle=False))) == 1
+    assert f"glue/rte: reading the files in {tmp_path}/glue/RTE (train)" in caplog.text
+
+    def no_network(manager, urls):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", no_network)
+    monkeypatch.delenv("T5X_LITE_DATA_DIR")
+    says = r"TFDS could not give glue/rte:2\.0\.0: no route to host.*TFDS_DATA_DIR.*T5X_LITE_DATA_DIR/glue/RTE/ \(train"
+    with pytest.raises(FileNotFoundError, match=says):
+        task.get_dataset(LENGTHS, "train", shuffle=False)
+    assert f"glue/rte: reading TFDS glue/rte:2.0.0 in {tmp_path / 'tfds'}" in caplog.text
