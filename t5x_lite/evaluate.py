@@ -24,6 +24,7 @@ from etils import epath
 
 from t5x_lite import data
 from tasks import formats
+from tasks.metrics import glue_average, glue_missing
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,16 @@ class Evaluation:
                 if scores is not None:
                     row["score"] = float(scores[i])
                 write(row)
+
+
+def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """{"glue": {"average": ...}} of {task: {metric: score}}, as the T5 paper has it; without all its tasks, nothing."""
+    missing = glue_missing(scores)
+    if not missing:
+        return {"glue": {"average": glue_average(scores)}}
+    if sum(task.startswith("glue_") for task in scores) > 1:
+        logger.info("No GLUE average, for want of %s.", ", ".join(missing))
+    return {}
 
 
 def _used(datasets: Iterable[tf.data.Dataset], lengths: Mapping[str, int]) -> dict[str, int]:

@@ -173,7 +173,8 @@ def _evaluation(run: Run, name: str, functions: Functions) -> Callable[[Any, int
     def evaluated(params: Any, at_step: int) -> Scores:
         scores = {task: functions.loss(params, rows) for task, rows in batches.items()}
         found = metrics.run(partial(functions.predict, params), partial(functions.score, params), step=at_step)
-        return {task: {**values, **found.get(task, {})} for task, values in scores.items()}
+        scores = {task: {**values, **found.get(task, {})} for task, values in scores.items()}
+        return scores | evaluate.averages(scores)
 
     return evaluated
 

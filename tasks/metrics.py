@@ -9,7 +9,7 @@ import collections
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.stats
@@ -127,3 +127,36 @@ def text_match(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
     f1 = [token_f1(normalize_answer(t), normalize_answer(p)) for t, p in zip(targets, predictions, strict=True)]
     equal = [t == p for t, p in zip(targets, predictions, strict=True)]
     return {"exact_match": 100 * float(np.mean(equal)), "f1": 100 * float(np.mean(f1))}
+
+
+# ------------------------------------------------------------------------------------------------------------- averages
+
+# The eight scores that the T5 paper's GLUE average is the mean of, each the mean of what is listed.
+GLUE_AVERAGE: tuple[Mapping[str, tuple[str, ...]], ...] = (
+    {"glue_cola_v002": ("matthews_corrcoef",)},
+    {"glue_sst2_v002": ("accuracy",)},
+    {"glue_mrpc_v002": ("f1", "accuracy")},
+    {"glue_stsb_v002": ("pearson_corrcoef", "spearman_corrcoef")},
+    {"glue_qqp_v002": ("f1", "accuracy")},
+    {"glue_mnli_matched_v002": ("accuracy",), "glue_mnli_mismatched_v002": ("accuracy",)},
+    {"glue_qnli_v002": ("accuracy",)},
+    {"glue_rte_v002": ("accuracy",)},
+)
+
+
+def glue_missing(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What {task: {metric: score}} lacks of the GLUE average, as "task/metric"."""
+    wanted = [(task, name) for part in GLUE_AVERAGE for task, names in part.items() for name in names]
+    return [f"{task}/{name}" for task, name in wanted if name not in scores.get(task, {})]
+
+
+def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float:
+    """The GLUE average of the T5 paper's tables, of {task: {metric: score}}; other tasks (WNLI, AX) have no part in it.
+
+    Raises ValueError where a score is missing: an average of fewer tasks is not comparable.
+    """
+    if missing := glue_missing(scores):
+        raise ValueError(f"no GLUE average without {', '.join(missing)}")
+    return float(
+        np.mean([np.mean([scores[task][name] for task in part for name in part[task]]) for part in GLUE_AVERAGE])
+    )

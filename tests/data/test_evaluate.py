@@ -11,6 +11,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import data, evaluate
+from tasks import metrics
 
 VOCABULARY = seqio.ByteVocabulary()
 FEATURES = {k: seqio.Feature(VOCABULARY, add_eos=True) for k in ("inputs", "targets")}
@@ -236,3 +237,15 @@ def test_batches_are_no_wider_than_the_longest_example():
     model = Model()
     evaluation.run(model.predict, model.score, step=0)
     assert model.shapes == {(2, 64)}
+
+
+def test_the_glue_average_stands_beside_its_tasks_or_the_log_says_what_it_lacks(caplog):
+    scores = {task: dict.fromkeys(names, 50.0) for part in metrics.GLUE_AVERAGE for task, names in part.items()}
+    assert evaluate.averages(scores) == {"glue": {"average": 50.0}}
+    del scores["glue_rte_v002"]
+    caplog.set_level("INFO")
+    assert evaluate.averages(scores) == {}
+    assert "No GLUE average, for want of glue_rte_v002/accuracy." in caplog.text
+    caplog.clear()
+    assert evaluate.averages({"glue_cola_v002": {"matthews_corrcoef": 1.0}}) == {}
+    assert not caplog.text

@@ -55,6 +55,32 @@ def test_answers_come_decoded_as_targets():
     assert metrics.qa_answers("said", example=example) == "said"
 
 
+BASELINE = {  # the T5 paper's, Table 16
+    "glue_cola_v002": {"matthews_corrcoef": 53.84},
+    "glue_sst2_v002": {"accuracy": 92.68},
+    "glue_mrpc_v002": {"f1": 92.07, "accuracy": 88.92},
+    "glue_stsb_v002": {"pearson_corrcoef": 88.02, "spearman_corrcoef": 87.94},
+    "glue_qqp_v002": {"f1": 88.67, "accuracy": 91.56},
+    "glue_mnli_matched_v002": {"accuracy": 84.24},
+    "glue_mnli_mismatched_v002": {"accuracy": 84.57},
+    "glue_qnli_v002": {"accuracy": 90.48},
+    "glue_rte_v002": {"accuracy": 76.28},
+}
+
+
+def test_glue_average_is_the_papers():
+    others = {"glue_wnli_v002": {"accuracy": 0.0}, "squad_v010_allanswers": {"em": 0.0}}
+    assert metrics.glue_average(BASELINE | others) == pytest.approx(83.28, abs=0.005)
+    assert metrics.glue_missing(BASELINE | others) == []
+
+
+def test_no_glue_average_of_fewer_tasks():
+    scores = {task: values for task, values in BASELINE.items() if task != "glue_rte_v002"}
+    scores["glue_mrpc_v002"] = {"f1": 92.07}
+    with pytest.raises(ValueError, match="without glue_mrpc_v002/accuracy, glue_rte_v002/accuracy"):
+        metrics.glue_average(scores)
+
+
 def test_agrees_with_t5(golden_json):
     reference = golden_json("metrics")
     for case in reference["squad"]["per_example"]:
