@@ -11,13 +11,17 @@ paper's choice for multi-task training), SET_proportional_k16 ... _k21 (K = 2^16
 _8 (K = 2^21) and SET_equal. GLUE's part is t5's: WNLI is left out, and MNLI's two dev sets and AX are in at rate 0, so
 that an evaluation of the mixture sees them and training never does.
 
+For leave-one-out training (section 3.5.3) SET_leave_out_TASK is SET_proportional without one task: `_leave_out_mnli`,
+`_leave_out_squad`, `_leave_out_c4` ..., and `_leave_out_glue` without all of GLUE. `python -m tasks.mixtures` shows
+what any of them, or a list of your own, does to each task.
+
 Must not know: text, files, models.
 """
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import seqio
 
@@ -28,7 +32,8 @@ Strategy = Literal["proportional", "temperature", "equal"]
 MULTI_TASK_LIMIT = 2**19
 TEMPERATURE_LIMIT = 2**21
 
-# Training examples as published. QQP's is that of the release which t5 used (today's has three fewer).
+# Training examples as published. A task that is not here has the count of one that reads the same source, as another
+# objective on C4 does (`train_examples`). QQP's is that of the release which t5 used (today's has three fewer).
 TRAIN_EXAMPLES: dict[str, int] = {
     "c4_v220_span_corruption": 364_868_892,
     "c4_v020_unsupervised": 364_868_892,
@@ -82,13 +87,28 @@ def rates(
 
     Raises ValueError for unknown tasks, counts below 0 or all 0, and settings out of range or of another strategy.
     """
+    raw = raw_rates(tasks, strategy, limit, temperature, scale)
+    total = math.fsum(raw.values())
+    if not total:
+        raise ValueError(f"none of {', '.join(raw)} has training examples: there is nothing to draw from")
+    return {name: rate / total for name, rate in raw.items()}
+
+
+def raw_rates(
+    tasks: Iterable[str] | Mapping[str, float],
+    strategy: Strategy = "proportional",
+    limit: float | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+) -> dict[str, float]:
+    """The same before it is made to sum to 1: proportional rates are counts of examples, equal ones 1."""
     counts = dict(tasks) if isinstance(tasks, Mapping) else _published(tasks)
     if not counts:
         raise ValueError("no tasks to mix")
     for name, count in counts.items():
         if not (math.isfinite(count) and count >= 0):
             raise ValueError(f"task {name} has {count} examples; counts are finite and at least 0")
-    if strategy not in ("proportional", "temperature", "equal"):
+    if strategy not in get_args(Strategy):
         raise ValueError(f"strategy {strategy!r}: use 'proportional', 'temperature' or 'equal'")
     if limit is not None and not limit > 0:
         raise ValueError(f"limit K = {limit}: it must be above 0, or None for no limit")
@@ -101,12 +121,19 @@ def rates(
     if strategy == "equal":
         if limit is not None or scale != 1:
             raise ValueError("strategy 'equal' gives each task the same: it takes no limit and no scale")
-        return {name: 1 / len(counts) for name in counts}
-    raw = {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
-    total = math.fsum(raw.values())
-    if not total:
-        raise ValueError(f"none of {', '.join(counts)} has training examples: there is nothing to draw from")
-    return {name: rate / total for name, rate in raw.items()}
+        return dict.fromkeys(counts, 1.0)
+    return {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
+
+
+def train_examples(name: str) -> int | None:
+    """How many training examples a task has as published, itself or another one on the same source; None if unknown."""
+    if name in TRAIN_EXAMPLES or name not in seqio.TaskRegistry.names():
+        return TRAIN_EXAMPLES.get(name)
+    source = seqio.TaskRegistry.get(name).source
+    for task, count in TRAIN_EXAMPLES.items():
+        if task in seqio.TaskRegistry.names() and seqio.TaskRegistry.get(task).source is source:
+            return count
+    return None
 
 
 def _published(names: Iterable[str]) -> dict[str, float]:
@@ -114,11 +141,12 @@ def _published(names: Iterable[str]) -> dict[str, float]:
         raise ValueError(f"give a list of task names, not the single string {names!r}")
     counts = {}
     for name in names:
-        if name not in TRAIN_EXAMPLES:
+        count = train_examples(name)
+        if count is None:
             near = difflib.get_close_matches(name, TRAIN_EXAMPLES, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(TRAIN_EXAMPLES)}."
             raise ValueError(f"no published example count for task {name!r}; {hint} Or give a mapping of name to count")
-        counts[name] = TRAIN_EXAMPLES[name]
+        counts[name] = count
     return counts
 
 
@@ -137,3 +165,7 @@ for _set, _tasks in SETS.items():
     for _t in (2, 4, 8):
         add_mixture(f"{_set}_temperature_{_t}", rates(_tasks, "temperature", TEMPERATURE_LIMIT, _t))
     add_mixture(f"{_set}_equal", rates(_tasks, "equal"))
+    _parts = {task.split("_")[1 if task in GLUE else 0]: {task} for task in _tasks}  # cola, ..., squad, c4
+    for _part, _without in {**_parts, "glue": set(GLUE)}.items():
+        if _rest := {task: min(n, MULTI_TASK_LIMIT) for task, n in _counts.items() if task not in _without}:
+            add_mixture(f"{_set}_leave_out_{_part}", _rest)

@@ -1,0 +1,159 @@
+"""Shows what a mixture does to each of its tasks, before anything is paid for.
+
+    python -m tasks.mixtures glue_squad_proportional
+    python -m tasks.mixtures c4_glue_squad --strategy=temperature --limit=2^21 --temperature=2 --plot=mix.png
+    python -m tasks.mixtures glue_mnli_v002,glue_rte_v002,mine=5000 --strategy=equal --steps=10000 --batch=64
+
+NAME is a registered mixture or task, one of the sets (glue_v002, glue_squad, c4_glue_squad), or tasks with commas
+between them, =COUNT after those without a published number of examples. Exit code 2 when there is no such thing.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+import seqio
+import tensorflow as tf
+
+from tasks import mixtures
+from tasks.mixtures import plot, table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = _parser().parse_args(arguments)
+    try:
+        _show(flags)
+    except (OSError, ValueError) as error:
+        print(f"tasks.mixtures: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.mixtures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument(
+        "--strategy",
+        choices=get_args(mixtures.Strategy),
+        help="mix by this; a registered mixture is otherwise shown as registered, other tasks in proportion",
+    )
+    parser.add_argument(
+        "--limit", type=_number, metavar="K", help="artificial limit on a task's examples, as 65536 or 2^16"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="for --strategy=temperature")
+    parser.add_argument(
+        "--steps", type=_number, default=table.STEPS, metavar="N", help="(%(default)s, T5's fine-tuning)"
+    )
+    parser.add_argument(
+        "--batch", type=_number, default=table.BATCH, metavar="B", help="examples a step, before packing (%(default)s)"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="read some examples of each task for its mean length and share in tokens"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="write a picture that compares the strategies")
+    return parser
+
+
+def _number(text: str) -> int:
+    base, _, exponent = text.replace("**", "^").partition("^")
+    value = int(base) ** int(exponent) if exponent else int(base)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: it must be above 0")
+    return value
+
+
+def _show(flags: argparse.Namespace) -> None:
+    rates, counts, how = _chosen(flags)
+    tokens, unread = _measured(rates) if flags.measure else ({}, [])
+    print(f"{flags.name}, {how}; passes over the data in {flags.steps:,} steps of {flags.batch:,} examples\n")
+    print(table.to_text(table.rows(rates, counts, flags.steps, flags.batch, tokens)))
+    print()
+    if evaluated := [task for task, rate in rates.items() if not rate]:
+        print(f"Evaluated, never drawn: {', '.join(evaluated)}.")
+    if any(task.startswith("c4_") for task in rates):
+        print(
+            "C4 is counted in documents; objectives cut examples of other lengths from them, so its passes are rough."
+        )
+    if not flags.measure:
+        print("--measure reads some examples of each task and adds its share in tokens.")
+    for line in unread:
+        print(line)
+    if flags.plot:
+        known = {task: count for task, count in counts.items() if rates[task] and count}
+        if missing := [task for task, rate in rates.items() if rate and task not in known]:
+            raise ValueError(f"cannot plot strategies without the number of examples of {', '.join(missing)}")
+        total = sum(rates.values())
+        shares = {task: rates[task] / total for task in known}
+        plot.draw(f"{flags.name}, {how}", known, shares, flags.steps, flags.batch, flags.plot)
+        print(f"Picture: {flags.plot}")
+
+
+def _chosen(flags: argparse.Namespace) -> tuple[dict[str, float], dict[str, int | None], str]:
+    """Rates and numbers of examples by task, and in words how they were mixed."""
+    name = flags.name
+    counts: dict[str, int | None]
+    if name in seqio.MixtureRegistry.names():
+        mixture = seqio.MixtureRegistry.get(name)
+        rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+        counts = {task: _examples(task) for task in rates}
+        if not flags.strategy:
+            if flags.limit or flags.temperature != 1:
+                raise ValueError(f"{name} is registered with its rates: --limit and --temperature need a --strategy")
+            return rates, counts, "as registered"
+        counts = {task: counts[task] for task, rate in rates.items() if rate}
+    else:
+        counts = _listed(name)
+    if unknown := [task for task, count in counts.items() if count is None]:
+        raise ValueError(f"no number of examples is known for {', '.join(unknown)}: say TASK=COUNT in a list of tasks")
+    strategy = flags.strategy or "proportional"
+    known = {task: float(count) for task, count in counts.items() if count is not None}
+    rates = mixtures.raw_rates(known, strategy, flags.limit, flags.temperature)
+    mixtures.rates(known, strategy, flags.limit, flags.temperature)  # refuses what has nothing to draw from
+    limit = f", K = {flags.limit:,}" if flags.limit else ""
+    return rates, counts, f"{strategy}{limit}" + (f", T = {flags.temperature:g}" if strategy == "temperature" else "")
+
+
+def _listed(names: str) -> dict[str, int | None]:
+    """The tasks of a set, or of a list with commas, each with its number of examples."""
+    counts: dict[str, int | None] = {}
+    for item in mixtures.SETS.get(names, names.split(",")):
+        task, equals, count = item.strip().partition("=")
+        if equals and not count.isdigit():
+            raise ValueError(f"{item!r}: say a number of examples, as in {task}=5000")
+        if not equals and mixtures.train_examples(task) is None and task not in seqio.TaskRegistry.names():
+            known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names(), *mixtures.SETS]
+            near = difflib.get_close_matches(task, known, n=3)
+            cure = f"did you mean {', '.join(near)}?" if near else f"known sets: {', '.join(mixtures.SETS)}"
+            raise ValueError(f"no mixture, task or set is called {task!r}; {cure}")
+        counts[task] = int(count) if equals else _examples(task)
+    return counts
+
+
+def _examples(task: str) -> int | None:
+    """As published, else as the task's own source counts them; None when its data cannot be read."""
+    published = mixtures.train_examples(task)
+    if published is not None:
+        return published
+    try:
+        return seqio.TaskRegistry.get(task).num_input_examples("train")
+    except (OSError, ValueError, tf.errors.OpError):
+        return None
+
+
+def _measured(rates: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+    """Mean tokens of each task that can be read, and a line for each that cannot."""
+    tokens, unread = {}, []
+    for task in (task for task, rate in rates.items() if rate):
+        try:
+            tokens[task] = table.mean_tokens(task)
+        except (OSError, ValueError, tf.errors.OpError) as error:
+            unread.append(f"{task} was not measured: {str(error).splitlines()[0]}")
+    return tokens, unread
+
+
+if __name__ == "__main__":
+    sys.exit(main())

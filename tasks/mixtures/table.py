@@ -1,0 +1,134 @@
+"""What a mixture does to each of its tasks, as rows and as text.
+
+Must not know: strategies, how a mixture was chosen."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import seqio
+
+# T5's fine-tuning: 2^18 steps of 128 examples.
+STEPS = 2**18
+BATCH = 128
+LENGTHS = {"inputs": 512, "targets": 114}
+_MEASURED = 2_000  # examples that a mean length is taken of
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One task's part. What is not known is None: examples, and passes with them; tokens, and their share with them."""
+
+    task: str
+    examples: int | None
+    rate: float
+    share: float  # of the examples drawn
+    passes: float | None  # over the task's examples, in all steps
+    tokens: float | None  # of an example, inputs and targets together, on average
+    token_share: float | None  # of the tokens drawn; known when every task's tokens are
+
+
+def rows(
+    rates: Mapping[str, float],
+    examples: Mapping[str, int | None],
+    steps: int = STEPS,
+    batch: int = BATCH,
+    tokens: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """A row for each task with a rate above 0, the largest first.
+
+    Args:
+      rates: task to mixing rate; any scale.
+      examples: task to its number of training examples, None where unknown.
+      steps, batch: how many examples are drawn, before packing.
+      tokens: task to mean tokens of an example.
+    """
+    drawn = {task: rate for task, rate in rates.items() if rate}
+    total, tokens = sum(drawn.values()), tokens or {}
+    all_tokens = sum(rate * tokens[task] for task, rate in drawn.items()) if drawn.keys() <= tokens.keys() else None
+
+    def row(task: str, rate: float) -> Row:
+        count = examples[task]
+        return Row(
+            task=task,
+            examples=count,
+            rate=rate,
+            share=rate / total,
+            passes=rate / total * steps * batch / count if count else None,
+            tokens=tokens.get(task),
+            token_share=rate * tokens[task] / all_tokens if all_tokens else None,
+        )
+
+    return sorted((row(task, rate) for task, rate in drawn.items()), key=lambda row: -row.share)
+
+
+def mean_tokens(task: str, examples: int = _MEASURED, lengths: Mapping[str, int] = LENGTHS) -> float:
+    """Mean tokens of the task's training examples, inputs and targets with their ends, cut to `lengths`.
+
+    Reads the task's data with the vocabulary in force, and raises what they raise.
+    """
+    dataset = seqio.TaskRegistry.get(task).get_dataset(lengths, "train", shuffle=True, seed=0)
+    sizes = [
+        sum(len(example[feature]) for feature in lengths if feature in example)
+        for example in itertools.islice(dataset.as_numpy_iterator(), examples)  # pyright: ignore[reportArgumentType]
+    ]
+    if not sizes:
+        raise ValueError(f"task {task} has no examples of {dict(lengths)}")
+    return sum(sizes) / len(sizes)
+
+
+def to_text(table: list[Row]) -> str:
+    """The rows for a person, with a line of sums."""
+    sums = Row(
+        task="all",
+        examples=sum(row.examples for row in table if row.examples is not None) if _known(table, "examples") else None,
+        rate=sum(row.rate for row in table),
+        share=1.0,
+        passes=None,
+        tokens=sum(row.share * row.tokens for row in table if row.tokens is not None)
+        if _known(table, "tokens")
+        else None,
+        token_share=1.0,
+    )
+    digits = 0 if all(row.rate == int(row.rate) for row in table) else 4
+    cells = [
+        ["task", "examples", "rate", "share", "passes"],
+        *(_cells(row, digits) for row in table),
+        [*_cells(sums, digits)[:4], ""],
+    ]
+    if any(row.tokens is not None for row in table):
+        for line, row in zip(cells, [None, *table, sums], strict=True):
+            line += ["tokens/example", "token share"] if row is None else _token_cells(row)
+        if not _known(table, "tokens"):
+            cells[-1][-2:] = ["", ""]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+
+
+def _known(table: list[Row], field: str) -> bool:
+    return all(getattr(row, field) is not None for row in table)
+
+
+def _cells(row: Row, digits: int) -> list[str]:
+    examples = "?" if row.examples is None else f"{row.examples:,}"
+    passes = "?" if row.passes is None else f"{row.passes:,.1f}" if row.passes >= 1 else f"{row.passes:.2g}"
+    return [
+        row.task,
+        examples,
+        f"{row.rate:,.{digits}f}",
+        f"{row.share:.2%}",
+        passes,
+    ]
+
+
+def _token_cells(row: Row) -> list[str]:
+    return [
+        "?" if row.tokens is None else f"{row.tokens:.1f}",
+        "?" if row.token_share is None else f"{row.token_share:.2%}",
+    ]
