@@ -6,12 +6,14 @@ Must not know: models of text.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from tasks import files
 
 _FILES_TASK = "vocabulary_files"
+_FIRST_BYTE = 3  # in SeqIO's vocabulary of bytes, after padding, end and unknown
 
 
 def of_task(name: str, split: str = "train") -> Iterator[str]:
@@ -25,35 +27,33 @@ def of_task(name: str, split: str = "train") -> Iterator[str]:
     task = seqio.TaskRegistry.get(name)
     if split not in task.splits:
         raise ValueError(f"task {name} has no split {split!r}; it has: {', '.join(task.splits) or 'none'}")
-    dataset = _before_tokenizing(task, split)
     example: Any
-    for example in dataset.as_numpy_iterator():
+    for example in _bytes_as_tokens(task, split).as_numpy_iterator():
         for feature in task.output_features:
-            if example.get(feature):
-                yield example[feature].decode()
+            if len(example.get(feature, ())):
+                yield (example[feature] - _FIRST_BYTE).astype(np.uint8).tobytes().decode()
 
 
-def _before_tokenizing(task: seqio.Task, split: str) -> tf.data.Dataset:
-    """What the task's preprocessors give up to the first one that makes tokens of text.
+def _bytes_as_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
+    """What the task's preprocessors give up to the one that makes tokens of text, shown a vocabulary of bytes.
 
-    They are shown a vocabulary of bytes, so that the step that makes tokens can be told without having the task's own.
+    So its tokens are the text itself, whichever step makes them and from whatever column.
     """
     features = {name: seqio.Feature(seqio.ByteVocabulary()) for name in task.output_features}
 
-    def is_text(dataset: tf.data.Dataset) -> bool:
+    def has_tokens(dataset: tf.data.Dataset) -> bool:
         spec: Any = dataset.element_spec
-        found = [spec[name].dtype for name in features if name in spec]
-        return bool(found) and all(dtype == tf.string for dtype in found)
+        return any(spec[name].dtype != tf.string for name in features if name in spec)
 
     dataset = task.source.get_dataset(split, shuffle=False)
-    for step in task.preprocessors:
-        step = seqio.utils.add_kwargs_to_transform(step, output_features=features, sequence_length=None)
-        after = step(dataset)
-        if is_text(dataset) and not is_text(after):
-            return dataset
-        dataset = after
-    if not is_text(dataset):
-        raise ValueError(f"task {task.name} has no text: its source gives other than strings for {', '.join(features)}")
+    steps = list(task.preprocessors)
+    while not has_tokens(dataset):
+        if not steps:
+            raise ValueError(f"task {task.name} never makes tokens of text")
+        step = seqio.utils.add_kwargs_to_transform(steps.pop(0), output_features=features, sequence_length=None)
+        dataset = step(dataset)
+    if len(steps) == len(task.preprocessors):
+        raise ValueError(f"task {task.name} has no text: its source gives tokens")
     return dataset
 
 

@@ -202,6 +202,27 @@ def test_text_of_a_task_is_what_its_tokens_are_made_of(corpus):
         next(texts.of_task("glue_v002_equal"))
 
 
+def test_text_of_every_kind_of_task_that_data_is_here_for(data_dir):
+    (first, *_) = texts.of_task("c4_v220_span_corruption")
+    raw = next(seqio.TaskRegistry.get("c4_v220_span_corruption").source.get_dataset("train", False).as_numpy_iterator())
+    assert first == raw["text"].decode()
+    squad = texts.of_task("squad_v110", "validation")
+    assert next(squad).startswith(
+        "question: Which NFL team represented the AFC at Super Bowl 50? context: Super Bowl 50"
+    )
+    assert next(squad) == "Denver Broncos"
+    feature = seqio.Feature(seqio.PassThroughVocabulary(10))
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors({"targets": [5]}), ["train"]
+    )
+    seqio.TaskRegistry.add("no_text", source=source, preprocessors=[], output_features={"targets": feature})
+    try:
+        with pytest.raises(ValueError, match="no_text has no text: its source gives tokens"):
+            next(texts.of_task("no_text"))
+    finally:
+        seqio.TaskRegistry.remove("no_text")
+
+
 def test_text_of_files_is_read_as_everywhere_else(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"title": "One", "body": "two  three"}\n')
     (tmp_path / "b.txt").write_text("four\n\nfive\n")
