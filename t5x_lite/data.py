@@ -23,6 +23,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_lite import packing
+
 logger = logging.getLogger(__name__)
 
 for _kind in ("GPU", "TPU"):  # before TensorFlow's first op: it would take the whole accelerator's memory
@@ -179,14 +181,19 @@ class TrainBatches:
             shard_info=seqio.ShardInfo(process_index, process_count),
             num_epochs=None,
             try_in_mem_cache=False,  # the cache would be written into every position saved
+            trim_output_features=False,  # done below
         )
-        examples = examples.map(lambda example: {k: example[k] for k in lengths})  # the converter warns of any other
-        dataset = seqio.EncDecFeatureConverter(pack=pack)(examples, lengths)
+        if pack:
+            dataset = _packed(examples, lengths)
+        else:
+            examples = examples.map(lambda x: {k: x[k][:length] for k, length in lengths.items()})
+            dataset = seqio.EncDecFeatureConverter(pack=False)(examples, lengths).batch(batch_size)
         options = tf.data.Options()
         options.deterministic = True
-        dataset = dataset.batch(_host_batch_size(batch_size, process_count), drop_remainder=True)
+        dataset = dataset.rebatch(_host_batch_size(batch_size, process_count), drop_remainder=True)
         self._iterator = iter(dataset.prefetch(tf.data.AUTOTUNE).with_options(options))
-        self.shapes = {k: tuple(v.shape) for k, v in dataset.element_spec.items()}
+        spec: Any = dataset.element_spec
+        self.shapes = {k: tuple(v.shape) for k, v in spec.items()}
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -221,6 +228,24 @@ class TrainBatches:
                 + "\nSet these back, or begin a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
             )
         tf.train.Checkpoint(iterator=self._iterator).read(os.path.join(path, "position")).assert_consumed()
+
+
+def _packed(examples: tf.data.Dataset, lengths: Mapping[str, int]) -> tf.data.Dataset:
+    """Blocks of packed rows, as `packing.pack` makes them. The number of examples in a block is SeqIO's."""
+    side = {"inputs": "encoder", "targets": "decoder"}
+    nothing = {feature: np.zeros((1, 0), np.int32) for feature in lengths}
+    names = list(packing.pack(nothing["inputs"], nothing["targets"], lengths))
+
+    def pack(inputs: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+        return list(packing.pack(inputs, targets, lengths).values())
+
+    def rows(block: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        arrays = tf.numpy_function(pack, [block["inputs"], block["targets"]], [tf.int32] * len(names), stateful=False)
+        wide = {side[feature]: length for feature, length in lengths.items()}
+        return {k: tf.ensure_shape(x, [None, wide[k.split("_")[0]]]) for k, x in zip(names, arrays, strict=True)}
+
+    cut = examples.map(lambda x: {k: tf.cast(x[k][:length], tf.int32) for k, length in lengths.items()})
+    return cut.padded_batch(max(lengths.values())).map(rows, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 # Evaluation.

@@ -1,15 +1,15 @@
-"""C4, T5's unlabelled text: `c4_v220_span_corruption`, and t5's name for it in multi-task mixtures.
+"""C4, T5's unlabelled text, under every objective of `tasks.objectives`: `c4_v220_span_corruption` and its kin.
 
 Reads c4/c4-{train,validation}.*.json.gz (one JSON object a line: text, timestamp, url), or TFDS c4/en:2.2.0, the
 version in the tasks' name. Must not know: other corpora, mixtures.
 """
 
+import functools
+from collections.abc import Callable
+
 import seqio
 
-from tasks import formats, preprocessors, sources, vocabulary
-
-# In t5, gin gives `c4_v020_unsupervised` its objective; here it has the one T5 was finally trained with.
-NAMES = ("c4_v220_span_corruption", "c4_v020_unsupervised")
+from tasks import formats, objectives, sources, vocabulary
 
 
 def _document(path: str, number: int, line: str) -> tuple[str, str, str]:
@@ -31,23 +31,49 @@ source = sources.CorpusSource(
 )
 
 
-@seqio.map_over_dataset
-def _text_as_targets(x: preprocessors.Example) -> preprocessors.Example:
-    return {"inputs": "", "targets": x["text"]}
-
-
-for _name in NAMES:
-    seqio.TaskRegistry.add(
-        _name,
+def add(name: str, objective: Callable) -> seqio.Task:
+    """Registers C4 under an objective: `add("c4_mine", functools.partial(objectives.span_corruption, ...))`."""
+    append_eos = [] if objective is objectives.full_lm else [objectives.append_eos_after_trim]
+    return seqio.TaskRegistry.add(
+        name,
         source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
         preprocessors=[
-            _text_as_targets,
-            seqio.preprocessors.tokenize,
+            objectives.tokenize,
             seqio.CacheDatasetPlaceholder(),
-            preprocessors.span_corruption,
-            seqio.preprocessors.append_eos_after_trim,
+            objective,
+            *append_eos,
         ],
         output_features=vocabulary.output_features(),
         metric_fns=[],
         task_cls=sources.CorpusTask,
     )
+
+
+# The paper's span lengths and noise densities (tables 5 to 7), after t5's gin files: lengths 512 and 114 are those of
+# span_3_15; the others need their own targets' length, which the objective says.
+OBJECTIVES = {
+    "c4_v220_span_corruption": objectives.span_corruption,
+    **{
+        f"c4_v220_span_{span}_{round(100 * density)}": functools.partial(
+            objectives.span_corruption, mean_noise_span_length=float(span), noise_density=density
+        )
+        for span, density in ((2, 0.15), (5, 0.15), (10, 0.15))
+    },
+    "c4_v220_iid_denoising": objectives.iid_denoising,
+    **{
+        f"c4_v220_iid_{round(100 * density)}": functools.partial(objectives.iid_denoising, noise_density=density)
+        for density in (0.10, 0.25, 0.50)
+    },
+    "c4_v220_iid_drop_tokens": objectives.iid_drop_tokens,
+    "c4_v220_bert_style_denoising": objectives.bert_style_denoising,
+    "c4_v220_mass_style_denoising": objectives.mass_style_denoising,
+    "c4_v220_deshuffling": objectives.deshuffling,
+    "c4_v220_prefix_lm": objectives.prefix_lm,
+    "c4_v220_lm": objectives.lm,
+    "c4_v220_full_lm": objectives.full_lm,
+    # In t5, gin gives it its objective; here it has the one T5 was finally trained with.
+    "c4_v020_unsupervised": objectives.span_corruption,
+}
+
+for _name, _objective in OBJECTIVES.items():
+    add(_name, _objective)

@@ -18,7 +18,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import formats, metrics, preprocessors, sources, vocabulary
+from tasks import formats, metrics, objectives, sources, vocabulary
 
 MEMORY_LIMIT = 256 * 2**20
 _SHUFFLE_WINDOW = 10_000  # for what is streamed
@@ -94,10 +94,9 @@ def register_files(
         name,
         source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
         preprocessors=[
-            *([] if text_to_text else [_add_empty_inputs]),
-            seqio.preprocessors.tokenize,
+            seqio.preprocessors.tokenize if text_to_text else functools.partial(objectives.tokenize, text="targets"),
             seqio.CacheDatasetPlaceholder(),
-            *([] if text_to_text else [preprocessors.span_corruption]),
+            *([] if text_to_text else [objectives.span_corruption]),
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=vocabulary.output_features(),
@@ -130,11 +129,6 @@ def find(patterns: str | Sequence[str]) -> list[str]:
 def _ending(path: str) -> str:
     name = path.removesuffix(".gz").rsplit("/", 1)[-1]
     return "." + name.rsplit(".", 1)[-1].lower() if "." in name else ""
-
-
-@seqio.map_over_dataset
-def _add_empty_inputs(x: preprocessors.Example) -> preprocessors.Example:
-    return {"inputs": "", **x}
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

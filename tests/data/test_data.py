@@ -231,3 +231,22 @@ def test_describe_batch_shows_segments_positions_spans_and_efficiency():
 
 def test_tensorflow_sees_no_accelerator():
     assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}
+
+
+def test_packing_is_seqios(bytes_vocabulary):
+    random = np.random.default_rng(0)
+    lengths = {"inputs": 32, "targets": 16}
+
+    def example():
+        return {k: random.integers(1, 99, random.integers(1, n), np.int32) for k, n in lengths.items()}
+
+    examples = [example() for _ in range(200)] + [{k: np.arange(1, n + 1, dtype=np.int32) for k, n in lengths.items()}]
+    signature = {k: tf.TensorSpec([None], tf.int32) for k in lengths}
+    dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=signature)
+    expected = list(seqio.EncDecFeatureConverter(pack=True)(dataset, lengths).as_numpy_iterator())
+    found = list(data._packed(dataset, lengths).unbatch().as_numpy_iterator())
+    assert expected[0]["encoder_segment_ids"].max() > 1
+    for x, y in zip(found, expected, strict=True):
+        assert x.keys() == y.keys()
+        for k in x:
+            np.testing.assert_array_equal(x[k], y[k], k)

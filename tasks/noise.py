@@ -1,0 +1,216 @@
+"""The noise of T5's denoising objectives: which tokens are noise, and what inputs and targets are written from that.
+
+Everything here works on N pieces of text of one length L at once, in numpy:
+
+  a mask       (length L, noise_density, seeds [N, 2, 2]) -> bool [N, L], True where a token is noise
+  an encoding  (tokens [N, L], mask [N, L], vocabulary, seeds [N, 2, 2]) -> values [N, L], kept bool [N, L];
+               the result of a row is its values where kept
+
+Each row has its own seeds, of which everything it draws is a function, so any position in the data can be replayed. The
+numbers drawn are those of TensorFlow's stateless functions, as in the t5 package: same seeds, same examples. They are
+generated here for all rows at once because a TensorFlow call for each row takes most of a pipeline's time.
+
+Must not know: TensorFlow, SeqIO, datasets, task names.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Vocabulary(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+# ------------------------------------------------------------------------------------------------------- random numbers
+
+_U32 = np.uint64(0xFFFFFFFF)
+_PHILOX_MULTIPLY = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_PHILOX_ADVANCE = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+
+
+def _philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al. 2011): counter uint64 [..., 4] and key [..., 2], each of 32 bits, to [..., 4]."""
+    c0, c1, c2, c3 = np.moveaxis(counter, -1, 0)
+    k0, k1 = np.moveaxis(key, -1, 0)
+    for _ in range(10):
+        p0, p1 = c0 * _PHILOX_MULTIPLY[0], c2 * _PHILOX_MULTIPLY[1]
+        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & _U32, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = (k0 + _PHILOX_ADVANCE[0]) & _U32, (k1 + _PHILOX_ADVANCE[1]) & _U32
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
+
+
+def _random_bits(seeds: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` 32-bit numbers of each seed. int [N, 2] to uint64 [N, count], as TensorFlow's kernels do it."""
+    seeds = np.ascontiguousarray(seeds, np.int64).view(np.uint64)
+    words = np.stack([seeds & _U32, seeds >> np.uint64(32)], axis=-1).reshape(len(seeds), 4)
+    scrambled = _philox(words, np.array([0x3EC8F720, 0x02461E29], np.uint64))
+    key, block = scrambled[:, None, :2], np.arange((count + 3) // 4, dtype=np.uint64)
+    counter = np.zeros((len(seeds), len(block), 4), np.uint64)
+    counter[:, :, 0] = block
+    counter[:, :, 2:] = scrambled[:, None, 2:]
+    return _philox(counter, key).reshape(len(seeds), -1)[:, :count]
+
+
+def uniform(seeds: np.ndarray, count: int) -> np.ndarray:
+    """float32 [N, count] in [0, 1): row n is tf.random.stateless_uniform([count], seeds[n])."""
+    bits = (_random_bits(seeds, count).astype(np.uint32) & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000)
+    return bits.view(np.float32) - np.float32(1)
+
+
+def integers(seeds: np.ndarray, count: int, low: int, high: int) -> np.ndarray:
+    """int32 [N, count] in [low, high): tf.random.stateless_uniform([count], seeds[n], low, high, tf.int32)."""
+    return (low + _random_bits(seeds, count) % np.uint64(high - low)).astype(np.int32)
+
+
+def split(seeds: np.ndarray, count: int) -> np.ndarray:
+    """`count` new seeds of each: int64 [N, count, 2], as tf.random.split of an int64 seed."""
+    bits = _random_bits(seeds, 4 * count).reshape(len(seeds), count, 2, 2)
+    return (bits[..., 0] | bits[..., 1] << np.uint64(32)).view(np.int64)
+
+
+def _shuffled(values: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """`values` [n] in an order of its own for each seed, [N, n]: seqio.stateless_shuffle."""
+    size = len(values)
+    drawn = _random_bits(seeds, size) & np.uint64(0x7FFFFF)  # what `uniform` makes its number from
+    places = np.sort(drawn << np.uint64(32) | np.arange(size, dtype=np.uint64), axis=1)  # far quicker than argsort
+    return values[places & _U32]
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def noise_counts(length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
+    """How many tokens of `length` (at least 2) are noise and in how many spans; rounds half to even, in float32."""
+    noise = min(max(round(float(np.float32(length) * np.float32(noise_density))), 1), length - 1)
+    return noise, max(round(float(np.float32(noise) / np.float32(mean_noise_span_length))), 1)
+
+
+def iid_noise_mask(length: int, noise_density: float, seeds: np.ndarray) -> np.ndarray:
+    """Each token is noise independently, with probability `noise_density`."""
+    return uniform(seeds[:, 0], length) < np.float32(noise_density)
+
+
+def random_spans_noise_mask(
+    length: int,
+    noise_density: float,
+    seeds: np.ndarray,
+    mean_noise_span_length: float = 3.0,
+    random_roll: bool = False,
+) -> np.ndarray:
+    """Alternating spans, first text and last noise, of random lengths; how much and how many follow from the length.
+
+    All such masks are equally likely. A sequence of one token has no noise. `random_roll` turns each mask by a random
+    offset, so that it may begin with noise.
+    """
+    true_length, length = length, max(length, 2)
+    noise, spans = noise_counts(length, noise_density, mean_noise_span_length)
+    # Span k of the text and span k of the noise, laid end to end: each begins where those before it end.
+    lengths = np.stack(
+        [_span_lengths(length - noise, spans, seeds[:, 1]), _span_lengths(noise, spans, seeds[:, 0])], axis=2
+    )
+    ends = np.cumsum(lengths.reshape(len(seeds), -1), axis=1)
+    boundaries = np.zeros((len(seeds), length + 1), np.int32)
+    np.put_along_axis(boundaries, ends, 1, axis=1)
+    mask = (np.cumsum(boundaries[:, :true_length], axis=1) % 2).astype(bool)
+    if not random_roll:
+        return mask
+    turn = np.stack([seeds[:, 0, 0] + seeds[:, 1, 1], seeds[:, 0, 1] - seeds[:, 1, 0]], axis=1)
+    return np.take_along_axis(mask, (np.arange(true_length) - integers(turn, 1, 0, length)) % true_length, axis=1)
+
+
+def _span_lengths(items: int, spans: int, seeds: np.ndarray) -> np.ndarray:
+    """Lengths [N, spans], each at least 1, of spans that together hold `items`; all ways are equally likely."""
+    first = _shuffled(np.arange(items - 1) < spans - 1, seeds)  # whether item k + 1 begins a span
+    starts = np.nonzero(first)[1].reshape(len(seeds), spans - 1) + 1
+    return np.diff(starts, axis=1, prepend=0, append=items)
+
+
+def random_prefix_noise_mask(length: int, noise_density: float, seeds: np.ndarray) -> np.ndarray:
+    """The first tokens are noise: how many is uniform over [1, length - 1], hence a density of 0.5 and no other."""
+    if noise_density != 0.5:
+        raise ValueError(f"noise_density {noise_density}: the length of a prefix is uniform, hence its density 0.5")
+    shortest = min(1, length - 1)
+    return np.arange(length) < integers(seeds[:, 0], 1, shortest, max(length, shortest + 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ encodings
+
+
+def _sentinel(vocabulary: Vocabulary) -> int:
+    """The first sentinel, <extra_id_0>: the last id; the others count downwards from it."""
+    return vocabulary.vocab_size - 1
+
+
+def _all(tokens: np.ndarray) -> np.ndarray:
+    return np.ones(tokens.shape, bool)
+
+
+def _first_of_span(mask: np.ndarray) -> np.ndarray:
+    return mask & ~np.pad(mask[:, :-1], [[0, 0], [1, 0]])[:, : mask.shape[1]]
+
+
+def noise_token_to_sentinel(tokens, mask, vocabulary, seeds=None):
+    """Each noise token becomes the first sentinel (MASS)."""
+    return np.where(mask, np.int32(_sentinel(vocabulary)), tokens), _all(tokens)
+
+
+def noise_span_to_sentinel(tokens, mask, vocabulary, seeds=None):
+    """Each span of noise becomes one first sentinel."""
+    return noise_token_to_sentinel(tokens, mask, vocabulary)[0], ~mask | _first_of_span(mask)
+
+
+def nonnoise_span_to_sentinel(tokens, mask, vocabulary, seeds=None):
+    """Each span of text becomes one first sentinel."""
+    return noise_span_to_sentinel(tokens, ~mask, vocabulary)
+
+
+def noise_span_to_unique_sentinel(tokens, mask, vocabulary, seeds=None):
+    """Span k of the noise becomes sentinel k: "Thank you <X> me to your party <Y> week ." """
+    first = _first_of_span(mask)
+    sentinels = _sentinel(vocabulary) + 1 - np.cumsum(first, axis=1, dtype=np.int32)
+    return np.where(first, sentinels, tokens), ~mask | first
+
+
+def nonnoise_span_to_unique_sentinel(tokens, mask, vocabulary, seeds=None):
+    """Span k of the text becomes sentinel k: "<X> for inviting <Y> last <Z>"."""
+    return noise_span_to_unique_sentinel(tokens, ~mask, vocabulary)
+
+
+def drop_noise_tokens(tokens, mask, vocabulary, seeds=None):
+    """The text without its noise."""
+    return tokens, ~mask
+
+
+def drop_nonnoise_tokens(tokens, mask, vocabulary, seeds=None):
+    """The noise alone."""
+    return tokens, mask
+
+
+def permute_noise_tokens(tokens, mask, vocabulary, seeds):
+    """The noise tokens change places among themselves; the others stay (deshuffling, where all is noise)."""
+    values = tokens.copy()
+    for row, noise, seed in zip(values, mask, seeds, strict=True):
+        row[noise] = _shuffled(row[noise], seed[:1])[0]
+    return values, _all(tokens)
+
+
+def noise_token_to_gathered_token(tokens, mask, vocabulary, seeds):
+    """Each noise token becomes a random one of the same piece of text."""
+    length = tokens.shape[1]
+    places = integers(seeds[:, 0], length, 0, max(length, 1))
+    return np.where(mask, np.take_along_axis(tokens, places, axis=1), tokens), _all(tokens)
+
+
+def noise_token_to_random_token(tokens, mask, vocabulary, seeds):
+    """Each noise token becomes a random id of the vocabulary, sentinels included; 0, 1 and 2 are never drawn."""
+    drawn = integers(seeds[:, 0], tokens.shape[1], 3, vocabulary.vocab_size)
+    return np.where(mask, drawn, tokens), _all(tokens)
+
+
+def noise_token_to_random_token_or_sentinel(tokens, mask, vocabulary, seeds, random_prob=0.1):
+    """Each noise token becomes the first sentinel, or with probability `random_prob` a random id (T5's BERT-style)."""
+    use_random = uniform(seeds[:, 0], tokens.shape[1]) < np.float32(random_prob)
+    drawn, kept = noise_token_to_random_token(tokens, mask, vocabulary, seeds[:, 1:])
+    return np.where(use_random, drawn, noise_token_to_sentinel(tokens, mask, vocabulary)[0]), kept
