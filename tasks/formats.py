@@ -230,8 +230,9 @@ def tsv_rows(
 def csv_rows(path: str, delimiter: str, skipped: Skipped) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a delimited file with a header and the usual quoting; the number is that of the row's first line."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    text = _content(path, skipped).decode("utf-8-sig", "surrogateescape")  # what is not UTF-8 is refused row by row
-    reader = csv.reader(io.StringIO(text.replace("\r\n", "\n").replace("\r", "\n")), delimiter=delimiter, strict=True)
+    content = io.BytesIO(_content(path, skipped))
+    text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape")  # what is not UTF-8 is refused row by row
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1

@@ -33,6 +33,16 @@ def string_to_float(text: str, default: float = -1.0, **unused) -> float:
     return value if math.isfinite(value) else default
 
 
+def span_answers(text: str, example: dict | None = None, is_target: bool = False) -> str | dict:
+    """A prediction as it is; as target all answers of the example and its context, for `span_squad`."""
+    if not is_target:
+        return text
+    assert example is not None, "SeqIO gives the example with each target"
+    context = example["context"]
+    answers = qa_answers(text, example, is_target)
+    return {"answers": answers, "context": context.decode() if isinstance(context, bytes) else str(context)}
+
+
 def qa_answers(text: str, example: dict | None = None, is_target: bool = False) -> str | list[str]:
     """A prediction as it is; as target all answers of the example, any of which is right."""
     if not is_target:
@@ -120,6 +130,40 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metri
         em.append(any(answer == prediction for answer in normalized))
         f1.append(max(token_f1(answer, prediction) for answer in normalized))
     return {"em": 100 * float(np.mean(em)), "f1": 100 * float(np.mean(f1))}
+
+
+def span_squad(targets: Sequence[Mapping], predictions: Sequence[str]) -> Metrics:
+    """`squad` on the words that predictions like "start: 3 end: 6" point at in their contexts; t5's, see tasks.squad.
+
+    Args:
+      targets: {"answers": all answers, "context": text}, from `span_answers`.
+      predictions: anything else than two numbers at their places points at nothing.
+    """
+    texts = [_span(target["context"], prediction) for target, prediction in zip(targets, predictions, strict=True)]
+    return squad([target["answers"] for target in targets], texts)
+
+
+def _span(context: str, prediction: str) -> str:
+    said = re.sub(r"\W", " ", prediction).split()
+    try:
+        start, end = int(said[1]), int(said[3])
+    except (IndexError, ValueError):
+        return ""
+    return " ".join(re.sub(r"\W", " ", context).split()[start : end + 1])
+
+
+def rouge(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
+    """ROUGE-1, ROUGE-2 and ROUGE-L by sentences (rougeLsum): the mean F-measures, by Google's rouge-score.
+
+    Sentences are split as in t5. t5 gives the middle of a bootstrap, which is random and near this plain mean.
+    """
+    from rouge_score import rouge_scorer  # for summaries alone, and slow to import
+
+    names = ("rouge1", "rouge2", "rougeLsum")
+    scorer = rouge_scorer.RougeScorer(names)
+    pairs = zip(targets, predictions, strict=True)
+    scores = [scorer.score(t.replace(" . ", " .\n"), p.replace(" . ", " .\n")) for t, p in pairs]
+    return {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
 
 
 def text_match(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:

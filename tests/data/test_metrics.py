@@ -55,6 +55,32 @@ def test_answers_come_decoded_as_targets():
     assert metrics.qa_answers("said", example=example) == "said"
 
 
+def test_spans_are_looked_up_in_the_context():
+    target = metrics.span_answers(
+        "", example={"answers": [b"Denver Broncos"], "context": b"The Denver Broncos , who won"}, is_target=True
+    )
+    assert target == {"answers": ["Denver Broncos"], "context": "The Denver Broncos , who won"}
+    for prediction, em in (
+        ("start: 1 end: 2", 100.0),
+        ("start: 0 end: 2", 100.0),  # "the" is no matter
+        ("start: 1 end: 3", 0.0),  # the comma is no word
+        ("start: 2 end: 1", 0.0),
+        ("start: one end: 2", 0.0),
+        ("start: 1", 0.0),
+        ("", 0.0),
+    ):
+        assert metrics.span_squad([target], [metrics.span_answers(prediction)])["em"] == em, prediction
+
+
+def test_rouge_splits_sentences_as_t5_does():
+    pytest.importorskip("rouge_score")
+    # 2 of 4 words and 0 of 3 pairs are shared; sentence by sentence both words are found, in whatever order.
+    found = metrics.rouge(["a b . c d"], ["c x . a y"])
+    assert found == pytest.approx({"rouge1": 50.0, "rouge2": 0.0, "rougeLsum": 50.0})
+    assert metrics.rouge(["a b\nc d", "e"], ["c x\na y", "f"])["rougeLsum"] == pytest.approx(25.0)
+    assert metrics.rouge(["a b c d"], ["c x a y"])["rougeLsum"] == pytest.approx(25.0), "as one sentence, in order only"
+
+
 BASELINE = {  # the T5 paper's, Table 16
     "glue_cola_v002": {"matthews_corrcoef": 53.84},
     "glue_sst2_v002": {"accuracy": 92.68},

@@ -10,7 +10,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from tasks import c4, sources, squad
+from tasks import c4, preprocessors, sources, squad
 
 
 def write(folder, name, text):
@@ -105,6 +105,21 @@ def test_squad_file(corpus):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match=r"train-v1\.1\.json:1: not JSON"):
         raw(squad.source)
+
+
+def test_squad_spans_count_words_between_single_spaces(corpus):
+    def question(number, answer):
+        return {"id": str(number), "question": "Who?", "answers": [{"text": answer, "answer_start": 0}]}
+
+    qas = [question(i, answer) for i, answer in enumerate(["Denver Broncos", "a no-one", "won it"])]
+    article = {"title": "T", "paragraphs": [{"context": "The Denver Broncos, 1st, won it", "qas": qas}]}
+    write(corpus, "squad/train-v1.1.json", json.dumps({"data": [article]}))
+    task = seqio.TaskRegistry.get("squad_v010_allanswers_span")
+    dataset = squad.span_targets(preprocessors.squad(squad.source.get_dataset("train", shuffle=False)))
+    # The Denver Broncos "" "" 1st "" "" won it: what is not there and what is at the very end are not found.
+    assert [x["targets"] for x in dataset.as_numpy_iterator()] == [b"start: 1 end: 2", b"", b""]
+    assert [p for p in task.preprocessors if p is squad.leave_out_without_targets]
+    assert len(list(squad.leave_out_without_targets(dataset))) == 1
 
 
 def documents(folder, count, name="c4/c4-train.00000-of-00002.json.gz", start=0):

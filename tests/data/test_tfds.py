@@ -5,6 +5,7 @@ Only the network is replaced: what a builder would download is the folder or fil
 
 import csv
 import gzip
+import hashlib
 import itertools
 import json
 import logging
@@ -162,6 +163,45 @@ def test_squad(articles, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabul
         from_files, from_tfds = read_both(task, split, "id", tmp_path, monkeypatch)
         assert len(from_files) > 10
         assert from_files == from_tfds
+
+
+STORIES = {
+    "train": [("cnn", '(CNN) Rain fell, in Köln.\n\nIt "stopped" later', "Rain fell\n\n@highlight\n\nIt stopped .")],
+    "validation": [("dm", "A cat sat, and sat!", "A cat sat"), ("cnn", "Another one", "Another")],
+    "test": [("dm", "The last", "The end")],
+}
+
+
+def test_cnn_dailymail(tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    """TFDS's builder reads stories and lists of their addresses; the official CSV holds what comes of them."""
+    folders = {"cnn": "cnn/stories", "dm": "dailymail/stories"}
+    (tmp_path / "files/cnn_dailymail").mkdir(parents=True)
+    downloaded = {"cnn_stories": str(tmp_path), "dm_stories": str(tmp_path)}
+    for split, stories in STORIES.items():
+        rows, urls = [], []
+        for number, (publisher, article, highlights) in enumerate(stories):
+            url = f"http://{split}/{number}"
+            name = hashlib.sha1(url.encode()).hexdigest()
+            path = tmp_path / folders[publisher] / f"{name}.story"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{article}\n\n@highlight\n\n{highlights}\n", encoding="utf-8")
+            urls.append(url + "\n")
+            lines = [text.split("\n\n") for text in (article, highlights.replace("\n\n@highlight", ""))]
+            ended = [[line if line[-1] in ".!" else line + "." for line in text] for text in lines]
+            rows.append([name, " ".join(ended[0]), "\n".join(ended[1])])
+        list_name = {"validation": "val"}.get(split, split) + "_urls"
+        (tmp_path / list_name).write_text("".join(urls))
+        downloaded[list_name] = str(tmp_path / list_name)
+        with (tmp_path / f"files/cnn_dailymail/{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["id", "article", "highlights"], *rows])
+    builder = prepare("cnn_dailymail:3.4.0", downloaded)
+    for split in builder.info.splits:
+        from_files, from_tfds = read_both("cnn_dailymail_v002", split, "inputs_pretokenized", tmp_path, monkeypatch)
+        assert len(from_files) == len(STORIES[split])
+        assert from_files == from_tfds
+        if split == "train":
+            assert list(from_files) == ['summarize: (CNN) Rain fell, in Köln. It "stopped" later.'.encode()]
+            assert [row["targets_pretokenized"] for row in from_files.values()] == [b"Rain fell.\nIt stopped ."]
 
 
 def test_c4(data_dir, tmp_path, monkeypatch, bytes_vocabulary):
