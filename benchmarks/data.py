@@ -41,7 +41,7 @@ def t5_task(task: str) -> str:
             documents += [json.loads(line)["text"] for line in lines]
 
     def read(split, shuffle_files=False, seed=None):
-        return tf.data.Dataset.from_tensor_slices({"text": tf.constant(documents)})
+        return tf.data.Dataset.from_tensor_slices({"text": tf.constant(documents)})  # pyright: ignore[reportArgumentType]
 
     seqio.TaskRegistry.add(
         "t5_reference",

@@ -46,7 +46,7 @@ def span_corruption(
 
     Raises ValueError when the targets would not fit or the vocabulary has too few sentinels.
     """
-    lengths = _lengths(sequence_length, "inputs", "targets")
+    lengths = needed_lengths(sequence_length, "inputs", "targets")
     raw_length, targets_length = random_spans_helper(lengths["inputs"], noise_density, mean_noise_span_length)
     if lengths["targets"] < targets_length:
         raise ValueError(
@@ -74,7 +74,7 @@ def _iid(
         output_features: Features,
         noise_density: float = 0.15,
     ) -> tf.data.Dataset:
-        length = _without_eos(_lengths(sequence_length, "inputs"), "inputs", output_features)
+        length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
         vocabularies.require_sentinels(output_features["targets"].vocabulary, 1)
         return denoise(
             split_documents(dataset, length),
@@ -99,7 +99,7 @@ def deshuffling(
     dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features
 ) -> tf.data.Dataset:
     """All tokens of a piece of text in random order, to be put in order. Documents are not concatenated."""
-    length = _without_eos(_lengths(sequence_length, "inputs"), "inputs", output_features)
+    length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
     return denoise(
         split_documents(dataset, length, concatenate=False),
         output_features,
@@ -112,7 +112,7 @@ def deshuffling(
 
 def prefix_lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
     """A piece of text cut at a random place: the first part is the input. Documents are not concatenated."""
-    length = _without_eos(_lengths(sequence_length, "inputs"), "inputs", output_features)
+    length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
     return denoise(
         split_documents(dataset, length, concatenate=False),
         output_features,
@@ -125,7 +125,7 @@ def prefix_lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_
 
 def lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
     """Text to predict from nothing, concatenated and cut so that each piece and its EOS fill the targets."""
-    length = _without_eos(_lengths(sequence_length, "targets"), "targets", output_features)
+    length = _without_eos(needed_lengths(sequence_length, "targets"), "targets", output_features)
     return split_documents(dataset, length)
 
 
@@ -135,10 +135,11 @@ def full_lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_fe
     Pieces end where they are cut: no `append_eos_after_trim` follows.
     """
     eos = output_features["targets"].vocabulary.eos_id
-    return split_documents(dataset, _lengths(sequence_length, "targets")["targets"], eos=eos)
+    return split_documents(dataset, needed_lengths(sequence_length, "targets")["targets"], eos=eos)
 
 
-def _lengths(sequence_length: Lengths | None, *needed: str) -> Lengths:
+def needed_lengths(sequence_length: Lengths | None, *needed: str) -> Lengths:
+    """The lengths, or ValueError where one that is needed was not given."""
     missing = [name for name in needed if name not in (sequence_length or {})]
     if sequence_length is None or missing:
         raise ValueError(
@@ -229,7 +230,7 @@ def split_documents(
             texts = [np.concatenate(texts)]
         return [[text[i : i + length] for text in texts for i in range(0, len(text), length)]]
 
-    pieces = _map_blocks(dataset.filter(lambda x: tf.size(x["targets"]) > 0), cut, ["targets"])
+    pieces = map_blocks(dataset.filter(lambda x: tf.size(x["targets"]) > 0), cut, ["targets"])
     _draw_seeds()  # t5's split_tokens takes one too (its pieces may have random lengths), and later steps count on it
     return pieces
 
@@ -264,31 +265,32 @@ def denoise(
                     out[row] = value[keep]
         return made
 
-    return _map_blocks(dataset, corrupt, ["inputs", "targets"])
+    return map_blocks(dataset, corrupt, ["inputs", "targets"])
 
 
-def _map_blocks(
+def map_blocks(
     dataset: tf.data.Dataset,
-    fn: Callable[[np.ndarray, np.ndarray], list[list[np.ndarray]]],
+    fn: Callable[..., list[list[np.ndarray]]],
     outputs: Sequence[str],
+    features: Sequence[str] = ("targets",),
 ) -> tf.data.Dataset:
-    """Calls `fn` on the `targets` of each 128 examples in turn: (tokens int32 [n, longest], seeds int64 [n, 2]).
+    """Calls `fn` on the `features` of each 128 examples in turn: (int32 [n, longest], ..., seeds int64 [n, 2]).
 
     It gives for each of `outputs` a list of token arrays, all lists equally long; these become the examples.
     """
 
-    def flat(tokens: np.ndarray, seeds: np.ndarray) -> list[np.ndarray]:
+    def flat(*block: np.ndarray) -> list[np.ndarray]:
         arrays = []
-        for column in fn(tokens, seeds[: len(tokens)]):
+        for column in fn(*block[:-1], block[-1][: len(block[0])]):
             arrays.append(np.concatenate([*column, np.zeros(0, np.int32)], dtype=np.int32))
             arrays.append(np.array([len(x) for x in column], np.int64))
         return arrays
 
-    def examples(tokens: tf.Tensor, seeds: tf.Tensor) -> dict[str, tf.RaggedTensor]:
-        arrays = tf.numpy_function(flat, [tokens, seeds], [tf.int32, tf.int64] * len(outputs), stateful=False)
+    def examples(tokens: tuple[tf.Tensor, ...], seeds: tf.Tensor) -> dict[str, tf.RaggedTensor]:
+        arrays = tf.numpy_function(flat, [*tokens, seeds], [tf.int32, tf.int64] * len(outputs), stateful=False)
         return dict(zip(outputs, _ragged(arrays), strict=True))
 
-    blocks = dataset.map(lambda x: tf.cast(x["targets"], tf.int32)).padded_batch(_BLOCK)
+    blocks = dataset.map(lambda x: tuple(tf.cast(x[name], tf.int32) for name in features)).padded_batch(_BLOCK)
     seeds = _draw_seeds().batch(_BLOCK)
     return _each(tf.data.Dataset.zip((blocks, seeds)).map(examples, num_parallel_calls=tf.data.AUTOTUNE))
 

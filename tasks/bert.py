@@ -1,0 +1,158 @@
+"""BERT's pre-training task for an encoder alone: masked language modelling and next-sentence prediction, on C4.
+
+`c4_v220_bert` gives, for sequences [CLS] A [SEP] B [SEP] of at most `TASK_FEATURE_LENGTHS["inputs"]` tokens:
+
+  inputs     the tokens, 15 % of them chosen: of these 80 % are [MASK], 10 % a random token and 10 % as they were
+  targets    the original token at the chosen places, 0 elsewhere
+  segments   0 for [CLS] A [SEP], 1 for B [SEP]
+  random     [1] if B comes from another document, [0] if it is what follows A
+
+Source: google-research/bert, create_pretraining_data.py (not to be confused with T5's "BERT-style" objective). Other
+documents are those of the same block of 128. Must not know: models, other tasks.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from tasks import c4, objectives, sources, vocabulary
+
+_SHORT = 0.1  # share of sequences that are made shorter at random, so that fine-tuning's short inputs are no surprise
+_CHOSEN, _MASKED, _RANDOM = 0.15, 0.8, 0.1
+
+
+class Special(NamedTuple):
+    """Ids of the tokens that only BERT has."""
+
+    cls: int
+    sep: int
+    mask: int
+
+
+def special(vocab: seqio.Vocabulary) -> Special:
+    """[CLS], [SEP] and [MASK] of a WordPiece vocabulary; of any other its sentinels <extra_id_1>, _2 and _0.
+
+    Raises ValueError where the vocabulary has neither.
+    """
+    if vocab is vocabulary.SHARED:
+        vocab = vocabulary.default_vocabulary()
+    if isinstance(vocab, seqio.BertWordPieceVocabulary):
+        found = np.asarray(vocab._vocab.lookup(tf.constant(["[CLS]", "[SEP]", "[MASK]"]))).tolist()
+        if min(found) < 0:
+            raise ValueError(f"the WordPiece vocabulary lacks one of [CLS], [SEP], [MASK]: their ids are {found}")
+        return Special(*found)
+    vocabulary.require_sentinels(vocab, 3)
+    last = vocab.vocab_size - 1
+    return Special(cls=last - 1, sep=last - 2, mask=last)
+
+
+def sentences(dataset: tf.data.Dataset, output_features: objectives.Features) -> tf.data.Dataset:
+    """Text to the tokens of a document, `targets`, and the number of tokens of each of its sentences, `sentences`."""
+    vocab = output_features["targets"].vocabulary
+
+    def split(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        lines = tf.strings.split(tf.strings.regex_replace(x["text"], r"([.!?])\s+", "\\1\n"), "\n")
+        tokens = tf.map_fn(vocab.encode_tf, lines, fn_output_signature=tf.RaggedTensorSpec([None], tf.int32, 0))
+        sizes = tf.cast(tokens.row_lengths(), tf.int32)
+        return {"targets": tokens.flat_values, "sentences": tf.boolean_mask(sizes, sizes > 0)}
+
+    return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def masked_pairs(
+    dataset: tf.data.Dataset, sequence_length: objectives.Lengths | None, output_features: objectives.Features
+) -> tf.data.Dataset:
+    """Documents in sentences to the four features above."""
+    length = objectives.needed_lengths(sequence_length, "inputs")["inputs"]
+    if length < 5:
+        raise ValueError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
+    vocab = output_features["targets"].vocabulary
+    ids = special(vocab)
+
+    def make(tokens: np.ndarray, sizes: np.ndarray, seeds: np.ndarray) -> list[list[np.ndarray]]:
+        documents = [
+            np.split(row[: sum(cuts)], np.cumsum(cuts[cuts > 0])[:-1]) for row, cuts in zip(tokens, sizes, strict=True)
+        ]
+        made: list[list[np.ndarray]] = [[], [], [], []]
+        for i, seed in enumerate(seeds):
+            rng = np.random.default_rng(seed.astype(np.uint64))
+            for first, second, is_random in _pairs(documents, i, length - 3, rng):
+                text = np.concatenate([[ids.cls], first, [ids.sep], second, [ids.sep]]).astype(np.int32)
+                inputs, targets = _mask(text, ids, vocab.vocab_size, rng)
+                segments = (np.arange(len(text)) >= len(first) + 2).astype(np.int32)
+                for column, value in zip(made, (inputs, targets, segments, [is_random]), strict=True):
+                    column.append(np.array(value, np.int32))
+        return made
+
+    kept = dataset.filter(lambda x: tf.size(x["targets"]) > 0)
+    names = ["inputs", "targets", "segments", "random"]
+    return objectives.map_blocks(kept, make, names, features=("targets", "sentences"))
+
+
+def _pairs(
+    documents: Sequence[list[np.ndarray]], i: int, room: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Document i as pairs A, B of together at most `room` tokens, each at least one.
+
+    Sentences are gathered until they fill a sequence. A is the first few of them; B is the others, or, in half of the
+    cases and where there are none, sentences of another document, and then the others are gathered again.
+    """
+    document, start = documents[i], 0
+    while start < len(document):
+        wanted = rng.integers(2, room + 1) if rng.random() < _SHORT else room
+        end, total = start, 0
+        while end < len(document) and total < wanted:
+            total, end = total + len(document[end]), end + 1
+        middle = start + (rng.integers(1, end - start) if end - start > 1 else 1)
+        first = np.concatenate(document[start:middle])
+        is_random = len(documents) > 1 and (middle == end or rng.random() < 0.5)
+        if is_random:
+            other = documents[(i + int(rng.integers(1, len(documents)))) % len(documents)]
+            second = np.concatenate(other[rng.integers(len(other)) :])[: max(wanted - len(first), 1)]
+            end = middle
+        elif middle < end:
+            second = np.concatenate(document[middle:end])
+        else:
+            return  # one sentence, and no other document to take B from
+        yield *_cut(first, second, room, rng), is_random
+        start = end
+
+
+def _cut(first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Both cut until they fit, the longer one first, token by token at its front or its end."""
+    while (over := len(first) + len(second) - room) > 0:
+        longer, shorter = (first, second) if len(first) > len(second) else (second, first)
+        drop = min(over, max(len(longer) - len(shorter), 1))
+        front = rng.binomial(drop, 0.5)
+        cut = longer[front : len(longer) - (drop - front)]
+        first, second = (cut, second) if longer is first else (first, cut)
+    return first, second
+
+
+def _mask(text: np.ndarray, ids: Special, vocab_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of masked language modelling; [CLS] and [SEP] are never chosen."""
+    places = np.flatnonzero((text != ids.cls) & (text != ids.sep))
+    count = min(max(1, round(_CHOSEN * len(text))), max(1, 20 * len(text) // 128), len(places))
+    chosen = rng.permutation(places)[:count]
+    draw = rng.random(count)
+    new = np.where(draw < _MASKED, ids.mask, rng.integers(3, vocab_size, count))
+    inputs, targets = text.copy(), np.zeros_like(text)
+    inputs[chosen] = np.where(draw < _MASKED + _RANDOM, new, text[chosen])
+    targets[chosen] = text[chosen]
+    return inputs, targets
+
+
+seqio.TaskRegistry.add(
+    "c4_v220_bert",
+    source=c4.source,  # pyright: ignore[reportArgumentType]  as in c4.py
+    preprocessors=[sentences, seqio.CacheDatasetPlaceholder(), masked_pairs],
+    output_features={
+        **{name: seqio.Feature(vocabulary.SHARED, add_eos=False) for name in ("inputs", "targets")},
+        **{name: seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False) for name in ("segments", "random")},
+    },
+    metric_fns=[],
+    task_cls=sources.CorpusTask,
+)
