@@ -3,6 +3,6 @@
 Must not know: t5x_lite, JAX.
 """
 
-from tasks import c4, cnn_dailymail, files, formats, glue, mixtures, quickstart, squad, vocabulary
+from tasks import bert, c4, cnn_dailymail, files, formats, glue, mixtures, quickstart, squad, vocabulary
 
-__all__ = ["c4", "cnn_dailymail", "files", "formats", "glue", "mixtures", "quickstart", "squad", "vocabulary"]
+__all__ = ["bert", "c4", "cnn_dailymail", "files", "formats", "glue", "mixtures", "quickstart", "squad", "vocabulary"]
