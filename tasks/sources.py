@@ -12,8 +12,10 @@ reads keeps Python state. Must not know: text formats of tasks, vocabularies, mi
 """
 
 import contextlib
+import copy
 import dataclasses
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +72,7 @@ class MemorySource(seqio.DataSource):
         shuffle: bool = True,
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = 1,
         **unused,
     ) -> tf.data.Dataset:
         columns, size = self._columns(split)
@@ -82,31 +85,43 @@ class MemorySource(seqio.DataSource):
         def example(i: tf.Tensor) -> dict:
             return tf.nest.map_structure(lambda column: column[i * shards + shard], columns)
 
-        return _indices(mine, shuffle, seed).map(example, num_parallel_calls=tf.data.AUTOTUNE)
+        def indices(key: tf.Tensor) -> tf.data.Dataset:
+            return _permutation(mine, key) if shuffle else tf.data.Dataset.range(mine)
+
+        return _passes(indices, seed, num_epochs).map(example, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _as_tensor(column: np.ndarray | tf.RaggedTensor) -> tf.Tensor | tf.RaggedTensor:
     return column if isinstance(column, tf.RaggedTensor) else tf.constant(column)
 
 
-def _indices(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
-    """0..size-1, in a new order at each pass when shuffled.
+def _passes(
+    one_pass: Callable[[tf.Tensor], tf.data.Dataset], seed: int | None, num_epochs: int | None
+) -> tf.data.Dataset:
+    """`one_pass(key)` for each of `num_epochs` passes (None: without end), with another key each time.
 
-    The order is a keyed permutation, computed index by index. `Dataset.shuffle(size)` would do too, but puts its whole
-    buffer in each checkpoint: 80 MB and 7 s to save for MNLI's 400,000 rows.
+    The key is a function of the seed and the number of the pass. A random stream that `repeat` starts anew would not
+    do: tf.data drops its state as soon as a pass has been read ahead to its end, and a position saved then is wrong.
     """
-    if not shuffle:
-        return tf.data.Dataset.range(size)
-    keys = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True).take(1)
+    base = tf.constant([0, secrets.randbits(31) if seed is None else seed], tf.int32)
 
-    def one_pass(key: tf.Tensor) -> tf.data.Dataset:
-        def permuted(i: tf.Tensor) -> tf.Tensor:
-            shuffle_index = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
-            return shuffle_index(i, seed=tf.cast(key, tf.uint32), max_index=size - 1)
+    def numbered(number: tf.Tensor) -> tf.data.Dataset:
+        return one_pass(tf.random.fold_in(base, tf.cast(number, tf.int32)))  # pyright: ignore[reportArgumentType]
 
-        return tf.data.Dataset.range(size).map(permuted)
+    return tf.data.Dataset.range(2**31 if num_epochs is None else num_epochs).flat_map(numbered)
 
-    return keys.flat_map(one_pass)
+
+def _permutation(size: int, key: tf.Tensor) -> tf.data.Dataset:
+    """0..size-1 in the order that the key says, computed index by index.
+
+    `Dataset.shuffle(size)` puts its whole buffer in each checkpoint: 80 MB and 7 s to save for MNLI's 400,000 rows.
+    """
+
+    def permuted(i: tf.Tensor) -> tf.Tensor:
+        shuffle_index = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
+        return shuffle_index(i, seed=tf.bitcast(key, tf.uint32), max_index=size - 1)
+
+    return tf.data.Dataset.range(size).map(permuted)
 
 
 class LinesSource(seqio.FileDataSource):
@@ -133,6 +148,30 @@ class LinesSource(seqio.FileDataSource):
         self._features = tuple(features)
         self._skipped: dict[str, formats.Skipped] = {}  # of the files being read; for the log alone
         super().__init__(read_file_fn=self._read_lines, split_to_filepattern=files)
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = 1,
+        **unused,
+    ) -> tf.data.Dataset:
+        files = self.list_shards(split)
+        shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
+        mine = files[shard::shards]
+        if not mine:
+            raise ValueError(f"{split} of {self}: {len(files)} files cannot be shared among {shards} hosts")
+
+        def read(key: tf.Tensor) -> tf.data.Dataset:
+            paths = seqio.stateless_shuffle(tf.constant(mine), key) if shuffle else tf.constant(mine)
+            paths = tf.data.Dataset.from_tensor_slices(paths)
+            return paths.interleave(
+                self._read_lines, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE
+            )
+
+        return _passes(read, seed, num_epochs)
 
     def _read_lines(self, path: tf.Tensor) -> tf.data.Dataset:
         packed = tf.strings.regex_full_match(path, r".*\.gz")
@@ -262,10 +301,15 @@ class CorpusSource(seqio.DataSource):
         shuffle: bool = True,
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = 1,
         **unused,
     ) -> tf.data.Dataset:
         with self._explained():
-            return self._source(split).get_dataset(split, shuffle=shuffle, seed=seed, shard_info=shard_info)
+            source, settings = self._source(split), {"shuffle": shuffle, "seed": seed, "shard_info": shard_info}
+            if isinstance(source, seqio.TfdsDataSource):
+                dataset = source.get_dataset(split, **settings)
+                return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
+            return source.get_dataset(split, **settings, num_epochs=num_epochs)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -283,11 +327,33 @@ class CorpusSource(seqio.DataSource):
             ) from error
 
 
+class _Repeated(seqio.DataSource):
+    """A source of this module, gone through several times; SeqIO's tasks ask theirs for one pass and repeat it."""
+
+    def __init__(self, source: seqio.DataSource, num_epochs: int | None):
+        super().__init__(splits=source.splits, caching_permitted=source.caching_permitted)
+        self._source = source
+        self._num_epochs = num_epochs
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return self._source.supports_arbitrary_sharding
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return self._source.list_shards(split)
+
+    def num_input_examples(self, split: str) -> int | None:
+        return self._source.num_input_examples(split)
+
+    def get_dataset(self, split: str = "train", **settings) -> tf.data.Dataset:
+        return self._source.get_dataset(split, **settings, num_epochs=self._num_epochs)
+
+
 class CorpusTask(seqio.Task):
     """A task whose files may hold none of its splits (MNLI's without dev_matched.tsv): evaluators then skip it.
 
-    What its source holds in memory does not go through SeqIO's memory cache as well: that would freeze the order of the
-    first pass for all others, and be written into each checkpoint of the position.
+    Its source repeats itself (see `_passes`). What the source holds in memory does not go through SeqIO's memory cache
+    as well: that would freeze the order of the first pass for all others, and be written into each saved position.
     """
 
     @property
@@ -299,7 +365,11 @@ class CorpusTask(seqio.Task):
     ) -> tf.data.Dataset:
         if not use_cached and self.source.supports_arbitrary_sharding:  # true of MemorySource alone
             settings["try_in_mem_cache"] = False
-        return super().get_dataset(sequence_length, split, use_cached, **settings)
+        task = self
+        if not use_cached and settings.get("num_epochs", 1) != 1:
+            task = copy.copy(self)
+            task._source = _Repeated(self.source, settings.pop("num_epochs"))  # pyright: ignore[reportAttributeAccessIssue]
+        return super(CorpusTask, task).get_dataset(sequence_length, split, use_cached, **settings)
 
 
 def describe(task_or_mixture: seqio.Task | seqio.Mixture) -> dict[str, str]:
