@@ -2,14 +2,19 @@
 # make test         set up .venv, then run the fast tests;   make test-slow: the others
 # make lint         ruff and pyright
 # make venv         only set up .venv: nothing is done when it is up to date
+# make cache TASK=c4_v220_span_corruption CACHE_DIR=/data/cache
+#                   write a task's tokens, once for all runs, with Apache Beam (in .venv-cache); TASK may be a mixture,
+#                   or several names with commas. CACHE_FLAGS adds to it: --overwrite, --vocabulary=FILE,
+#                   --pipeline_options=--runner=DataflowRunner,--project=... (the local runner otherwise)
 # PYTHON=python3.12 picks the Python that .venv is made with.
 
 VENV := .venv
 BIN := $(VENV)/bin
+CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: venv quickstart test test-slow lint clean
+.PHONY: venv quickstart test test-slow lint cache clean
 
 venv: $(VENV)/installed
 
@@ -27,13 +32,27 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+cache: $(if $(and $(TASK),$(CACHE_DIR)),$(CACHE_VENV)/installed)
+	@if [ -z "$(and $(TASK),$(CACHE_DIR))" ]; then \
+	  echo "Say what to cache, and where: make cache TASK=glue_rte_v002 CACHE_DIR=/data/cache" >&2; exit 2; fi
+	@$(CACHE_VENV)/bin/python -m tasks.cache --tasks=$(TASK) --output_cache_dir=$(CACHE_DIR) $(CACHE_FLAGS)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CACHE_VENV)
 
 # The first of these that runs, and is of a version that the pinned packages are built for.
 CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11 python3.13 python)
 
+$(VENV)/installed: PACKAGES := requirements-dev.txt
 $(VENV)/installed: $(REQUIREMENTS)
+# Beam asks for older versions of these than are pinned.
+$(CACHE_VENV)/installed: UNPINNED := beartype|pillow|protobuf|pyarrow|python-dateutil|sentencepiece
+$(CACHE_VENV)/installed: PACKAGES := requirements-cache.txt
+$(CACHE_VENV)/installed: requirements.txt requirements-cache.txt constraints.txt
+
+PIP = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt
+
+$(VENV)/installed $(CACHE_VENV)/installed:
 	@set -e; chosen=; \
 	for candidate in $(CANDIDATES); do \
 	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
@@ -53,9 +72,10 @@ $(VENV)/installed: $(REQUIREMENTS)
 	  echo "On Debian and Ubuntu: apt install python3-venv" >&2; \
 	  exit 1; \
 	fi; \
-	echo "Setting up $(VENV) with $$($$chosen --version): a download of some 1 GB and a few minutes, this time only."; \
-	$$chosen -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary editdistance --constraint constraints.txt editdistance 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check ./shims/editdistance
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
+	echo "Setting up $(@D) with $$($$chosen --version): a download of some 1 GB and a few minutes, this time only."; \
+	$$chosen -m venv --clear $(@D)
+	@grep -vE '^($(or $(UNPINNED),none))==' constraints.txt > $(@D)/constraints.txt
+	@$(PIP) --only-binary editdistance editdistance 2>/dev/null || $(@D)/bin/python -m pip install --quiet \
+	  --disable-pip-version-check ./shims/editdistance
+	@$(PIP) --requirement $(PACKAGES)
 	@touch $@

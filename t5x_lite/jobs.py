@@ -44,9 +44,10 @@ def _prepare_tasks(run: Run) -> str:
         if name:
             log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
         name = _register_files(run)
-    from tasks import sources
+    from tasks import cache, sources
 
-    for task, read in sources.describe(data.find_provider(name)).items():
+    describe = cache.describe if run.use_cached_tasks else sources.describe
+    for task, read in describe(data.find_provider(name)).items():
         log.info("%s reads %s", task, read)
     data.check_vocabulary(name, run.model.vocab_size)
     data.check_lengths(name, run.task_feature_lengths)
@@ -54,9 +55,11 @@ def _prepare_tasks(run: Run) -> str:
 
 
 def _import_tasks(run: Run) -> None:
-    """Imports this project's tasks and the modules of MIXTURE_OR_TASK_MODULE; sets the vocabulary and BAD_ROWS."""
+    """Imports this project's tasks and MIXTURE_OR_TASK_MODULE; sets the vocabulary, BAD_ROWS and cache folders."""
     log.info("Loading TensorFlow and SeqIO ...")
     with _without_chatter():
+        import seqio
+
         import tasks
         from t5x_lite import data  # noqa: F401  takes TensorFlow off the accelerators before its first op
 
@@ -73,6 +76,8 @@ def _import_tasks(run: Run) -> None:
             ) from None
     if run.vocabulary:
         tasks.vocabulary.set_default(run.vocabulary)
+    folders = run.seqio_additional_cache_dirs or []
+    seqio.add_global_cache_dirs([folders] if isinstance(folders, str) else folders)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ class Run:
     vocabulary: str | None
     bad_rows: Literal["refuse", "skip"]
     use_cached_tasks: bool
+    seqio_additional_cache_dirs: Files | None
     shuffle_train_examples: bool
     pack: bool
     random_seed: int

@@ -24,7 +24,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import formats
+from tasks import cache, formats
 
 # A column holds one value per example: an array, or a ragged tensor where an example holds a list; nested as the
 # features are.
@@ -363,6 +363,8 @@ class CorpusTask(seqio.Task):
     def get_dataset(
         self, sequence_length=None, split: str = "train", use_cached: bool = False, **settings
     ) -> tf.data.Dataset:
+        if use_cached and self.supports_caching:
+            cache.check(self, split)
         if not use_cached and self.source.supports_arbitrary_sharding:  # true of MemorySource alone
             settings["try_in_mem_cache"] = False
         task = self
