@@ -59,7 +59,8 @@ def sentences(dataset: tf.data.Dataset, output_features: objectives.Features) ->
         sizes = tf.cast(tokens.row_lengths(), tf.int32)
         return {"targets": tokens.flat_values, "sentences": tf.boolean_mask(sizes, sizes > 0)}
 
-    return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE)
+    tokens = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE)
+    return tokens.filter(lambda x: tf.size(x["targets"]) > 0)
 
 
 def masked_pairs(
@@ -87,9 +88,8 @@ def masked_pairs(
                     column.append(np.array(value, np.int32))
         return made
 
-    kept = dataset.filter(lambda x: tf.size(x["targets"]) > 0)
     names = ["inputs", "targets", "segments", "random"]
-    return objectives.map_blocks(kept, make, names, features=("targets", "sentences"))
+    return objectives.map_blocks(dataset, make, names, features=("targets", "sentences"))
 
 
 def _pairs(

@@ -38,6 +38,7 @@ def add(name: str, objective: Callable) -> seqio.Task:
         name,
         source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
         preprocessors=[
+            objectives.text_as_targets,
             objectives.tokenize,
             seqio.CacheDatasetPlaceholder(),
             objective,

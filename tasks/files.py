@@ -94,7 +94,7 @@ def register_files(
         name,
         source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
         preprocessors=[
-            seqio.preprocessors.tokenize if text_to_text else functools.partial(objectives.tokenize, text="targets"),
+            seqio.preprocessors.tokenize if text_to_text else objectives.tokenize,
             seqio.CacheDatasetPlaceholder(),
             *([] if text_to_text else [objectives.span_corruption]),
             seqio.preprocessors.append_eos_after_trim,

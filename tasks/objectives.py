@@ -18,6 +18,7 @@ files, TFDS, task names.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
@@ -176,8 +177,16 @@ def random_spans_helper(inputs_length: int, noise_density: float, mean_noise_spa
 # ------------------------------------------------------------------------------------------------------ steps in blocks
 
 
-def tokenize(dataset: tf.data.Dataset, output_features: Features, text: str = "text") -> tf.data.Dataset:
-    """The tokens of the string feature `text` as `targets`, and no `inputs`: what the objectives begin with.
+def text_as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The string feature `text` as `targets`, and nothing else.
+
+    A step of its own, as in t5: SeqIO's seeds for the steps behind the cache depend on the number of those before it.
+    """
+    return dataset.map(lambda x: {"targets": x["text"]})
+
+
+def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
+    """The strings `targets` as tokens, where there are any.
 
     tf-text is used, not the sentencepiece package, whose releases from 0.2.2 on are quicker and break ties between
     equally good pieces differently: "???!" would be other tokens than T5 was trained with.
@@ -185,11 +194,15 @@ def tokenize(dataset: tf.data.Dataset, output_features: Features, text: str = "t
     vocabulary = output_features["targets"].vocabulary
     if vocabulary is vocabularies.SHARED:
         vocabulary = vocabularies.default_vocabulary()
-    texts = dataset.map(lambda x: x[text])
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):  # others take one text at a time
-        return texts.map(lambda x: {"targets": vocabulary.encode_tf(x)}, num_parallel_calls=tf.data.AUTOTUNE)
-    blocks = texts.batch(_BLOCK).map(lambda x: {"targets": vocabulary.encode_tf(x)}, tf.data.AUTOTUNE)
-    return _each(blocks)
+        tokens = dataset.map(lambda x: {"targets": vocabulary.encode_tf(x["targets"])}, tf.data.AUTOTUNE)
+        return tokens.filter(lambda x: tf.size(x["targets"]) > 0)
+
+    def encode(block: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        tokens = vocabulary.encode_tf(block["targets"])
+        return {"targets": tf.ragged.boolean_mask(tokens, tokens.row_lengths() > 0)}
+
+    return _each(dataset.batch(_BLOCK).map(encode, tf.data.AUTOTUNE))
 
 
 def append_eos_after_trim(
@@ -230,7 +243,7 @@ def split_documents(
             texts = [np.concatenate(texts)]
         return [[text[i : i + length] for text in texts for i in range(0, len(text), length)]]
 
-    pieces = map_blocks(dataset.filter(lambda x: tf.size(x["targets"]) > 0), cut, ["targets"])
+    pieces = map_blocks(dataset, cut, ["targets"])
     _draw_seeds()  # t5's split_tokens takes one too (its pieces may have random lengths), and later steps count on it
     return pieces
 
@@ -286,13 +299,16 @@ def map_blocks(
             arrays.append(np.array([len(x) for x in column], np.int64))
         return arrays
 
-    def examples(tokens: tuple[tf.Tensor, ...], seeds: tf.Tensor) -> dict[str, tf.RaggedTensor]:
-        arrays = tf.numpy_function(flat, [*tokens, seeds], [tf.int32, tf.int64] * len(outputs), stateful=False)
+    def examples(block: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.RaggedTensor]:
+        given = [tf.cast(block[name], tf.int32) for name in features] + [seeds]
+        arrays = tf.numpy_function(flat, given, [tf.int32, tf.int64] * len(outputs), stateful=False)
         return dict(zip(outputs, _ragged(arrays), strict=True))
 
-    blocks = dataset.map(lambda x: tuple(tf.cast(x[name], tf.int32) for name in features)).padded_batch(_BLOCK)
-    seeds = _draw_seeds().batch(_BLOCK)
-    return _each(tf.data.Dataset.zip((blocks, seeds)).map(examples, num_parallel_calls=tf.data.AUTOTUNE))
+    spec: Any = dataset.element_spec
+    if set(spec) != set(features):
+        dataset = dataset.map(lambda x: {name: x[name] for name in features})
+    blocks = tf.data.Dataset.zip((dataset.padded_batch(_BLOCK), _draw_seeds()))
+    return _each(blocks.map(examples, num_parallel_calls=tf.data.AUTOTUNE))
 
 
 def _ragged(arrays: list[tf.Tensor]) -> list[tf.RaggedTensor]:
@@ -303,18 +319,22 @@ def _ragged(arrays: list[tf.Tensor]) -> list[tf.RaggedTensor]:
 
 
 def _each(blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """The examples of blocks one by one."""
-    return blocks.flat_map(tf.data.Dataset.from_tensor_slices)
+    """The examples of blocks one by one, as plain tensors."""
+    rows = blocks.flat_map(tf.data.Dataset.from_tensor_slices)
+    return rows.map(lambda x: {name: tf.ensure_shape(tokens, [None]) for name, tokens in x.items()})
 
 
 def _draw_seeds() -> tf.data.Dataset:
-    """SeqIO's next stream of seeds, int64 [2] each, one for each example. Taking one moves SeqIO on to the next."""
+    """Blocks of the seeds, int64 [128, 2], that seqio.map_over_dataset(num_seeds=1) would give its examples.
 
-    @seqio.map_over_dataset(num_seeds=1, num_parallel_calls=None)
-    def seed_alone(_: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return tf.stack(seed)
-
-    return seed_alone(tf.data.Dataset.from_tensors(0).repeat())  # pyright: ignore[reportCallIssue]  SeqIO gives the seed
+    Taking them moves SeqIO on to its next, which it counts in a private variable.
+    """
+    first = seqio.utils._NEXT_MAP_SEED
+    if first is not None:
+        seqio.utils._NEXT_MAP_SEED += 2
+    halves = [tf.data.Dataset.random(seed=None if first is None else first + i) for i in range(2)]
+    pairs = tf.data.Dataset.zip(tuple(half.batch(_BLOCK) for half in halves))
+    return pairs.map(lambda a, b: tf.stack([a, b], axis=1))
 
 
 def _sizes(tokens: np.ndarray) -> np.ndarray:

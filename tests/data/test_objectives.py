@@ -228,7 +228,9 @@ def test_every_c4_task_reads_files(name, corpus, bytes_vocabulary):
         for text in ("The house is wonderful.", "Thank you for inviting me to your party last week."):
             file.write(json.dumps({"text": text, "timestamp": "", "url": ""}) + "\n")
     lengths = {"inputs": 32, "targets": 48}
-    examples = list(seqio.TaskRegistry.get(name).get_dataset(lengths, "train", shuffle=False, seed=0))
+    task = seqio.TaskRegistry.get(name)
+    assert task._cache_step_idx == 2  # as in t5: SeqIO's seeds for what follows depend on it
+    examples = list(task.get_dataset(lengths, "train", shuffle=False, seed=0))
     again = list(seqio.TaskRegistry.get(name).get_dataset(lengths, "train", shuffle=False, seed=0))
     assert examples
     for x, y in zip(examples, again, strict=True):
