@@ -23,6 +23,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
+from seqio import dataset_providers
 
 from tasks import cache, formats
 
@@ -124,7 +125,33 @@ def _permutation(size: int, key: tf.Tensor) -> tf.data.Dataset:
     return tf.data.Dataset.range(size).map(permuted)
 
 
-class LinesSource(seqio.FileDataSource):
+class _FilesSource(seqio.FileDataSource):
+    """SeqIO's way of reading a split's files, sixteen at a time; its passes are ours."""
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = 1,
+        **unused,
+    ) -> tf.data.Dataset:
+        files = self.list_shards(split)
+        shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
+        mine = files[shard::shards]
+        if not mine:
+            raise ValueError(f"{split} of {self}: {len(files)} files cannot be shared among {shards} hosts")
+
+        def read(key: tf.Tensor) -> tf.data.Dataset:
+            paths = seqio.stateless_shuffle(tf.constant(mine), key) if shuffle else tf.constant(mine)
+            paths = tf.data.Dataset.from_tensor_slices(paths)
+            return paths.interleave(self._reader, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE)
+
+        return _passes(read, seed, num_epochs)
+
+
+class LinesSource(_FilesSource):
     """Streams examples from files that hold one example a line, plain or .gz, file by file as SeqIO does.
 
     Args:
@@ -148,30 +175,6 @@ class LinesSource(seqio.FileDataSource):
         self._features = tuple(features)
         self._skipped: dict[str, formats.Skipped] = {}  # of the files being read; for the log alone
         super().__init__(read_file_fn=self._read_lines, split_to_filepattern=files)
-
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        num_epochs: int | None = 1,
-        **unused,
-    ) -> tf.data.Dataset:
-        files = self.list_shards(split)
-        shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
-        mine = files[shard::shards]
-        if not mine:
-            raise ValueError(f"{split} of {self}: {len(files)} files cannot be shared among {shards} hosts")
-
-        def read(key: tf.Tensor) -> tf.data.Dataset:
-            paths = seqio.stateless_shuffle(tf.constant(mine), key) if shuffle else tf.constant(mine)
-            paths = tf.data.Dataset.from_tensor_slices(paths)
-            return paths.interleave(
-                self._read_lines, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE
-            )
-
-        return _passes(read, seed, num_epochs)
 
     def _read_lines(self, path: tf.Tensor) -> tf.data.Dataset:
         packed = tf.strings.regex_full_match(path, r".*\.gz")
@@ -333,7 +336,7 @@ class _Repeated(seqio.DataSource):
     def __init__(self, source: seqio.DataSource, num_epochs: int | None):
         super().__init__(splits=source.splits, caching_permitted=source.caching_permitted)
         self._source = source
-        self._num_epochs = num_epochs
+        self.num_epochs = num_epochs
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -346,14 +349,22 @@ class _Repeated(seqio.DataSource):
         return self._source.num_input_examples(split)
 
     def get_dataset(self, split: str = "train", **settings) -> tf.data.Dataset:
-        return self._source.get_dataset(split, **settings, num_epochs=self._num_epochs)
+        return self._source.get_dataset(split, **settings, num_epochs=self.num_epochs)
+
+
+class _CachedSource(_FilesSource, dataset_providers._CachedDataSource):
+    """SeqIO's reader of an offline cache."""
+
+    def __init__(self, folder: str, split: str):
+        dataset_providers._CachedDataSource.__init__(self, folder, split)
 
 
 class CorpusTask(seqio.Task):
     """A task whose files may hold none of its splits (MNLI's without dev_matched.tsv): evaluators then skip it.
 
-    Its source repeats itself (see `_passes`). What the source holds in memory does not go through SeqIO's memory cache
-    as well: that would freeze the order of the first pass for all others, and be written into each saved position.
+    Its source or offline cache repeats itself (see `_passes`). What the source holds in memory does not go through
+    SeqIO's memory cache as well: that would freeze the order of the first pass for all others, and be written into each
+    saved position.
     """
 
     @property
@@ -363,15 +374,18 @@ class CorpusTask(seqio.Task):
     def get_dataset(
         self, sequence_length=None, split: str = "train", use_cached: bool = False, **settings
     ) -> tf.data.Dataset:
-        if use_cached and self.supports_caching:
-            cache.check(self, split)
         if not use_cached and self.source.supports_arbitrary_sharding:  # true of MemorySource alone
             settings["try_in_mem_cache"] = False
         task = self
-        if not use_cached and settings.get("num_epochs", 1) != 1:
+        if settings.get("num_epochs", 1) != 1:
             task = copy.copy(self)
             task._source = _Repeated(self.source, settings.pop("num_epochs"))  # pyright: ignore[reportAttributeAccessIssue]
+            settings["try_in_mem_cache"] = False
         return super(CorpusTask, task).get_dataset(sequence_length, split, use_cached, **settings)
+
+    def _get_cached_source(self, split: str, file_shuffle_buffer_size: int | None = None) -> seqio.DataSource:
+        source = _CachedSource(cache.check(self, split), split)
+        return _Repeated(source, self.source.num_epochs) if isinstance(self.source, _Repeated) else source
 
 
 def describe(task_or_mixture: seqio.Task | seqio.Mixture) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Offline caches: what is read from one is what is made on the fly, and no wrong one is read."""
 
 import gzip
+import importlib
 import importlib.util
 import json
 import logging
@@ -14,6 +15,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
+import run
 from tasks import cache, vocabulary
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -42,20 +44,21 @@ def corpus(corpus, bytes_vocabulary):
         seqio.TaskRegistry.get(name)._stats.clear()
 
 
-def write(task: seqio.Task, folder: pathlib.Path, split: str = "train") -> None:
-    """A cache in one shard, by SeqIO's format alone (seqio.beam_utils), so that the order is that of the source."""
+def write(task: seqio.Task, folder: pathlib.Path, split: str = "train", shards: int = 1) -> None:
+    """A cache by SeqIO's format alone (seqio.beam_utils), in the order of the source when it is one shard."""
     folder = folder / task.name
     folder.mkdir(parents=True)
     examples = list(task.preprocess_precache(task.source.get_dataset(split, shuffle=False), seed=0))
     prefix = seqio.get_cached_tfrecord_prefix(str(folder), split)
-    with tf.io.TFRecordWriter(f"{prefix}-00000-of-00001") as records:
-        for example in examples:
-            records.write(seqio.dict_to_tfexample(example).SerializeToString())
+    for shard in range(shards):
+        with tf.io.TFRecordWriter(f"{prefix}-{shard:05}-of-{shards:05}") as records:
+            for example in examples[shard::shards]:
+                records.write(seqio.dict_to_tfexample(example).SerializeToString())
     features = {
         name: {"shape": [None, *value.shape[1:]] if value.shape.rank else [], "dtype": value.dtype.name}
         for name, value in examples[0].items()
     }
-    info = {"num_shards": 1, "features": features, "seqio_version": seqio.__version__}
+    info = {"num_shards": shards, "features": features, "seqio_version": seqio.__version__}
     pathlib.Path(seqio.get_cached_info_path(str(folder), split)).write_text(json.dumps(info))
     pathlib.Path(seqio.get_cached_stats_path(str(folder), split)).write_text(json.dumps({"examples": len(examples)}))
     (folder / cache.COMPLETED).write_text(cache.record(task))
@@ -98,6 +101,54 @@ def test_a_cache_is_shared_among_hosts(corpus):
     assert one
     assert two
     assert sorted(one + two) == whole == list(range(7))
+
+
+def test_a_position_in_a_cache_is_exact_over_the_ends_of_passes(corpus, tmp_path_factory):
+    """As tests/data/test_sources.py has it for files; the order of a pass is that of its number and the seed."""
+    write(seqio.TaskRegistry.get(RTE), corpus / "cache", shards=3)
+    folder = tmp_path_factory.mktemp("positions")
+
+    def start(seed=3):
+        task = seqio.TaskRegistry.get(RTE).replace(name="again", shuffle_buffer_size=2)
+        task._cache_dir = str(corpus / "cache" / RTE)
+        dataset = task.get_dataset(LENGTHS, "train", use_cached=True, seed=seed, num_epochs=None)
+        return iter(dataset.map(lambda x: x["idx"]))
+
+    def following(iterator, count):
+        return [int(next(iterator)) for _ in range(count)]
+
+    whole, iterator = following(start(), 90), start()
+    assert whole != following(start(seed=4), 90)
+    for i in range(0, 60, 5):
+        saved = tf.train.Checkpoint(iterator).write(str(folder / str(i)))
+        again = start()
+        tf.train.Checkpoint(again).read(saved)
+        assert following(again, 30) == whole[i : i + 30]
+        following(iterator, 5)
+
+
+def test_a_run_reads_the_cache(corpus, monkeypatch, capsys):
+    """The first batch is the same, and the log says that it comes from the cache."""
+    write(seqio.TaskRegistry.get(RTE), corpus / "cache")
+    seqio.set_global_cache_dirs([])
+    monkeypatch.chdir(corpus)
+    monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
+    shown = []
+    for cached in (False, True):
+        bindings = {
+            "MIXTURE_OR_TASK_NAME": RTE,
+            "VOCABULARY": "bytes",
+            "USE_CACHED_TASKS": cached,
+            "SEQIO_ADDITIONAL_CACHE_DIRS": str(corpus / "cache"),
+            "SHUFFLE_TRAIN_EXAMPLES": False,
+            "BATCH_SIZE": 2,
+        }
+        arguments = [f"--gin.{name}={value!r}" for name, value in bindings.items()]
+        assert run.main(["run.py", "--gin_file=models/t5_1_1/small.gin", "--mode=inspect", *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert (f"{RTE} reads the cache {corpus}/cache/{RTE}" in err) == cached
+        shown.append(out)
+    assert shown[0] == shown[1] != ""
 
 
 def test_a_missing_or_unfinished_cache_or_split_is_named_with_the_command(corpus):
@@ -174,11 +225,10 @@ def command(corpus: pathlib.Path, *arguments: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Apache Beam is here")
-def test_without_beam_the_command_says_what_to_install(corpus):
-    done = command(corpus, f"--tasks={RTE}")
-    assert done.returncode == 1
-    assert "requirements-cache.txt" in done.stderr.splitlines()[-1]
+def test_without_beam_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(SystemExit, match=r"needs Apache Beam .*make cache.*requirements-cache\.txt"):
+        importlib.import_module("tasks.cache.__main__").command()
 
 
 @needs_beam
