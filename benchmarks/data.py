@@ -60,7 +60,13 @@ def t5_batches(task: str, lengths: dict[str, int], batch_size: int) -> Iterator[
         },
     )
     dataset = seqio.get_dataset(
-        "t5_reference", lengths, "train", True, None, feature_converter=seqio.EncDecFeatureConverter(pack=True), seed=0
+        "t5_reference",
+        lengths,
+        dataset_split="train",
+        shuffle=True,
+        num_epochs=None,
+        feature_converter=seqio.EncDecFeatureConverter(pack=True),
+        seed=0,
     )
     return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 

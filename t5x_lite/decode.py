@@ -4,42 +4,149 @@ The cache is explicit: made from the encodings, then an argument and result of e
 and its parameters, nothing of text.
 """
 
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from t5x_lite.model import T5, T5Config
+from t5x_lite.model import T5, Cache, T5Config
+
+Method = Literal["greedy", "sample", "beam"]
 
 START = 0
 END = 1
+NEVER = -1e7  # the score of a beam that is not there; T5X's
 
 
-def greedy(
-    params: Any, encoder_input_tokens: Int[Array, "B S"], *, config: T5Config, max_length: int
-) -> tuple[Int[Array, "B 1 T"], Float[Array, "B 1"]]:
-    """The most likely token at each step, until every row has ended or has `max_length` tokens.
+def generate(
+    params: Any,
+    encoder_input_tokens: Int[Array, "B S"],
+    *,
+    config: T5Config,
+    max_length: int,
+    method: Method = "greedy",
+    num_return: int = 1,
+    beam_size: int = 4,
+    alpha: float = 0.6,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: Key[Array, ""] | None = None,
+    max_lengths: Int[Array, " B"] | None = None,
+) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
+    """Decodes `num_return` = N results for each row, the best first ("sample": in the order drawn).
+
+    Args:
+      method: "greedy" takes the most likely token at each step; "sample" draws it; "beam" searches the most likely
+        sequence with `beam_size` candidates (T5X decoding.beam_search).
+      alpha: "beam" ranks by log-probability / ((5 + length) / 6)^alpha, the length counting END.
+      temperature, top_k, top_p: "sample" draws from softmax(logits / temperature), cut to the `top_k` most likely
+        tokens (0: all) and then to the fewest that together have the probability `top_p`.
+      key: for "sample".
+      max_lengths: of each row, at most `max_length`; not for "beam".
 
     Returns:
-      tokens, without the start token: END where a row ends, 0 after it; and the sum of their log-probabilities. (The
-      axis of size 1 counts the results for one input, as other ways of decoding give several.)
+      tokens, without the start token: END where a row ends, 0 after it; and scores: the log-probability that the model
+      gives the tokens, ranked as above for "beam". Of beams that never ended the score is -1e7 and the tokens are 0,
+      but where no beam of a row ended they are its unended ones, with their log-probabilities.
+
+    Raises:
+      ValueError: a setting out of its range.
     """
-    model = T5(config)
-    variables = {"params": params}
+    _check(method, num_return, beam_size, alpha, temperature, top_k, top_p, max_length)
+    if method == "beam":
+        if max_lengths is not None:
+            raise ValueError("max_lengths is for greedy decoding and sampling; beam search has one max_length")
+        tokens_BKT, scores_BK = _beam(params, encoder_input_tokens, config, max_length, beam_size, alpha)
+        return tokens_BKT[:, :num_return], scores_BK[:, :num_return]
+    if method == "greedy":
+
+        def choose(logits_BV: Array, _: Array) -> Array:
+            return jnp.argmax(logits_BV, axis=-1)
+    else:
+        if key is None:
+            raise ValueError("sampling needs a key")
+        choose = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
     rows = encoder_input_tokens.shape[0]
+    if max_lengths is None:
+        max_lengths = jnp.full((rows,), max_length)
+    key = jax.random.key(0) if key is None else key
+    tokens, scores = _token_by_token(
+        params, encoder_input_tokens, config, max_length, num_return, choose, key, max_lengths
+    )
+    return tokens.reshape(rows, num_return, max_length), scores.reshape(rows, num_return)
+
+
+def _check(
+    method: str,
+    num_return: int,
+    beam_size: int,
+    alpha: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    max_length: int,
+) -> None:
+    most = {"greedy": 1, "beam": beam_size}.get(method, num_return)
+    for holds, problem in (
+        (method in get_args(Method), f"DECODE_METHOD {method!r}: use one of {', '.join(get_args(Method))}"),
+        (max_length >= 1, f"MAX_DECODE_LENGTH {max_length}: it must be at least 1"),
+        (beam_size >= 1, f"BEAM_SIZE {beam_size}: it must be at least 1"),
+        (1 <= num_return <= most, f"NUM_DECODES {num_return}: {method} gives 1 to {most} results for an input"),
+        (alpha >= 0, f"BEAM_ALPHA {alpha}: it must be at least 0"),
+        (temperature > 0, f"TEMPERATURE {temperature}: it must be above 0; DECODE_METHOD = 'greedy' is the limit of 0"),
+        (top_k >= 0, f"TOP_K {top_k}: it must be at least 0 (0: all tokens)"),
+        (0 < top_p <= 1, f"TOP_P {top_p}: it must be above 0 and at most 1"),
+    ):
+        if not holds:
+            raise ValueError(problem)
+
+
+def _start(
+    params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, copies: int
+) -> tuple[Callable, Cache]:
+    """One decoding step (last tokens, index, cache) -> (logits, cache), and the cache; each row `copies` times."""
+    model, variables = T5(config), {"params": params}
     encoded_BSD = model.apply(variables, encoder_input_tokens, method=T5.encode)
-    cache = model.apply(variables, encoded_BSD, max_length, method=T5.start_cache)
+    cache: Any = model.apply(variables, encoded_BSD, max_length, method=T5.start_cache)
+    cache = jax.tree.map(lambda x_LBTHK: jnp.repeat(x_LBTHK, copies, axis=1), cache)
+    inputs = jnp.repeat(encoder_input_tokens, copies, axis=0)
+
+    def step(last_B: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
+        logits_B1V, cache = model.apply(variables, last_B[:, None], index, cache, inputs, method=T5.decode_step)
+        return logits_B1V[:, 0], cache
+
+    return step, cache
+
+
+def _token_by_token(
+    params: Any,
+    encoder_input_tokens: Int[Array, "B S"],
+    config: T5Config,
+    max_length: int,
+    copies: int,
+    choose: Callable[[Array, Array], Array],
+    key: Key[Array, ""],
+    max_lengths: Int[Array, " B"],
+) -> tuple[Int[Array, "BN T"], Float[Array, " BN"]]:
+    decode, cache = _start(params, encoder_input_tokens, config, max_length, copies)
+    rows = encoder_input_tokens.shape[0] * copies
+    limits_B = jnp.repeat(max_lengths, copies)
 
     def step(carry: tuple) -> tuple:
-        index, last_B1, tokens_BT, scores_B, ended_B, cache = carry
-        logits_B1V, cache = model.apply(variables, last_B1, index, cache, encoder_input_tokens, method=T5.decode_step)
-        logits_BV = logits_B1V[:, 0]
-        token_B = jnp.where(ended_B, 0, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
-        log_probs_B = jnp.max(logits_BV, axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1)
+        index, last_B, tokens_BT, scores_B, ended_B, cache = carry
+        logits_BV, cache = decode(last_B, index, cache)
+        token_B = choose(logits_BV, jax.random.fold_in(key, index))
+        log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
+        token_B = jnp.where(ended_B, 0, token_B).astype(jnp.int32)
         tokens_BT = tokens_BT.at[:, index].set(token_B)
         scores_B += jnp.where(ended_B, 0.0, log_probs_B)
-        return index + 1, token_B[:, None], tokens_BT, scores_B, ended_B | (token_B == END), cache
+        ended_B |= (token_B == END) | (index + 1 >= limits_B)
+        return index + 1, token_B, tokens_BT, scores_B, ended_B, cache
 
     def unfinished(carry: tuple) -> Array:
         index, *_, ended_B, _ = carry
@@ -47,14 +154,88 @@ def greedy(
 
     start = (
         jnp.zeros((), jnp.int32),
-        jnp.full((rows, 1), START, jnp.int32),
+        jnp.full((rows,), START, jnp.int32),
         jnp.zeros((rows, max_length), jnp.int32),
         jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows,), bool),
+        limits_B < 1,
         cache,
     )
     _, _, tokens_BT, scores_B, _, _ = jax.lax.while_loop(unfinished, step, start)
-    return tokens_BT[:, None, :], scores_B[:, None]
+    return tokens_BT, scores_B
+
+
+def _draw(logits_BV: Array, key: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
+    logits_BV = logits_BV / temperature
+    if 0 < top_k < logits_BV.shape[-1]:
+        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    if top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # the probability of all that are more likely
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    return jax.random.categorical(key, logits_BV, axis=-1)
+
+
+def _beam(
+    params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, K: int, alpha: float
+) -> tuple[Int[Array, "B K T"], Float[Array, "B K"]]:
+    """Beam search over live sequences and a pool of ended ones, K of each, as T5X does it; K is the number of beams."""
+    decode, cache = _start(params, encoder_input_tokens, config, max_length, K)
+    B = encoder_input_tokens.shape[0]
+
+    def penalty(length: Array | int) -> Array:
+        return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+    def pick(x: Array, beams: Array) -> Array:
+        """[B, K', ...] at the beams [B, K'']."""
+        return jnp.take_along_axis(x, beams.reshape(*beams.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    def step(carry: tuple) -> tuple:
+        index, live_BKT, live_BK, ended_BKT, ended_BK, cache = carry
+        last_BK = jnp.where(index == 0, START, live_BKT[:, :, index - 1])
+        logits, cache = decode(last_BK.reshape(-1), index, cache)
+        V = logits.shape[-1]
+        totals_BKV = jax.nn.log_softmax(logits).reshape(B, K, V) + live_BK[:, :, None]
+        # Twice as many as there are beams: even if K of them end here, K are left to go on with.
+        best_BJ, places_BJ = jax.lax.top_k(totals_BKV.reshape(B, K * V), 2 * K)
+        beams_BJ, tokens_BJ = places_BJ // V, (places_BJ % V).astype(jnp.int32)
+        grown_BJT = pick(live_BKT, beams_BJ).at[:, :, index].set(tokens_BJ)
+        ends_BJ = tokens_BJ == END
+
+        live_BK, kept_BK = jax.lax.top_k(best_BJ + ends_BJ * NEVER, K)
+        live_BKT = pick(grown_BJT, kept_BK)
+        rows_BK = jnp.arange(B)[:, None] * K + pick(beams_BJ, kept_BK)
+        moved = {
+            name: getattr(cache, name)[:, rows_BK.reshape(-1)] for name in ("self_key", "self_value")
+        }  # what was decoded goes with its beam; the encoded inputs are the same for all beams of a row
+        cache = dataclasses.replace(cache, **moved)
+
+        scores_BJ = best_BJ / penalty(index + 1) + ~ends_BJ * NEVER
+        ended_BK, kept_BK = jax.lax.top_k(jnp.concatenate([ended_BK, scores_BJ], axis=1), K)
+        ended_BKT = pick(jnp.concatenate([ended_BKT, grown_BJT], axis=1), kept_BK)
+        ended_BKT = jnp.where((ended_BK > NEVER / 2)[..., None], ended_BKT, 0)
+        return index + 1, live_BKT, live_BK, ended_BKT, jnp.maximum(ended_BK, NEVER), cache
+
+    def unfinished(carry: tuple) -> Array:
+        index, _, live_BK, _, ended_BK, _ = carry
+        hopes_B = live_BK[:, 0] / penalty(max_length)  # no live sequence can end with more
+        return (index < max_length) & ~jnp.all(jnp.min(ended_BK, axis=1) > hopes_B)
+
+    none_BKT = jnp.zeros((B, K, max_length), jnp.int32)
+    never_BK = jnp.full((B, K), NEVER, jnp.float32)
+    start = (jnp.zeros((), jnp.int32), none_BKT, never_BK.at[:, 0].set(0.0), none_BKT, never_BK, cache)
+    _, live_BKT, live_BK, ended_BKT, ended_BK, _ = jax.lax.while_loop(unfinished, step, start)
+    any_B = jnp.any(ended_BK > NEVER / 2, axis=1)
+    return jnp.where(any_B[:, None, None], ended_BKT, live_BKT), jnp.where(any_B[:, None], ended_BK, live_BK)
+
+
+def greedy(
+    params: Any, encoder_input_tokens: Int[Array, "B S"], *, config: T5Config, max_length: int
+) -> tuple[Int[Array, "B 1 T"], Float[Array, "B 1"]]:
+    """`generate` with the most likely token at each step."""
+    return generate(params, encoder_input_tokens, config=config, max_length=max_length)
 
 
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:

@@ -63,3 +63,96 @@ def test_score_is_the_log_likelihood_of_the_targets(golden_t5):
     got = jax.jit(functools.partial(decode.score, config=golden_t5.config))(golden_t5.params, batch)
     expected = -np.sum(io["token_nll"] * (io["targets"] != 0), axis=-1)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def decoder(golden_t5, **settings):
+    return jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=24, **settings))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_beam_search_agrees_with_t5x(golden_t5, alpha):
+    reference = golden_t5.outputs["generation"][f"t5x_beam4_alpha{alpha:g}"]
+    inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
+    beam = decoder(golden_t5, method="beam", beam_size=4, num_return=4, alpha=alpha)
+    tokens, scores = beam(golden_t5.params, inputs)
+    np.testing.assert_array_equal(tokens, np.asarray(reference["sequences"])[:, ::-1])  # T5X's come worst first
+    np.testing.assert_allclose(scores, np.asarray(reference["scores"])[:, ::-1], atol=1e-4)
+    greedy, _ = decoder(golden_t5)(golden_t5.params, inputs)
+    assert np.any(np.asarray(greedy)[:, 0] != np.asarray(tokens)[:, 0])
+
+
+def test_one_beam_is_greedy(golden_t5):
+    inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
+    one, scores = decoder(golden_t5, method="beam", beam_size=1, alpha=0.0)(golden_t5.params, inputs)
+    greedy, greedy_scores = decoder(golden_t5)(golden_t5.params, inputs)
+    np.testing.assert_array_equal(one, greedy)
+    np.testing.assert_allclose(scores, greedy_scores, atol=1e-4)
+
+
+def test_beams_that_never_end_are_given_as_they_are(golden_t5):
+    inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
+    short = jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=2, method="beam"))
+    tokens, scores = short(golden_t5.params, inputs)
+    assert np.all(tokens[2, 0] > 1)  # the shortest ended result of this row has 21 tokens
+    assert scores[2, 0] > -100
+
+
+def test_sampling_draws_from_the_models_distribution(golden_t5):
+    rows, draws = golden_t5.io["input_ids"][2:3] * golden_t5.io["attention_mask"][2:3], 4000
+    model_logits = jax.jit(T5(golden_t5.config).apply)
+    logits = model_logits({"params": golden_t5.params}, rows, np.zeros((1, 1), np.int32))[0, 0]
+
+    def shares(**settings):
+        sample = jax.jit(
+            functools.partial(
+                decode.generate, config=golden_t5.config, max_length=1, method="sample", num_return=draws, **settings
+            )
+        )
+        tokens, scores = sample(golden_t5.params, rows, key=jax.random.key(0))
+        drawn = np.asarray(tokens)[0, :, 0]
+        np.testing.assert_allclose(scores[0], np.asarray(jax.nn.log_softmax(logits))[drawn], atol=1e-4)
+        return np.bincount(drawn, minlength=len(logits)) / draws
+
+    for temperature in (1.0, 0.5):
+        expected = np.asarray(jax.nn.softmax(logits / temperature))
+        spread = 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-3
+        assert np.all(np.abs(shares(temperature=temperature) - expected) < spread)
+    assert np.abs(shares(temperature=0.5) - np.asarray(jax.nn.softmax(logits))).max() > 0.05
+    order = np.argsort(-np.asarray(logits))
+    assert set(np.flatnonzero(shares(top_k=3))) == set(order[:3])
+    probabilities = np.asarray(jax.nn.softmax(logits))[order]
+    kept = int(np.searchsorted(np.cumsum(probabilities), 0.6)) + 1
+    assert set(np.flatnonzero(shares(top_p=0.6))) == set(order[:kept])
+
+
+def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t5):
+    inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
+    sample = decoder(golden_t5, method="sample", num_return=3)
+    first, _ = sample(golden_t5.params, inputs, key=jax.random.key(0))
+    again, _ = sample(golden_t5.params, inputs, key=jax.random.key(0))
+    other, _ = sample(golden_t5.params, inputs, key=jax.random.key(1))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+    assert np.any(first[:, 0] != first[:, 1])
+    limits = np.array([1, 2, 3, 4])
+    limited, _ = decoder(golden_t5)(golden_t5.params, inputs, max_lengths=limits)
+    whole, _ = decoder(golden_t5)(golden_t5.params, inputs)
+    for row, limit in enumerate(limits):
+        np.testing.assert_array_equal(limited[row, 0, :limit], whole[row, 0, :limit])
+        assert not np.any(limited[row, 0, limit:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": "best"}, "DECODE_METHOD 'best'"),
+        ({"method": "beam", "num_return": 5}, "NUM_DECODES 5: beam gives 1 to 4"),
+        ({"num_return": 2}, "NUM_DECODES 2: greedy gives 1 to 1"),
+        ({"method": "sample", "temperature": 0.0}, "TEMPERATURE 0"),
+        ({"method": "sample", "top_p": 0.0}, "TOP_P 0"),
+        ({"method": "sample"}, "needs a key"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, says, unchecked_types):
+    with pytest.raises(ValueError, match=says):
+        decode.generate({}, np.ones((1, 2), np.int32), config=TINY, max_length=3, **settings)
