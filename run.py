@@ -133,7 +133,7 @@ def _deliberate(error: BaseException) -> bool:
     while frames.tb_next:
         frames = frames.tb_next
     file = Path(frames.tb_frame.f_code.co_filename).resolve()
-    ours = file.parent in {GIN_CONFIGS.parent / "t5x_lite", GIN_CONFIGS.parent / "tasks"}
+    ours = not {GIN_CONFIGS.parent / "t5x_lite", GIN_CONFIGS.parent / "tasks"}.isdisjoint(file.parents)
     return ours and linecache.getline(str(file), frames.tb_lineno).lstrip().startswith("raise ")
 
 

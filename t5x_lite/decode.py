@@ -57,20 +57,18 @@ def generate(
     Raises:
       ValueError: a setting out of its range.
     """
-    _check(method, num_return, beam_size, alpha, temperature, top_k, top_p, max_length)
+    check_settings(method, num_return, beam_size, alpha, temperature, top_k, top_p)
     if method == "beam":
         if max_lengths is not None:
             raise ValueError("max_lengths is for greedy decoding and sampling; beam search has one max_length")
         tokens_BKT, scores_BK = _beam(params, encoder_input_tokens, config, max_length, beam_size, alpha)
         return tokens_BKT[:, :num_return], scores_BK[:, :num_return]
-    if method == "greedy":
-
-        def choose(logits_BV: Array, _: Array) -> Array:
-            return jnp.argmax(logits_BV, axis=-1)
-    else:
+    if method == "sample":
         if key is None:
             raise ValueError("sampling needs a key")
         choose = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    else:
+        choose = _most_likely
     rows = encoder_input_tokens.shape[0]
     if max_lengths is None:
         max_lengths = jnp.full((rows,), max_length)
@@ -81,20 +79,19 @@ def generate(
     return tokens.reshape(rows, num_return, max_length), scores.reshape(rows, num_return)
 
 
-def _check(
+def check_settings(
     method: str,
-    num_return: int,
-    beam_size: int,
-    alpha: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    max_length: int,
+    num_return: int = 1,
+    beam_size: int = 4,
+    alpha: float = 0.6,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> None:
+    """Raises ValueError, naming the macro, for a setting of `generate` that is out of its range."""
     most = {"greedy": 1, "beam": beam_size}.get(method, num_return)
     for holds, problem in (
         (method in get_args(Method), f"DECODE_METHOD {method!r}: use one of {', '.join(get_args(Method))}"),
-        (max_length >= 1, f"MAX_DECODE_LENGTH {max_length}: it must be at least 1"),
         (beam_size >= 1, f"BEAM_SIZE {beam_size}: it must be at least 1"),
         (1 <= num_return <= most, f"NUM_DECODES {num_return}: {method} gives 1 to {most} results for an input"),
         (alpha >= 0, f"BEAM_ALPHA {alpha}: it must be at least 0"),
@@ -117,8 +114,8 @@ def _start(
     inputs = jnp.repeat(encoder_input_tokens, copies, axis=0)
 
     def step(last_B: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
-        logits_B1V, cache = model.apply(variables, last_B[:, None], index, cache, inputs, method=T5.decode_step)
-        return logits_B1V[:, 0], cache
+        found: Any = model.apply(variables, last_B[:, None], index, cache, inputs, method=T5.decode_step)
+        return found[0][:, 0], found[1]
 
     return step, cache
 
@@ -162,6 +159,10 @@ def _token_by_token(
     )
     _, _, tokens_BT, scores_B, _, _ = jax.lax.while_loop(unfinished, step, start)
     return tokens_BT, scores_B
+
+
+def _most_likely(logits_BV: Array, key: Array) -> Array:
+    return jnp.argmax(logits_BV, axis=-1)
 
 
 def _draw(logits_BV: Array, key: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
@@ -229,13 +230,6 @@ def _beam(
     _, live_BKT, live_BK, ended_BKT, ended_BK, _ = jax.lax.while_loop(unfinished, step, start)
     any_B = jnp.any(ended_BK > NEVER / 2, axis=1)
     return jnp.where(any_B[:, None, None], ended_BKT, live_BKT), jnp.where(any_B[:, None], ended_BK, live_BK)
-
-
-def greedy(
-    params: Any, encoder_input_tokens: Int[Array, "B S"], *, config: T5Config, max_length: int
-) -> tuple[Int[Array, "B 1 T"], Float[Array, "B 1"]]:
-    """`generate` with the most likely token at each step."""
-    return generate(params, encoder_input_tokens, config=config, max_length=max_length)
 
 
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:

@@ -4,14 +4,18 @@ What the devices do not allow is refused here, before any data is read. It knows
 must not know text, SeqIO or TensorFlow.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import decode, sharding, step
 from t5x_lite.options import Run
+
+logger = logging.getLogger(__name__)
 
 
 class Machine:
@@ -46,7 +50,12 @@ class Functions:
         self._machine = machine
         compiler, abstract = machine.compiler, machine.abstract
         length = run.max_decode_length or run.task_feature_lengths["targets"]
-        self._greedy = compiler.with_params(decode.greedy, abstract, config=run.model, max_length=length)
+        used = {"greedy": (), "beam": ("beam_size", "alpha"), "sample": ("temperature", "top_k", "top_p")}
+        settings = "".join(f", {name} {run.decoding[name]}" for name in used[run.decode_method])
+        logger.info("Decoding: %s%s, at most %d tokens", run.decode_method, settings, length)
+        self._generate = compiler.with_params(
+            _generate, abstract, config=run.model, max_length=length, seed=run.random_seed, **run.decoding
+        )
         self._score = compiler.with_params(decode.score, abstract, config=run.model)
         self._sums = compiler.with_params(step.eval_step, abstract, config=run.model)
 
@@ -58,7 +67,7 @@ class Functions:
 
     def predict(self, params: Any, inputs_BS: np.ndarray) -> np.ndarray:
         """Token ids [B, T]."""
-        tokens_B1T, _ = self._greedy(params, self._spread(inputs_BS))
+        tokens_B1T, _ = self._generate(params, self._spread(inputs_BS))
         return jax.device_get(tokens_B1T)[:, 0]
 
     def score(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -73,3 +82,10 @@ class Functions:
             sums = {name: total + float(found[name]) for name, total in sums.items()}
         tokens = max(sums["weights"], 1.0)
         return {"loss": sums["loss"] / tokens, "token_accuracy": sums["correct"] / tokens}
+
+
+def _generate(params: Any, inputs_BS: jax.Array, *, seed: int, **settings: Any) -> tuple[jax.Array, jax.Array]:
+    """`decode.generate` with a key that follows from the seed and the inputs: the same batch, the same samples."""
+    places = jnp.arange(1, inputs_BS.size + 1, dtype=jnp.uint32).reshape(inputs_BS.shape)
+    key = jax.random.fold_in(jax.random.key(seed), jnp.sum(inputs_BS.astype(jnp.uint32) * places))
+    return decode.generate(params, inputs_BS, key=key, **settings)

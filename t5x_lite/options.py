@@ -6,9 +6,9 @@ nothing of gin: a `Run` can be made in Python just as well.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from t5x_lite import checkpoint, sharding
+from t5x_lite import checkpoint, decode, sharding
 from t5x_lite.losses import LossConfig
 from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
@@ -52,6 +52,12 @@ class Run:
     eval_batch_size: int
     eval_split: str
     max_decode_length: int | None
+    decode_method: decode.Method
+    beam_size: int
+    beam_alpha: float
+    temperature: float
+    top_k: int
+    top_p: float
     infer_input: str | None
     infer_output: str | None
     checkpoint_period: int
@@ -74,6 +80,7 @@ class Run:
             )
         if self.bad_rows not in ("refuse", "skip"):
             raise ValueError(f"BAD_ROWS = {self.bad_rows!r}: use 'refuse' or 'skip'")
+        decode.check_settings(**self.decoding)
         if self.eval_files and not self.train_files:
             raise ValueError(
                 "EVAL_FILES is set without TRAIN_FILES: a task of your own files begins with those to train on"
@@ -90,6 +97,18 @@ class Run:
                 f"TRAIN_STEPS = {self.train_steps} and TOTAL_TRAIN_STEPS = {self.total_train_steps} (which includes "
                 "those of INITIAL_CHECKPOINT_PATH) are both set: keep one, and set the other to None"
             )
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The settings of `decode.generate`."""
+        return {
+            "method": self.decode_method,
+            "beam_size": self.beam_size,
+            "alpha": self.beam_alpha,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
 
 
 def last_step(run: Run) -> int:

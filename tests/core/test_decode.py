@@ -34,7 +34,7 @@ def test_cached_decoding_equals_the_full_forward_on_every_prefix(chunk):
 
 def test_greedy_follows_the_argmax_of_the_full_forward_and_stops_at_the_end_token():
     params = init(TINY, seed=3)
-    tokens, scores = jax.jit(functools.partial(decode.greedy, config=TINY, max_length=9))(params, ENCODER_INPUT)
+    tokens, scores = jax.jit(functools.partial(decode.generate, config=TINY, max_length=9))(params, ENCODER_INPUT)
     assert tokens.shape == (2, 1, 9) and scores.shape == (2, 1)
     for row in range(2):
         prefix, log_likelihood = [0], 0.0
@@ -51,7 +51,7 @@ def test_greedy_follows_the_argmax_of_the_full_forward_and_stops_at_the_end_toke
 def test_greedy_agrees_with_hugging_face(golden_t5):
     expected = np.asarray(golden_t5.outputs["generation"]["hf_greedy"]["sequences"])[:, 1:]
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
-    greedy = jax.jit(functools.partial(decode.greedy, config=golden_t5.config, max_length=24))
+    greedy = jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=24))
     tokens, _ = greedy(golden_t5.params, inputs)
     np.testing.assert_array_equal(tokens[:, 0, : expected.shape[1]], expected)
     assert not np.any(tokens[:, 0, expected.shape[1] :])
