@@ -273,7 +273,7 @@ class Checkpointer:
         self._manager.close()
 
 
-# Parameters alone, from anybody's checkpoint: reads, never writes, needs no optimizer.
+# Parameters alone, of anybody's checkpoint, without an optimizer.
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path | None:
@@ -320,6 +320,16 @@ def restore_params(path: str | os.PathLike[str], abstract_params: Any = None, *,
     how = ocp.checkpoint_utils.construct_restore_args(target)
     restored = reader.restore(folder / "params", args=ocp.args.PyTreeRestore(item=target, restore_args=how))
     return _like(abstract_params, restored)
+
+
+def save_params(path: str | os.PathLike[str], params: Any, *, info: Mapping[str, Any] | None = None) -> None:
+    """Writes parameters alone, with `info`, as a checkpoint that runs can start from but not resume.
+
+    Raises ValueError: the folder exists.
+    """
+    parts = {"params": ocp.args.StandardSave(_nested(_flat(params))), "info": ocp.args.JsonSave(dict(info or {}))}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(_absolute(path), args=ocp.args.Composite(**parts))
 
 
 @dataclasses.dataclass(frozen=True)
