@@ -66,22 +66,34 @@ def span_corruption(
     )
 
 
-def _iid(
-    inputs: Callable, targets: Callable | None, name: str, needs_sentinels: bool = False
+def _objective(
+    name: str,
+    inputs: Callable,
+    targets: Callable | None,
+    *,
+    noise_mask: Callable = noise.iid_noise_mask,
+    noise_density: float = 0.15,
+    concatenate: bool = True,
+    sentinels: int = 0,
 ) -> Callable[..., tf.data.Dataset]:
+    """Text cut so that inputs without noise would fill their length, and `denoise`. Such inputs may need more sentinels
+    than there are; further ones are then the last pieces of the vocabulary, as in t5.
+    """
+    density = noise_density
+
     def objective(
         dataset: tf.data.Dataset,
         sequence_length: Lengths | None,
         output_features: Features,
-        noise_density: float = 0.15,
+        noise_density: float = density,
     ) -> tf.data.Dataset:
         length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
-        vocabularies.require_sentinels(output_features["targets"].vocabulary, 1)
+        vocabularies.require_sentinels(output_features["targets"].vocabulary, sentinels)
         return denoise(
-            split_documents(dataset, length),
+            split_documents(dataset, length, concatenate=concatenate),
             output_features,
             noise_density=noise_density,
-            noise_mask=noise.iid_noise_mask,
+            noise_mask=noise_mask,
             inputs=inputs,
             targets=targets,
         )
@@ -90,38 +102,21 @@ def _iid(
     return objective
 
 
-iid_denoising = _iid(noise.noise_span_to_unique_sentinel, noise.nonnoise_span_to_unique_sentinel, "iid_denoising")
-iid_drop_tokens = _iid(noise.drop_noise_tokens, noise.drop_nonnoise_tokens, "iid_drop_tokens")
-mass_style_denoising = _iid(noise.noise_token_to_sentinel, None, "mass_style_denoising")
-bert_style_denoising = _iid(noise.noise_token_to_random_token_or_sentinel, None, "bert_style_denoising")
-
-
-def deshuffling(
-    dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features
-) -> tf.data.Dataset:
-    """All tokens of a piece of text in random order, to be put in order. Documents are not concatenated."""
-    length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
-    return denoise(
-        split_documents(dataset, length, concatenate=False),
-        output_features,
-        noise_density=1.0,
-        noise_mask=noise.iid_noise_mask,
-        inputs=noise.permute_noise_tokens,
-        targets=None,
-    )
-
-
-def prefix_lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
-    """A piece of text cut at a random place: the first part is the input. Documents are not concatenated."""
-    length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
-    return denoise(
-        split_documents(dataset, length, concatenate=False),
-        output_features,
-        noise_density=0.5,
-        noise_mask=noise.random_prefix_noise_mask,
-        inputs=noise.drop_nonnoise_tokens,
-        targets=noise.drop_noise_tokens,
-    )
+iid_denoising = _objective(
+    "iid_denoising", noise.noise_span_to_unique_sentinel, noise.nonnoise_span_to_unique_sentinel, sentinels=1
+)
+iid_drop_tokens = _objective("iid_drop_tokens", noise.drop_noise_tokens, noise.drop_nonnoise_tokens)
+mass_style_denoising = _objective("mass_style_denoising", noise.noise_token_to_sentinel, None, sentinels=1)
+bert_style_denoising = _objective(
+    "bert_style_denoising", noise.noise_token_to_random_token_or_sentinel, None, sentinels=1
+)
+deshuffling = _objective("deshuffling", noise.permute_noise_tokens, None, noise_density=1.0, concatenate=False)
+prefix_lm = _objective(
+    *("prefix_lm", noise.drop_nonnoise_tokens, noise.drop_noise_tokens),
+    noise_mask=noise.random_prefix_noise_mask,
+    noise_density=0.5,
+    concatenate=False,
+)
 
 
 def lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
