@@ -22,13 +22,17 @@ _PUBLIC = {
     "make_mesh": "sharding",
     "shard_batch": "sharding",
     "shard_state": "sharding",
+    "load": "load",
+    "LoadedModel": "load",
+    "Vocabulary": "load",
 }
 __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"t5x_lite.{_PUBLIC[name]}"), name)
+        module = importlib.import_module(f"t5x_lite.{_PUBLIC[name]}")
+        return globals().get(name, getattr(module, name))  # load is a module that can be called
     raise AttributeError(f"module 't5x_lite' has no attribute {name!r}")
 
 

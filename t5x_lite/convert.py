@@ -69,7 +69,7 @@ HUGGING_FACE = {
 }
 
 # What Hugging Face's T5 directories hold beside: copies of other tensors, and one that its own code never reads.
-_COPIES = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight")
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 # Hugging Face's names for the MLP; its "gelu" of a gated layer is the tanh approximation, which is ours and T5X's.
@@ -139,9 +139,7 @@ def _own_config(path: Path) -> T5Config:
         raise ValueError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
     known = {field.name for field in dataclasses.fields(T5Config)}
     if unknown := set(info["model"]) - known:
-        raise ValueError(
-            f"{path}: its model config has {sorted(unknown)}, which T5Config has not: another kind of model"
-        )
+        raise ValueError(f"{path}: its model config has {sorted(unknown)}, which no T5 has: it is of another kind")
     return T5Config(**info["model"])
 
 
@@ -153,11 +151,10 @@ Parts = Mapping[str, list[Tensor]]
 def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Reads each parameter and puts it on its devices before the next is read: of it, only what lies on this host."""
     placed = {}
-    for name, leaf in traverse_util.flatten_dict(dict(abstract), sep="/").items():
+    for name, leaf in _flat(abstract).items():
         layers = parts[name]
 
-        def part(index: tuple, layers: list[Tensor] = layers, leaf: Any = leaf) -> np.ndarray:
-            index = tuple(index)
+        def part(index: Any, layers: list[Tensor] = layers, leaf: Any = leaf) -> np.ndarray:
             if len(layers[0].shape) == len(leaf.shape):
                 return layers[0].read(index).astype(leaf.dtype)
             chosen = range(len(layers))[index[0]]
@@ -184,7 +181,7 @@ def _claim(
     """
     parts: dict[str, list[Tensor]] = {}
     missing, wrong, used = [], [], set()
-    for name, leaf in traverse_util.flatten_dict(abstract_params(config), sep="/").items():
+    for name, leaf in _flat(abstract_params(config)).items():
         stacked = "/layers/" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         parts[name] = []
@@ -210,6 +207,10 @@ def _claim(
     return parts
 
 
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
 def _is_transposed(name: str) -> bool:
     return name.endswith(("/kernel", "/rel_embedding"))
 
@@ -224,25 +225,21 @@ def from_hugging_face(folder: Path) -> tuple[T5Config, dict[str, list[Tensor]]]:
     found = tensors.read_hub(folder)
     config = _config_of(file, hub)
     found.pop(_UNUSED, None)
-    copies = dict(_COPIES)
-    if config.tie_embeddings:
-        copies["lm_head.weight"] = "shared.weight"
-    elif "lm_head.weight" not in found and hub.get("tie_word_embeddings", True):
-        found["lm_head.weight"] = found["shared.weight"]  # one table, and yet no scale: transformers 5 writes such
-    for copy, original in copies.items():
+    shared = "shared.weight"
+    for copy in (*_COPIES, *(["lm_head.weight"] if config.tie_embeddings else [])):
         if copy not in found:
             continue
-        found.setdefault(original, found[copy])
-        if not _equal(found.pop(copy), found[original]):
-            raise ValueError(f"{folder}: {copy} differs from {original}, and a T5 of this config has them as one")
+        tensor = found.pop(copy)
+        if not _equal(tensor, found.setdefault(shared, tensor)):
+            raise ValueError(f"{folder}: {copy} differs from {shared}, and a T5 of this config has them as one")
+    if not config.tie_embeddings and hub.get("tie_word_embeddings", True) and shared in found:
+        found.setdefault("lm_head.weight", found[shared])  # one table, and yet no scale: transformers 5 writes such
     return config, _claim(folder, config, found, HUGGING_FACE.__getitem__, transpose=True)
 
 
 def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
-    blocks = (slice(start, start + rows) for start in range(0, a.shape[0], rows))
-    return a.shape == b.shape and all(
-        np.array_equal(a.read((r, slice(None))), b.read((r, slice(None)))) for r in blocks
-    )
+    blocks = ((slice(start, start + rows), slice(None)) for start in range(0, a.shape[0], rows))
+    return a.shape == b.shape and all(np.array_equal(a.read(block), b.read(block)) for block in blocks)
 
 
 def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
@@ -256,9 +253,8 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
         raise ValueError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
     if hub.get("layer_norm_epsilon", 1e-6) != 1e-6:
         raise ValueError(f"{file}: layer_norm_epsilon is {hub['layer_norm_epsilon']}; T5's is 1e-06")
-    if missing := [
-        name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in hub
-    ]:
+    needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    if missing := [name for name in needed if name not in hub]:
         raise ValueError(f"{file} does not say {', '.join(missing)}")
     # T5 1.0 has one table for inputs and outputs, and scales the outputs. transformers 5 writes every T5 as tied, and
     # `scale_decoder_outputs` has the old meaning; mT5 is never scaled.
@@ -314,7 +310,7 @@ def write_hugging_face(folder: Path, config: T5Config, params: Mapping[str, Any]
         "decoder_start_token_id": 0,
     }
     found: dict[str, Tensor] = {}
-    for name, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
+    for name, leaf in _flat(params).items():
         whole = tensors.in_memory(np.asarray(leaf))  # no copy, where the device is the host
         for layer in range(leaf.shape[0] if "/layers/" in name else 1):
             tensor = whole.at(layer, 0) if "/layers/" in name else whole
@@ -334,10 +330,8 @@ def from_t5x(path: Path) -> tuple[T5Config, dict[str, list[Tensor]]]:
     state = tensors.read_t5x(path)
     root = next((r for r in ("optimizer/target/", "target/", "params/") if any(n.startswith(r) for n in state)), None)
     if root is None:
-        held = ", ".join(sorted({name.split("/")[0] for name in state}))
-        raise ValueError(
-            f"{path} has no parameters under optimizer/target, target or params; it has {held or 'nothing'}"
-        )
+        held = ", ".join(sorted({name.split("/")[0] for name in state})) or "nothing"
+        raise ValueError(f"{path} has no parameters under optimizer/target, target or params; it has {held}")
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith(root):
@@ -393,16 +387,17 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
 
 
 def tokenizer_file(path: str | Path) -> Path | None:
-    """The SentencePiece model of a source: its own, or beside a checkpoint, or the one that a run's config.gin names."""
+    """The SentencePiece model that goes with a model: beside it, or what the config.gin of its run names."""
     path = Path(path).expanduser()
-    for folder in (path, path.parent, path.parent.parent):
+    found = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
+    run = Path(found).parent.parent if found is not None and found.parent.name == checkpoint.FOLDER else path
+    for folder in (path, run):
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 return folder / name
-        gin = folder / "config.gin"
-        if gin.is_file() and (said := re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(), re.MULTILINE)):
-            return Path(said[2]) if Path(said[2]).is_file() else None
-    return None
+    gin = run / "config.gin"
+    said = re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(), re.MULTILINE) if gin.is_file() else None
+    return Path(said[2]) if said and Path(said[2]).is_file() else None
 
 
 def convert(source: str | Path, dest: str | Path, to: Format) -> T5Config:

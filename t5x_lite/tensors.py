@@ -108,7 +108,7 @@ def read_torch(file: Path) -> dict[str, Tensor]:
             f"{file} is PyTorch's own format, which only PyTorch reads: pip install torch, or get the model's "
             "model.safetensors"
         )
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
@@ -216,17 +216,13 @@ def _read_orbax(folder: Path) -> dict[str, Tensor]:
             return _open({"driver": "ocdbt", "base": f"file://{folder}", "path": f"{key}/"})
         return _open({"driver": "file", "path": str(folder / key)})
 
-    leaves = traverse_util.flatten_dict(dict(tree), sep="/")
-    return {name: open_leaf(name) for name, leaf in leaves.items() if getattr(leaf, "shape", None) is not None}
+    return {name: open_leaf(name) for name, leaf in _flat(tree).items() if getattr(leaf, "shape", None) is not None}
 
 
 def _open(store: dict[str, Any]) -> Tensor:
-    for driver in ("zarr", "zarr3"):
-        try:
-            array = tensorstore.open({"driver": driver, "kvstore": store, "open": True}, read=True).result()
-        except ValueError as error:
-            if "NOT_FOUND" not in str(error):
-                raise
-            continue
-        return Tensor(tuple(array.shape), lambda index: array[index].read().result())
-    raise FileNotFoundError(f"{store['path']} holds no array, though the checkpoint names one: a part of it is missing")
+    spec = {"driver": "auto", "kvstore": store, "open": True}  # zarr, version 2 or 3
+    try:
+        array = tensorstore.open(spec, read=True).result()
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(f"{store['path']} holds no array, though the checkpoint names one: {error}") from error
+    return Tensor(tuple(array.shape), lambda index: array[index].read().result())

@@ -1,0 +1,244 @@
+"""A trained model in Python: load(path), then text or tokens in, text, tokens, scores or logits out.
+
+    python -m t5x_lite.load PATH        reads lines, writes the model's answers
+
+Knows the model, decoding and converters; a tokenizer only as a SentencePiece file beside the model, read here without
+TensorFlow as SeqIO reads it. It must not know tasks, runs or gin.
+"""
+
+import argparse
+import functools
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from t5x_lite import convert, decode, sharding
+from t5x_lite.model import T5, Dtype, T5Config
+
+Texts = Sequence[str]
+Tokens = Sequence[Sequence[int]] | np.ndarray
+
+# Of generate: each new value is compiled anew.
+_SETTINGS = ("max_length", "method", "num_return", "beam_size", "alpha", "temperature", "top_k", "top_p")
+
+
+class Vocabulary:
+    """A SentencePiece model with T5's sentinels after its own pieces: <extra_id_0> is the last id.
+
+    The same ids and text as seqio.SentencePieceVocabulary(file, 100). A model that has sentinels itself gets no others.
+    """
+
+    def __init__(self, file: str | Path, extra_ids: int = 100):
+        import sentencepiece
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+
+        proto = ModelProto.FromString(Path(file).read_bytes())
+        if not any(piece.piece.endswith("<extra_id_0>") for piece in proto.pieces):
+            for i in reversed(range(extra_ids)):
+                proto.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        if self._model.pad_id() != 0 or self._model.eos_id() != decode.END:
+            raise ValueError(f"{file} has pad {self._model.pad_id()} and end {self._model.eos_id()}; T5's are 0 and 1")
+
+    def __len__(self) -> int:
+        return self._model.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Without an end token."""
+        return self._model.encode(text)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Up to the first end or padding. An id that the vocabulary has not (the table is larger) is unknown."""
+        ids = [int(token) for token in tokens]
+        ids = ids[: next((i for i, token in enumerate(ids) if token in (0, decode.END)), len(ids))]
+        return self._model.decode([token if token < len(self) else self._model.unk_id() for token in ids])
+
+
+class LoadedModel:
+    """A T5 and its parameters, ready to use. Token arrays are int32; 0 is padding."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        params: Any,
+        vocabulary: Vocabulary | None = None,
+        mesh: sharding.AnyMesh | None = None,
+    ):
+        self.config, self.params, self.vocabulary = config, params, vocabulary
+        self._mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
+        self._logits = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens))
+        self._generate = jax.jit(functools.partial(decode.generate, config=config), static_argnames=_SETTINGS)
+        self._score = jax.jit(functools.partial(decode.score, config=config))
+
+    def logits(
+        self,
+        encoder_input_tokens: Int[Array | np.ndarray, "B S"],
+        decoder_input_tokens: Int[Array | np.ndarray, "B T"],
+        encoder_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
+        decoder_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits at every target position, float32. The decoder's inputs are the targets after a start token, 0.
+
+        Segment ids are for rows of several packed examples.
+        """
+        with sharding.layout(self._mesh):
+            return self._logits(
+                *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
+                *(jnp.asarray(decoder_input_tokens, jnp.int32), encoder_segment_ids, decoder_segment_ids),
+            )
+
+    def generate(
+        self,
+        encoder_input_tokens: Int[Array | np.ndarray, "B S"],
+        method: decode.Method = "greedy",
+        max_length: int = 128,
+        beam_size: int = 4,
+        alpha: float = 0.6,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_return: int = 1,
+        seed: int = 0,
+    ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
+        """`num_return` = N results for each row, the best first, and their scores: see decode.generate."""
+        with sharding.layout(self._mesh):
+            return self._generate(
+                *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
+                key=jax.random.key(seed),
+                max_length=max_length,
+                method=method,
+                num_return=num_return,
+                beam_size=beam_size,
+                alpha=alpha,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+
+    def predict(self, texts: Texts, *, batch_size: int = 16, **options: Any) -> list[str]:
+        """The model's answer to each text.
+
+        Args:
+          options: those of `generate`; with num_return > 1 the results of one text follow each other.
+
+        Raises:
+          ValueError: the model came without a tokenizer.
+        """
+        vocabulary = self._required_vocabulary()
+        inputs = self._tokens(texts)
+        answers: list[list[str]] = [[] for _ in inputs]
+        for rows in _batches([len(row) for row in inputs], batch_size):
+            tokens_BNT, _ = self.generate(_padded([inputs[i] for i in rows]), **options)
+            for i, results_NT in zip(rows, jax.device_get(tokens_BNT), strict=True):
+                answers[i] = [vocabulary.decode(result) for result in results_NT]
+        return [answer for results in answers for answer in results]
+
+    def score(self, inputs: Texts | Tokens, targets: Texts | Tokens, *, batch_size: int = 16) -> np.ndarray:
+        """The log-likelihood (natural logarithm) of each of `targets` given its input, the end token included.
+
+        Args:
+          inputs, targets: texts, or rows of tokens with their end token; 0 in a row is padding.
+        """
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} inputs and {len(targets)} targets: give a target for each input")
+        inputs, targets = self._tokens(inputs), self._tokens(targets)
+        scores = np.zeros(len(inputs), np.float32)
+        for rows in _batches([len(a) + len(b) for a, b in zip(inputs, targets, strict=True)], batch_size):
+            targets_BT = _padded([targets[i] for i in rows])
+            batch = {
+                "encoder_input_tokens": _padded([inputs[i] for i in rows]),
+                "decoder_input_tokens": np.pad(targets_BT, ((0, 0), (1, 0)))[:, :-1],
+                "decoder_target_tokens": targets_BT,
+                "decoder_loss_weights": (targets_BT != 0).astype(np.int32),
+            }
+            with sharding.layout(self._mesh):
+                scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))
+        return scores
+
+    def _required_vocabulary(self) -> Vocabulary:
+        if self.vocabulary is None:
+            raise ValueError(
+                f"this model came without a tokenizer: put its {' or '.join(convert.TOKENIZER_FILES)} beside it, set "
+                "model.vocabulary = t5x_lite.Vocabulary(FILE), or use generate and score on tokens"
+            )
+        return self.vocabulary
+
+    def _tokens(self, rows: Texts | Tokens) -> list[list[int]]:
+        if isinstance(rows, str):
+            raise ValueError("expected a list of texts, got one text: put it in a list")
+        return [
+            [*self._required_vocabulary().encode(row), decode.END]
+            if isinstance(row, str)
+            else [int(token) for token in np.trim_zeros(np.asarray(row), "b")]
+            for row in rows
+        ]
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Rows by length, the longest first, so that little is padding and what needs the most memory comes at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
+    """[B, T], T rounded up: each new T is compiled anew."""
+    length = -(-max(1, *map(len, rows), 1) // multiple) * multiple
+    return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+
+
+def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> LoadedModel:
+    """The model that `path` holds: a Hugging Face T5 directory, a MODEL_DIR or a checkpoint in it, or T5X's.
+
+    Args:
+      dtype: of activations; parameters, softmax and logits are float32.
+      mesh: what parameters lie on, by the usual rules (default: the first device). The rows of a batch are split over
+        data and fsdp and must divide.
+
+    Raises:
+      FileNotFoundError, ValueError: see `convert.read`.
+    """
+    config, params = convert.read(path, mesh, dtype=dtype)
+    file = convert.tokenizer_file(path)
+    return LoadedModel(config, params, None if file is None else Vocabulary(file), mesh)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m t5x_lite.load", description="Answers each line of its input.")
+    parser.add_argument("path", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
+    parser.add_argument("--method", default="greedy", choices=("greedy", "sample", "beam"))
+    parser.add_argument("--max_length", type=int, default=128)
+    asked = parser.parse_args(arguments)
+    try:
+        model = load(asked.path)
+        model.predict(["warm up"], method=asked.method, max_length=asked.max_length)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"t5x_lite.load: {error}", file=sys.stderr)
+        return 1
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        if line.strip():
+            print(*model.predict([line], method=asked.method, max_length=asked.max_length), flush=True)
+
+
+class _Callable(types.ModuleType):
+    """This module has the name of its function, which `t5x_lite.load` must stay after the module is imported."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LoadedModel:
+        return load(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+if __name__ == "__main__":
+    sys.exit(main())
