@@ -140,7 +140,7 @@ def _own_config(path: Path) -> T5Config:
     known = {field.name for field in dataclasses.fields(T5Config)}
     if unknown := set(info["model"]) - known:
         raise ValueError(f"{path}: its model config has {sorted(unknown)}, which no T5 has: it is of another kind")
-    return T5Config(**info["model"])
+    return T5Config(**{**info["model"], "mlp_activations": tuple(info["model"]["mlp_activations"])})
 
 
 # Each parameter is a list of the source's tensors: one, or one for each layer.

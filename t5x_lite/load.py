@@ -23,7 +23,7 @@ from t5x_lite import convert, decode, sharding
 from t5x_lite.model import T5, Dtype, T5Config
 
 Texts = Sequence[str]
-Tokens = Sequence[Sequence[int]] | np.ndarray
+Tokens = Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 # Of generate: each new value is compiled anew.
 _SETTINGS = ("max_length", "method", "num_return", "beam_size", "alpha", "temperature", "top_k", "top_p")
@@ -173,6 +173,8 @@ class LoadedModel:
     def _tokens(self, rows: Texts | Tokens) -> list[list[int]]:
         if isinstance(rows, str):
             raise ValueError("expected a list of texts, got one text: put it in a list")
+        if isinstance(rows, jax.Array):
+            rows = np.asarray(rows)  # its rows would be fetched one by one
         return [
             [*self._required_vocabulary().encode(row), decode.END]
             if isinstance(row, str)

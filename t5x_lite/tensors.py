@@ -220,9 +220,8 @@ def _read_orbax(folder: Path) -> dict[str, Tensor]:
 
 
 def _open(store: dict[str, Any]) -> Tensor:
-    spec = {"driver": "auto", "kvstore": store, "open": True}  # zarr, version 2 or 3
     try:
-        array = tensorstore.open(spec, read=True).result()
+        array = tensorstore.open({"driver": "auto", "kvstore": store}, read=True).result()  # zarr, version 2 or 3
     except (ValueError, OSError) as error:
         raise FileNotFoundError(f"{store['path']} holds no array, though the checkpoint names one: {error}") from error
     return Tensor(tuple(array.shape), lambda index: array[index].read().result())

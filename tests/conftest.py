@@ -51,3 +51,11 @@ def golden():
 def golden_json(golden):
     """name -> contents of a JSON file among them."""
     return lambda name: json.loads(golden(f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def data_dir() -> pathlib.Path:
+    folder = os.environ.get("T5X_LITE_DATA_DIR")
+    if not folder:
+        pytest.skip("needs the corpora's official files: set T5X_LITE_DATA_DIR")
+    return pathlib.Path(folder)

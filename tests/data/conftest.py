@@ -1,17 +1,6 @@
 """Where the data tests find real data; it is optional, and a test that needs it says so and skips."""
 
-import os
-import pathlib
-
 import pytest
-
-
-@pytest.fixture
-def data_dir() -> pathlib.Path:
-    folder = os.environ.get("T5X_LITE_DATA_DIR")
-    if not folder:
-        pytest.skip("needs the corpora's official files: set T5X_LITE_DATA_DIR")
-    return pathlib.Path(folder)
 
 
 @pytest.fixture

@@ -1,0 +1,216 @@
+"""Conversion: the golden T5 as Hugging Face and as T5X saved it is one tree, and comes out as it went in."""
+
+import json
+import shutil
+
+import flax.serialization
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore
+from core.conftest import stack_layers
+from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from t5x_lite import checkpoint, convert, sharding, tensors
+from t5x_lite.model import T5Config
+
+
+def assert_same(got, expected):
+    got, expected = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (got, expected))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@pytest.fixture
+def hub(golden, tmp_path):
+    """A copy of the golden directory that a test may spoil."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(golden("hf_t5_v11") / name, folder / name)
+    return folder
+
+
+def change(hub, tensors_=(), **config):
+    """Sets values of config.json, and tensors; None takes one away."""
+    file = hub / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    found = load_file(hub / "model.safetensors") | dict(tensors_)
+    save_file({name: value for name, value in found.items() if value is not None}, hub / "model.safetensors")
+
+
+def test_hugging_face_in_is_t5x_in_and_out_again_is_the_same_file(hub, golden_t5, tmp_path):
+    config, params = convert.read(hub)
+    assert_same(params, golden_t5.params)
+    assert config.num_encoder_layers == 3 and config.num_decoder_layers == 2 and not config.tie_embeddings
+    convert.convert(hub, tmp_path / "ours", "t5x_lite")
+    (tmp_path / "ours" / "spiece.model").write_bytes(b"pieces")
+    convert.convert(tmp_path / "ours", tmp_path / "back", "huggingface")
+    assert_same(load_file(tmp_path / "back" / "model.safetensors"), load_file(hub / "model.safetensors"))
+    before, after = (json.loads((d / "config.json").read_text()) for d in (hub, tmp_path / "back"))
+    assert {k: after[k] for k in before} == before
+    assert (tmp_path / "back" / "spiece.model").read_bytes() == b"pieces"
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert.convert(hub, tmp_path / "back", "huggingface")
+
+
+def test_what_is_converted_can_begin_a_run_but_is_not_resumed(hub, tmp_path):
+    convert.convert(hub, tmp_path / "ours", "t5x_lite")
+    assert checkpoint.choose_start(tmp_path / "run", tmp_path / "ours").kind == "initial"
+    assert checkpoint.choose_start(tmp_path / "ours").kind == "fresh"
+
+
+def test_shards_and_a_mesh_give_the_same_parameters(hub, golden_t5):
+    found = load_file(hub / "model.safetensors")
+    names = sorted(found)
+    weight_map = {}
+    for number in range(3):
+        file = f"model-{number}.safetensors"
+        save_file({name: found[name] for name in names[number::3]}, hub / file)
+        weight_map |= dict.fromkeys(names[number::3], file)
+    (hub / "model.safetensors").unlink()
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _, params = convert.read(hub, sharding.make_mesh(2, 4, 1))
+    assert_same(params, golden_t5.params)
+    kernel = params["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[1] * 4 == kernel.shape[1]
+    (hub / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-1\.safetensors"):
+        convert.read(hub)
+
+
+WI = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors_", "config", "said"),
+    [
+        ({WI: None}, {}, f"missing: 1\n    {WI}"),
+        ({"encoder.block.3.layer.0.layer_norm.weight": np.ones(32, "f4")}, {}, r"unknown: 1\n    encoder.block.3"),
+        ({WI: np.ones((32, 64), "f4")}, {}, f"of another shape: 1\n    {WI}"),
+        ({"lm_head.weight": None}, {}, "missing: 1\n    lm_head.weight"),
+        ({"decoder.embed_tokens.weight": np.ones((128, 32), "f4")}, {}, "decoder.embed_tokens.weight differs"),
+        ({}, {"tie_word_embeddings": True}, "lm_head.weight differs"),
+        ({}, {"model_type": "umt5"}, "UMT5"),
+        ({}, {"model_type": "bart"}, "bart"),
+        ({}, {"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'"),
+        ({}, {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(hub, tensors_, config, said):
+    change(hub, tensors_, **config)
+    with pytest.raises(ValueError, match=said):
+        convert.read(hub)
+
+
+def test_tied_models_are_scaled_only_where_the_directory_says_so(hub):
+    shared = load_file(hub / "model.safetensors")["shared.weight"]
+    copies = {"lm_head.weight": shared, "decoder.embed_tokens.weight": shared, convert._UNUSED: shared[:, :3]}
+    change(hub, copies, tie_word_embeddings=True)
+    config, params = convert.read(hub)
+    assert config.tie_embeddings and "logits_dense" not in params["decoder"]
+    change(hub, {"lm_head.weight": None}, scale_decoder_outputs=False)  # as transformers 5 may write T5 1.1
+    config, params = convert.read(hub)
+    assert not config.tie_embeddings
+    np.testing.assert_array_equal(params["decoder"]["logits_dense"]["kernel"], shared.T)
+
+
+def test_a_cut_file_is_refused(hub):
+    file = hub / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="download it again"):
+        convert.read(hub)
+
+
+def test_halves_are_read_as_float32(hub, golden_t5):
+    found = load_file(hub / "model.safetensors")
+    halves = {name: jax.numpy.asarray(value, "bfloat16") for name, value in found.items()}
+    from safetensors.flax import save_file as save_flax
+
+    save_flax(halves, hub / "model.safetensors")
+    _, params = convert.read(hub)
+    got = params["encoder"]["layers"]["attention"]["query"]["kernel"]
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, golden_t5.params["encoder"]["layers"]["attention"]["query"]["kernel"], rtol=4e-3)
+
+
+def test_the_legacy_msgpack_of_t5x(data_dir):
+    file = data_dir / "t5x_test_t5_tiny.checkpoint_0"
+    saved = flax.serialization.msgpack_restore(file.read_bytes())["optimizer"]["target"]
+    config, params = convert.read(file)
+    assert config == T5Config(8, 16, 4, 3, 2, 2)
+    assert_same(params, stack_layers(traverse_util.flatten_dict(saved, sep="/")))
+
+
+def t5x_names(params):
+    """T5X's unscanned tree, flat."""
+    flat = {}
+    for name, value in traverse_util.flatten_dict(params, sep="/").items():
+        for i in range(len(value) if "/layers/" in name else 1):
+            key = convert._t5x_key(name).format(i)
+            flat[key] = np.asarray(value[i] if "/layers/" in name else value)
+    return flat
+
+
+@pytest.mark.parametrize("form", ["specs", "placeholders", "orbax", "ocdbt", "scanned"])
+def test_t5x_folders(form, tmp_path):
+    params = init(TINY)
+    flat = t5x_names(params)
+    folder = tmp_path / "checkpoint_7"
+    if form == "scanned":
+        flat = {
+            name.replace("encoder/layers/", "encoder/encoder/"): np.moveaxis(v, 0, 1) if "/layers/" in name else v
+            for name, v in traverse_util.flatten_dict(params, sep="/").items()
+        }
+    tree = {"target": traverse_util.unflatten_dict(flat, sep="/"), "state": {"step": np.int32(7)}}
+    if form in ("orbax", "ocdbt", "scanned"):
+        writer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=form != "orbax"))
+        writer.save(folder, args=ocp.args.PyTreeSave(tree))
+    else:
+        folder.mkdir()
+        stands_for = {}
+        for name, value in flat.items():
+            key = f"target.{name.replace('/', '.')}"
+            store = {"driver": "file", "path": str(folder / key)}
+            spec = {"driver": "zarr", "kvstore": store, "create": True, "dtype": "float32", "metadata": {}}
+            tensorstore.open(spec | {"metadata": {"shape": list(value.shape)}}).result().write(value).result()
+            spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": key}, "dtype": "float32"}
+            stands_for[name] = spec if form == "specs" else f"PLACEHOLDER://{key}"
+        tree["target"] = traverse_util.unflatten_dict(stands_for, sep="/")
+        (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize({"version": 3, "optimizer": tree}))
+    config, got = convert.read(folder)
+    assert_same(got, params)
+    np.testing.assert_array_equal(
+        logits(config, got, ENCODER_INPUT, DECODER_INPUT), logits(TINY, params, ENCODER_INPUT, DECODER_INPUT)
+    )
+    if form == "specs":
+        shutil.rmtree(folder / "target.encoder.encoder_norm.scale")
+        with pytest.raises(FileNotFoundError, match=r"encoder_norm\.scale"):
+            convert.read(folder)
+
+
+def test_a_relative_bias_in_every_layer_is_refused(tmp_path):
+    flat = t5x_names(init(TINY))
+    flat["encoder/layers_1/relpos_bias/rel_embedding"] = flat["encoder/relpos_bias/rel_embedding"]
+    tree = {"target": traverse_util.unflatten_dict(flat, sep="/")}
+    (tmp_path / "msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    with pytest.raises(ValueError, match="unknown: 1\n    encoder/layers_1/relpos_bias"):
+        convert.read(tmp_path / "msgpack")
+
+
+def test_our_safetensors_are_those_of_the_library(tmp_path):
+    arrays = {"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.ones(5, "f4")}
+    tensors.write_safetensors(tmp_path / "f", {name: tensors.in_memory(a) for name, a in arrays.items()})
+    assert_same(load_file(tmp_path / "f"), arrays)
+    again = tensors.read_safetensors(tmp_path / "f")["a"]
+    np.testing.assert_array_equal(again.transposed.read((slice(1, 3), slice(None))), arrays["a"].T[1:3])
+    np.testing.assert_array_equal(again.at(1, 1).read((slice(0, 1),)), arrays["a"][0:1, 1])
+
+
+def test_the_command_says_what_it_cannot_find(tmp_path, capsys):
+    assert convert.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 1
+    assert "is no model" in capsys.readouterr().err
