@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import flax.serialization
 import jax
@@ -18,8 +19,12 @@ from t5x_lite import checkpoint, convert, sharding, tensors
 from t5x_lite.model import T5Config
 
 
+def flatten(tree) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
 def assert_same(got, expected):
-    got, expected = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (got, expected))
+    got, expected = (flatten(tree) for tree in (got, expected))
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
@@ -143,13 +148,13 @@ def test_the_legacy_msgpack_of_t5x(data_dir):
     saved = flax.serialization.msgpack_restore(file.read_bytes())["optimizer"]["target"]
     config, params = convert.read(file)
     assert config == T5Config(8, 16, 4, 3, 2, 2)
-    assert_same(params, stack_layers(traverse_util.flatten_dict(saved, sep="/")))
+    assert_same(params, stack_layers(flatten(saved)))
 
 
 def t5x_names(params):
     """T5X's unscanned tree, flat."""
     flat = {}
-    for name, value in traverse_util.flatten_dict(params, sep="/").items():
+    for name, value in flatten(params).items():
         for i in range(len(value) if "/layers/" in name else 1):
             key = convert._t5x_key(name).format(i)
             flat[key] = np.asarray(value[i] if "/layers/" in name else value)
@@ -164,7 +169,7 @@ def test_t5x_folders(form, tmp_path):
     if form == "scanned":
         flat = {
             name.replace("encoder/layers/", "encoder/encoder/"): np.moveaxis(v, 0, 1) if "/layers/" in name else v
-            for name, v in traverse_util.flatten_dict(params, sep="/").items()
+            for name, v in flatten(params).items()
         }
     tree = {"target": traverse_util.unflatten_dict(flat, sep="/"), "state": {"step": np.int32(7)}}
     if form in ("orbax", "ocdbt", "scanned"):
