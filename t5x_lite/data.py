@@ -190,6 +190,8 @@ class TrainBatches:
             dataset = seqio.EncDecFeatureConverter(pack=False)(examples, lengths).batch(batch_size)
         options = tf.data.Options()
         options.deterministic = True
+        # Maps that are meant to be sequential stay so: handing each example to another thread costs more than they do.
+        options.experimental_optimization.map_parallelization = False
         dataset = dataset.rebatch(_host_batch_size(batch_size, process_count), drop_remainder=True)
         self._iterator = iter(dataset.prefetch(tf.data.AUTOTUNE).with_options(options))
         spec: Any = dataset.element_spec
