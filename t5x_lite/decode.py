@@ -22,51 +22,90 @@ END = 1
 NEVER = -1e7  # the score of a beam that is not there; T5X's
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How `generate` decodes.
+
+    method: "greedy" takes the most likely token at each step; "sample" draws it; "beam" searches the most likely
+      sequence with `beam_size` candidates (T5X decoding.beam_search).
+    num_return: results for each input.
+    alpha: "beam" ranks by log-probability / ((5 + length) / 6)^alpha, the length counting END.
+    temperature, top_k, top_p: "sample" draws from softmax(logits / temperature), cut to the `top_k` most likely tokens
+      (0: all) and then to the fewest that together have the probability `top_p`.
+    """
+
+    method: Method = "greedy"
+    num_return: int = 1
+    beam_size: int = 4
+    alpha: float = 0.6
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        most = {"greedy": 1, "beam": self.beam_size}.get(self.method, self.num_return)
+        for holds, problem in (
+            (
+                self.method in get_args(Method),
+                f"DECODE_METHOD {self.method!r}: use one of {', '.join(get_args(Method))}",
+            ),
+            (self.beam_size >= 1, f"BEAM_SIZE {self.beam_size}: it must be at least 1"),
+            (
+                1 <= self.num_return <= most,
+                f"NUM_DECODES {self.num_return}: {self.method} gives 1 to {most} results for an input",
+            ),
+            (self.alpha >= 0, f"BEAM_ALPHA {self.alpha}: it must be at least 0"),
+            (
+                self.temperature > 0,
+                f"TEMPERATURE {self.temperature}: it must be above 0; DECODE_METHOD = 'greedy' is the limit of 0",
+            ),
+            (self.top_k >= 0, f"TOP_K {self.top_k}: it must be at least 0 (0: all tokens)"),
+            (0 < self.top_p <= 1, f"TOP_P {self.top_p}: it must be above 0 and at most 1"),
+        ):
+            if not holds:
+                raise ValueError(problem)
+
+    def __str__(self) -> str:
+        used = {"greedy": (), "beam": ("beam_size", "alpha"), "sample": ("temperature", "top_k", "top_p")}
+        return ", ".join([self.method, *(f"{name} {getattr(self, name)}" for name in used[self.method])])
+
+
 def generate(
     params: Any,
     encoder_input_tokens: Int[Array, "B S"],
     *,
     config: T5Config,
     max_length: int,
-    method: Method = "greedy",
-    num_return: int = 1,
-    beam_size: int = 4,
-    alpha: float = 0.6,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    decoding: Decoding = Decoding(),
     key: Key[Array, ""] | None = None,
     max_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
-    """Decodes `num_return` = N results for each row, the best first ("sample": in the order drawn).
+    """Decodes `decoding.num_return` = N results for each row, the best first ("sample": in the order drawn).
 
     Args:
-      method: "greedy" takes the most likely token at each step; "sample" draws it; "beam" searches the most likely
-        sequence with `beam_size` candidates (T5X decoding.beam_search).
-      alpha: "beam" ranks by log-probability / ((5 + length) / 6)^alpha, the length counting END.
-      temperature, top_k, top_p: "sample" draws from softmax(logits / temperature), cut to the `top_k` most likely
-        tokens (0: all) and then to the fewest that together have the probability `top_p`.
       key: for "sample".
       max_lengths: of each row, at most `max_length`; not for "beam".
 
     Returns:
       tokens, without the start token: END where a row ends, 0 after it; and scores: the log-probability that the model
-      gives the tokens, ranked as above for "beam". Of beams that never ended the score is -1e7 and the tokens are 0,
+      gives the tokens, ranked by alpha for "beam". Of beams that never ended the score is -1e7 and the tokens are 0,
       but where no beam of a row ended they are its unended ones, with their log-probabilities.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: a key is missing, or row limits are given to beam search.
     """
-    check_settings(method, num_return, beam_size, alpha, temperature, top_k, top_p)
+    method, num_return = decoding.method, decoding.num_return
     if method == "beam":
         if max_lengths is not None:
             raise ValueError("max_lengths is for greedy decoding and sampling; beam search has one max_length")
-        tokens_BKT, scores_BK = _beam(params, encoder_input_tokens, config, max_length, beam_size, alpha)
+        tokens_BKT, scores_BK = _beam(
+            params, encoder_input_tokens, config, max_length, decoding.beam_size, decoding.alpha
+        )
         return tokens_BKT[:, :num_return], scores_BK[:, :num_return]
     if method == "sample":
         if key is None:
             raise ValueError("sampling needs a key")
-        choose = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        choose = functools.partial(_draw, decoding=decoding)
     else:
         choose = _most_likely
     rows = encoder_input_tokens.shape[0]
@@ -77,30 +116,6 @@ def generate(
         params, encoder_input_tokens, config, max_length, num_return, choose, key, max_lengths
     )
     return tokens.reshape(rows, num_return, max_length), scores.reshape(rows, num_return)
-
-
-def check_settings(
-    method: str,
-    num_return: int = 1,
-    beam_size: int = 4,
-    alpha: float = 0.6,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> None:
-    """Raises ValueError, naming the macro, for a setting of `generate` that is out of its range."""
-    most = {"greedy": 1, "beam": beam_size}.get(method, num_return)
-    for holds, problem in (
-        (method in get_args(Method), f"DECODE_METHOD {method!r}: use one of {', '.join(get_args(Method))}"),
-        (beam_size >= 1, f"BEAM_SIZE {beam_size}: it must be at least 1"),
-        (1 <= num_return <= most, f"NUM_DECODES {num_return}: {method} gives 1 to {most} results for an input"),
-        (alpha >= 0, f"BEAM_ALPHA {alpha}: it must be at least 0"),
-        (temperature > 0, f"TEMPERATURE {temperature}: it must be above 0; DECODE_METHOD = 'greedy' is the limit of 0"),
-        (top_k >= 0, f"TOP_K {top_k}: it must be at least 0 (0: all tokens)"),
-        (0 < top_p <= 1, f"TOP_P {top_p}: it must be above 0 and at most 1"),
-    ):
-        if not holds:
-            raise ValueError(problem)
 
 
 def _start(
@@ -165,16 +180,16 @@ def _most_likely(logits_BV: Array, key: Array) -> Array:
     return jnp.argmax(logits_BV, axis=-1)
 
 
-def _draw(logits_BV: Array, key: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
-    logits_BV = logits_BV / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+def _draw(logits_BV: Array, key: Array, *, decoding: Decoding) -> Array:
+    logits_BV = logits_BV / decoding.temperature
+    if 0 < decoding.top_k < logits_BV.shape[-1]:
+        least_B1 = jax.lax.top_k(logits_BV, decoding.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    if top_p < 1:
+    if decoding.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # the probability of all that are more likely
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        least_B1 = jnp.min(jnp.where(before_BV < decoding.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
     return jax.random.categorical(key, logits_BV, axis=-1)
 

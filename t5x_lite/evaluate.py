@@ -22,7 +22,7 @@ import seqio
 import tensorflow as tf
 from etils import epath
 
-from t5x_lite import data
+from t5x_lite import data, packing
 from tasks import formats
 from tasks.metrics import glue_average, glue_missing
 
@@ -106,7 +106,7 @@ class Evaluation:
             for n, rows in self._rows(dataset):
                 tokens = _predicted(predict, rows)
                 pairs += _numbered([(n, tokens)])
-                likelihoods += _scored(score, _with_targets(rows, tokens))[: len(n)]
+                likelihoods += _scored(score, packing.unpacked(rows[_INPUTS], tokens))[: len(n)]
             return pairs, {"scores": likelihoods}
 
         functions = {
@@ -259,7 +259,7 @@ def write_predictions(
         for group in _groups(examples, batch_size):
             rows = _batch(group, lengths, batch_size, [])
             predicted = _ended(_predicted(predict, rows), vocabulary)
-            likelihoods = _scored(score, _with_targets(rows, predicted)) if score else []
+            likelihoods = _scored(score, packing.unpacked(rows[_INPUTS], predicted)) if score else []
             for i, example in enumerate(group):
                 row: dict[str, Any] = {"inputs": example.inputs}
                 if example.targets is not None:
@@ -324,16 +324,6 @@ def _numbered(batches: Iterable[tuple[list[int], Any]]) -> list[tuple[int, Any]]
     return [pair for numbers, results in batches for pair in zip(numbers, results, strict=False)]
 
 
-def _with_targets(rows: data.Batch, targets_BT: np.ndarray) -> data.Batch:
-    """The inputs of `rows` with other targets; a decoder starts with 0 and reads the targets one place later."""
-    return {
-        _INPUTS: rows[_INPUTS],
-        "decoder_target_tokens": targets_BT,
-        "decoder_input_tokens": np.pad(targets_BT, [(0, 0), (1, 0)])[:, :-1],
-        "decoder_loss_weights": (targets_BT > 0).astype(np.int32),
-    }
-
-
 def _ended(tokens_BT: np.ndarray, vocabulary: seqio.Vocabulary) -> np.ndarray:
     """The tokens with 0 after the first EOS, so that nothing behind it counts."""
     is_end = tokens_BT == vocabulary.eos_id
@@ -347,7 +337,7 @@ def _batch(group: list[Example], lengths: Mapping[str, int], rows: int, targets:
     targets_BT = np.zeros((rows, lengths["targets"]), np.int32)
     for i, tokens in enumerate(targets):
         targets_BT[i, : len(tokens)] = tokens
-    return _with_targets({_INPUTS: inputs_BS}, targets_BT)
+    return packing.unpacked(inputs_BS, targets_BT)
 
 
 def _groups(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

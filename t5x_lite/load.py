@@ -19,14 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import convert, decode, sharding
+from t5x_lite import convert, decode, packing, sharding
 from t5x_lite.model import T5, Dtype, T5Config
 
 Texts = Sequence[str]
 Tokens = Sequence[Sequence[int]] | np.ndarray | jax.Array
-
-# Of generate: each new value is compiled anew.
-_SETTINGS = ("max_length", "method", "num_return", "beam_size", "alpha", "temperature", "top_k", "top_p")
 
 
 class Vocabulary:
@@ -74,7 +71,8 @@ class LoadedModel:
         self.config, self.params, self.vocabulary = config, params, vocabulary
         self._mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
         self._logits = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens))
-        self._generate = jax.jit(functools.partial(decode.generate, config=config), static_argnames=_SETTINGS)
+        generate = functools.partial(decode.generate, config=config)
+        self._generate = jax.jit(generate, static_argnames=("max_length", "decoding"))  # a new value is compiled anew
         self._score = jax.jit(functools.partial(decode.score, config=config))
 
     def logits(
@@ -107,19 +105,14 @@ class LoadedModel:
         num_return: int = 1,
         seed: int = 0,
     ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
-        """`num_return` = N results for each row, the best first, and their scores: see decode.generate."""
+        """`num_return` = N results for each row and their scores: see decode.Decoding and decode.generate."""
+        decoding = decode.Decoding(method, num_return, beam_size, alpha, temperature, top_k, top_p)
         with sharding.layout(self._mesh):
             return self._generate(
                 *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
                 key=jax.random.key(seed),
                 max_length=max_length,
-                method=method,
-                num_return=num_return,
-                beam_size=beam_size,
-                alpha=alpha,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
+                decoding=decoding,
             )
 
     def predict(self, texts: Texts, *, batch_size: int = 16, **options: Any) -> list[str]:
@@ -151,13 +144,7 @@ class LoadedModel:
         inputs, targets = self._tokens(inputs), self._tokens(targets)
         scores = np.zeros(len(inputs), np.float32)
         for rows in _batches([len(a) + len(b) for a, b in zip(inputs, targets, strict=True)], batch_size):
-            targets_BT = _padded([targets[i] for i in rows])
-            batch = {
-                "encoder_input_tokens": _padded([inputs[i] for i in rows]),
-                "decoder_input_tokens": np.pad(targets_BT, ((0, 0), (1, 0)))[:, :-1],
-                "decoder_target_tokens": targets_BT,
-                "decoder_loss_weights": (targets_BT != 0).astype(np.int32),
-            }
+            batch = packing.unpacked(_padded([inputs[i] for i in rows]), _padded([targets[i] for i in rows]))
             with sharding.layout(self._mesh):
                 scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))
         return scores

@@ -50,11 +50,9 @@ class Functions:
         self._machine = machine
         compiler, abstract = machine.compiler, machine.abstract
         length = run.max_decode_length or run.task_feature_lengths["targets"]
-        used = {"greedy": (), "beam": ("beam_size", "alpha"), "sample": ("temperature", "top_k", "top_p")}
-        settings = "".join(f", {name} {run.decoding[name]}" for name in used[run.decode_method])
-        logger.info("Decoding: %s%s, at most %d tokens", run.decode_method, settings, length)
+        logger.info("Decoding: %s, at most %d tokens", run.decoding, length)
         self._generate = compiler.with_params(
-            _generate, abstract, config=run.model, max_length=length, seed=run.random_seed, **run.decoding
+            _generate, abstract, config=run.model, max_length=length, seed=run.random_seed, decoding=run.decoding
         )
         self._score = compiler.with_params(decode.score, abstract, config=run.model)
         self._sums = compiler.with_params(step.eval_step, abstract, config=run.model)

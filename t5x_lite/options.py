@@ -6,7 +6,7 @@ nothing of gin: a `Run` can be made in Python just as well.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from t5x_lite import checkpoint, decode, sharding
 from t5x_lite.losses import LossConfig
@@ -80,7 +80,7 @@ class Run:
             )
         if self.bad_rows not in ("refuse", "skip"):
             raise ValueError(f"BAD_ROWS = {self.bad_rows!r}: use 'refuse' or 'skip'")
-        decode.check_settings(**self.decoding)
+        _ = self.decoding  # refuses settings out of range
         if self.eval_files and not self.train_files:
             raise ValueError(
                 "EVAL_FILES is set without TRAIN_FILES: a task of your own files begins with those to train on"
@@ -99,16 +99,15 @@ class Run:
             )
 
     @property
-    def decoding(self) -> dict[str, Any]:
-        """The settings of `decode.generate`."""
-        return {
-            "method": self.decode_method,
-            "beam_size": self.beam_size,
-            "alpha": self.beam_alpha,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-        }
+    def decoding(self) -> decode.Decoding:
+        return decode.Decoding(
+            method=self.decode_method,
+            beam_size=self.beam_size,
+            alpha=self.beam_alpha,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 def last_step(run: Run) -> int:

@@ -1,12 +1,22 @@
-"""Several short examples in one row: which example goes where, and the arrays that the model gets for it.
+"""The arrays that the model gets for examples: one in each row, or several short ones.
 
-In numpy, a block of examples at a time. The result is that of seqio.EncDecFeatureConverter(pack=True), whose loop over
+In numpy, a block of examples at a time. The result of packing is that of seqio.EncDecFeatureConverter(pack=True), whose loop over
 TensorFlow tensors costs more than all the rest of a pipeline. Must not know: datasets, tasks, models.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
+
+
+def unpacked(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """One example a row, padded with 0: a decoder starts with 0 and reads the targets one place later."""
+    return {
+        "encoder_input_tokens": inputs_BS,
+        "decoder_target_tokens": targets_BT,
+        "decoder_input_tokens": np.pad(targets_BT, [(0, 0), (1, 0)])[:, :-1],
+        "decoder_loss_weights": (targets_BT > 0).astype(np.int32),
+    }
 
 
 def pack(inputs_NS: np.ndarray, targets_NT: np.ndarray, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -78,22 +78,28 @@ class MemorySource(seqio.DataSource):
     ) -> tf.data.Dataset:
         columns, size = self._columns(split)
         columns = tf.nest.map_structure(_as_tensor, columns)
-        shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
-        mine = len(range(shard, size, shards))  # every `shards`-th example, whatever the seeds of the other hosts
-        if not mine:
-            raise ValueError(f"{', '.join(self._paths[split])}: {size} examples cannot be shared among {shards} hosts")
+        mine = _share(range(size), shard_info, f"{', '.join(self._paths[split])}: {size} examples")
 
         def example(i: tf.Tensor) -> dict:
-            return tf.nest.map_structure(lambda column: column[i * shards + shard], columns)
+            return tf.nest.map_structure(lambda column: column[i * mine.step + mine.start], columns)
 
         def indices(key: tf.Tensor) -> tf.data.Dataset:
-            return _permutation(mine, key) if shuffle else tf.data.Dataset.range(mine)
+            return _permutation(len(mine), key) if shuffle else tf.data.Dataset.range(len(mine))
 
         return _passes(indices, seed, num_epochs).map(example, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _as_tensor(column: np.ndarray | tf.RaggedTensor) -> tf.Tensor | tf.RaggedTensor:
     return column if isinstance(column, tf.RaggedTensor) else tf.constant(column)
+
+
+def _share(items: Any, shard_info: seqio.ShardInfo | None, named: str) -> Any:
+    """This host's part of a sequence: every n-th item, whatever the seeds of the other hosts."""
+    shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
+    mine = items[shard::shards]
+    if not mine:
+        raise ValueError(f"{named} cannot be shared among {shards} hosts")
+    return mine
 
 
 def _passes(
@@ -138,10 +144,7 @@ class _FilesSource(seqio.FileDataSource):
         **unused,
     ) -> tf.data.Dataset:
         files = self.list_shards(split)
-        shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
-        mine = files[shard::shards]
-        if not mine:
-            raise ValueError(f"{split} of {self}: {len(files)} files cannot be shared among {shards} hosts")
+        mine = _share(files, shard_info, f"{split} of {self}: {len(files)} files")
 
         def read(key: tf.Tensor) -> tf.data.Dataset:
             paths = seqio.stateless_shuffle(tf.constant(mine), key) if shuffle else tf.constant(mine)

@@ -157,15 +157,14 @@ def add_mixture(name: str, task_rates: Mapping[str, float]) -> seqio.Mixture:
 
 
 for _set, _tasks in SETS.items():
-    _counts = {task: float(TRAIN_EXAMPLES[task]) for task in _tasks}
     # Proportional rates are the capped counts themselves, as t5 gives them: SeqIO divides by their sum.
-    add_mixture(f"{_set}_proportional", {task: min(n, MULTI_TASK_LIMIT) for task, n in _counts.items()})
+    add_mixture(f"{_set}_proportional", raw_rates(_tasks, limit=MULTI_TASK_LIMIT))
     for _k in range(16, 22):
-        add_mixture(f"{_set}_proportional_k{_k}", {task: min(n, 2.0**_k) for task, n in _counts.items()})
+        add_mixture(f"{_set}_proportional_k{_k}", raw_rates(_tasks, limit=2**_k))
     for _t in (2, 4, 8):
         add_mixture(f"{_set}_temperature_{_t}", rates(_tasks, "temperature", TEMPERATURE_LIMIT, _t))
     add_mixture(f"{_set}_equal", rates(_tasks, "equal"))
     _parts = {task.split("_")[1 if task in GLUE else 0]: {task} for task in _tasks}  # cola, ..., squad, c4
     for _part, _without in {**_parts, "glue": set(GLUE)}.items():
-        if _rest := {task: min(n, MULTI_TASK_LIMIT) for task, n in _counts.items() if task not in _without}:
-            add_mixture(f"{_set}_leave_out_{_part}", _rest)
+        if _rest := [task for task in _tasks if task not in _without]:
+            add_mixture(f"{_set}_leave_out_{_part}", raw_rates(_rest, limit=MULTI_TASK_LIMIT))

@@ -66,7 +66,8 @@ def test_score_is_the_log_likelihood_of_the_targets(golden_t5):
 
 
 def decoder(golden_t5, **settings):
-    return jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=24, **settings))
+    decoding = decode.Decoding(**settings)
+    return jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=24, decoding=decoding))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
@@ -91,7 +92,8 @@ def test_one_beam_is_greedy(golden_t5):
 
 def test_beams_that_never_end_are_given_as_they_are(golden_t5):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
-    short = jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=2, method="beam"))
+    beam = decode.Decoding("beam")
+    short = jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=2, decoding=beam))
     tokens, scores = short(golden_t5.params, inputs)
     assert np.all(tokens[2, 0] > 1)  # the shortest ended result of this row has 21 tokens
     assert scores[2, 0] > -100
@@ -103,11 +105,8 @@ def test_sampling_draws_from_the_models_distribution(golden_t5):
     logits = model_logits({"params": golden_t5.params}, rows, np.zeros((1, 1), np.int32))[0, 0]
 
     def shares(**settings):
-        sample = jax.jit(
-            functools.partial(
-                decode.generate, config=golden_t5.config, max_length=1, method="sample", num_return=draws, **settings
-            )
-        )
+        decoding = decode.Decoding("sample", num_return=draws, **settings)
+        sample = jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=1, decoding=decoding))
         tokens, scores = sample(golden_t5.params, rows, key=jax.random.key(0))
         drawn = np.asarray(tokens)[0, :, 0]
         np.testing.assert_allclose(scores[0], np.asarray(jax.nn.log_softmax(logits))[drawn], atol=1e-4)
@@ -155,4 +154,5 @@ def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t
 )
 def test_settings_out_of_range_are_refused(settings, says, unchecked_types):
     with pytest.raises(ValueError, match=says):
-        decode.generate({}, np.ones((1, 2), np.int32), config=TINY, max_length=3, **settings)
+        decoding = decode.Decoding(**settings)
+        decode.generate({}, np.ones((1, 2), np.int32), config=TINY, max_length=3, decoding=decoding)
