@@ -1,7 +1,7 @@
 """The arrays that the model gets for examples: one in each row, or several short ones.
 
-In numpy, a block of examples at a time. The result of packing is that of seqio.EncDecFeatureConverter(pack=True), whose loop over
-TensorFlow tensors costs more than all the rest of a pipeline. Must not know: datasets, tasks, models.
+In numpy, a block of examples at a time. The result of packing is that of seqio.EncDecFeatureConverter(pack=True), whose
+loop over TensorFlow tensors costs more than all the rest of a pipeline. Must not know: datasets, tasks, models.
 """
 
 from collections.abc import Mapping
