@@ -49,6 +49,29 @@ def in_memory(array: Any) -> Tensor:
     return Tensor(tuple(array.shape), lambda index: np.asarray(array[index]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Another system's model: its config in our words, its tensors, and what it calls our parameters.
+
+    name_of: our parameter to its name there, with {} for the layer.
+    is_transposed: whether our parameter has its axes the other way round there.
+    """
+
+    config: Any
+    tensors: Mapping[str, Tensor]
+    name_of: Callable[[str], str]
+    is_transposed: Callable[[str], bool] = lambda name: False
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": leaf}} to {"a/b": leaf}."""
+
+    def is_leaf(_: Any, node: Mapping) -> bool:
+        return "driver" in node  # a tensorstore spec, which is a dict itself
+
+    return traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=is_leaf)
+
+
 # safetensors: the length of a header (8 bytes), the header (JSON: dtype, shape, offsets), the numbers.
 
 _SAFETENSORS_DTYPES = {
@@ -174,19 +197,12 @@ def read_t5x(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{file} is no T5X checkpoint: it is not the msgpack of a tree ({error})") from error
     found = {}
-    for name, leaf in _flat(tree).items():
+    for name, leaf in flat(tree).items():
         if hasattr(leaf, "shape"):
             found[name] = in_memory(leaf)
         elif (folder := _array_folder(leaf)) is not None:
             found[name] = _open({"driver": "file", "path": str(path / folder)})
     return found
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    def is_leaf(_: Any, node: Mapping) -> bool:
-        return "driver" in node  # a tensorstore spec, which is a dict itself
-
-    return traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=is_leaf)
 
 
 def _array_folder(leaf: Any) -> str | None:
@@ -216,7 +232,7 @@ def _read_orbax(folder: Path) -> dict[str, Tensor]:
             return _open({"driver": "ocdbt", "base": f"file://{folder}", "path": f"{key}/"})
         return _open({"driver": "file", "path": str(folder / key)})
 
-    return {name: open_leaf(name) for name, leaf in _flat(tree).items() if getattr(leaf, "shape", None) is not None}
+    return {name: open_leaf(name) for name, leaf in flat(tree).items() if getattr(leaf, "shape", None) is not None}
 
 
 def _open(store: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from t5x_lite import checkpoint, convert, sharding, tensors
+from t5x_lite import checkpoint, convert, huggingface, sharding, t5x, tensors
 from t5x_lite.model import T5Config
 
 
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused_by_name(hub, tensors_, config, said):
 
 def test_tied_models_are_scaled_only_where_the_directory_says_so(hub):
     shared = load_file(hub / "model.safetensors")["shared.weight"]
-    copies = {"lm_head.weight": shared, "decoder.embed_tokens.weight": shared, convert._UNUSED: shared[:, :3]}
+    copies = {"lm_head.weight": shared, "decoder.embed_tokens.weight": shared, huggingface._UNUSED: shared[:, :3]}
     change(hub, copies, tie_word_embeddings=True)
     config, params = convert.read(hub)
     assert config.tie_embeddings and "logits_dense" not in params["decoder"]
@@ -156,7 +156,7 @@ def t5x_names(params):
     flat = {}
     for name, value in flatten(params).items():
         for i in range(len(value) if "/layers/" in name else 1):
-            key = convert._t5x_key(name).format(i)
+            key = t5x.name_of(name).format(i)
             flat[key] = np.asarray(value[i] if "/layers/" in name else value)
     return flat
 

@@ -1,0 +1,170 @@
+"""Hugging Face's directories of T5: their names, layouts and config.json, in both directions.
+
+Knows what Hugging Face calls our parameters and how it stores them; not how its files are made (tensors.py), nor where
+parameters will lie (convert.py).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_lite import tensors
+from t5x_lite.model import T5Config
+from t5x_lite.tensors import Source, Tensor
+
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_MLP = ("wi", "wi_0", "wi_1", "wo")
+
+# Our parameters and Hugging Face's; {} is the layer. Hugging Face has kernels as [out, in], relative biases as
+# [buckets, heads].
+NAMES = {
+    "token_embedder/embedding": "shared.weight",
+    "encoder/relpos_bias/rel_embedding": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder/layers/pre_attention_layer_norm/scale": "encoder.block.{}.layer.0.layer_norm.weight",
+    **{
+        f"encoder/layers/attention/{ours}/kernel": f"encoder.block.{{}}.layer.0.SelfAttention.{theirs}.weight"
+        for ours, theirs in _ATTENTION.items()
+    },
+    "encoder/layers/pre_mlp_layer_norm/scale": "encoder.block.{}.layer.1.layer_norm.weight",
+    **{f"encoder/layers/mlp/{w}/kernel": f"encoder.block.{{}}.layer.1.DenseReluDense.{w}.weight" for w in _MLP},
+    "encoder/encoder_norm/scale": "encoder.final_layer_norm.weight",
+    "decoder/relpos_bias/rel_embedding": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "decoder/layers/pre_self_attention_layer_norm/scale": "decoder.block.{}.layer.0.layer_norm.weight",
+    **{
+        f"decoder/layers/self_attention/{ours}/kernel": f"decoder.block.{{}}.layer.0.SelfAttention.{theirs}.weight"
+        for ours, theirs in _ATTENTION.items()
+    },
+    "decoder/layers/pre_cross_attention_layer_norm/scale": "decoder.block.{}.layer.1.layer_norm.weight",
+    **{
+        f"decoder/layers/encoder_decoder_attention/{ours}/kernel": (
+            f"decoder.block.{{}}.layer.1.EncDecAttention.{theirs}.weight"
+        )
+        for ours, theirs in _ATTENTION.items()
+    },
+    "decoder/layers/pre_mlp_layer_norm/scale": "decoder.block.{}.layer.2.layer_norm.weight",
+    **{f"decoder/layers/mlp/{w}/kernel": f"decoder.block.{{}}.layer.2.DenseReluDense.{w}.weight" for w in _MLP},
+    "decoder/decoder_norm/scale": "decoder.final_layer_norm.weight",
+    "decoder/logits_dense/kernel": "lm_head.weight",
+}
+
+# What Hugging Face's T5 directories hold beside: copies of other tensors, and one that its own code never reads.
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
+_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+# Hugging Face's names for the MLP; its "gelu" of a gated layer is the tanh approximation, which is ours and T5X's.
+_ACTIVATIONS = {
+    "relu": ("relu",),
+    "gelu_new": ("gelu",),
+    "silu": ("silu",),
+    "gated-gelu": ("gelu", "linear"),
+    "gated-relu": ("relu", "linear"),
+    "gated-silu": ("silu", "linear"),
+}
+
+
+def read(folder: Path) -> Source:
+    """Raises ValueError or FileNotFoundError, with what to do."""
+    file = folder / "config.json"
+    hub = json.loads(file.read_text())
+    found = tensors.read_hub(folder)
+    config = _config_of(file, hub)
+    found.pop(_UNUSED, None)
+    shared = "shared.weight"
+    for copy in (*_COPIES, *(["lm_head.weight"] if config.tie_embeddings else [])):
+        if copy not in found:
+            continue
+        tensor = found.pop(copy)
+        if not _equal(tensor, found.setdefault(shared, tensor)):
+            raise ValueError(f"{folder}: {copy} differs from {shared}, and a T5 of this config has them as one")
+    if not config.tie_embeddings and hub.get("tie_word_embeddings", True) and shared in found:
+        found.setdefault("lm_head.weight", found[shared])  # one table, and yet no scale: transformers 5 writes such
+    return Source(config, found, NAMES.__getitem__, _is_transposed)
+
+
+def _is_transposed(name: str) -> bool:
+    return name.endswith(("/kernel", "/rel_embedding"))
+
+
+def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+    blocks = ((slice(start, start + rows), slice(None)) for start in range(0, a.shape[0], rows))
+    return a.shape == b.shape and all(np.array_equal(a.read(block), b.read(block)) for block in blocks)
+
+
+def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
+    kind = hub.get("model_type")
+    if kind == "umt5":
+        raise ValueError(f"{file}: UMT5 has a relative bias in every layer; this T5 has one for all layers of a stack")
+    if kind not in ("t5", "mt5"):
+        raise ValueError(f"{file}: model_type is {kind!r}; T5, Flan, ByT5 ('t5') and mT5 ('mt5') are read")
+    proj = hub.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+    if proj not in _ACTIVATIONS:
+        raise ValueError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
+    if hub.get("layer_norm_epsilon", 1e-6) != 1e-6:
+        raise ValueError(f"{file}: layer_norm_epsilon is {hub['layer_norm_epsilon']}; T5's is 1e-06")
+    needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    if missing := [name for name in needed if name not in hub]:
+        raise ValueError(f"{file} does not say {', '.join(missing)}")
+    # T5 1.0 has one table for inputs and outputs, and scales the outputs. transformers 5 writes every T5 as tied, and
+    # `scale_decoder_outputs` has the old meaning; mT5 is never scaled.
+    scaled = kind == "t5" and hub.get("scale_decoder_outputs", hub.get("tie_word_embeddings", True))
+    return T5Config(
+        d_model=hub["d_model"],
+        d_ff=hub["d_ff"],
+        num_heads=hub["num_heads"],
+        head_dim=hub["d_kv"],
+        num_encoder_layers=hub["num_layers"],
+        num_decoder_layers=hub.get("num_decoder_layers") or hub["num_layers"],
+        mlp_activations=_ACTIVATIONS[proj],
+        tie_embeddings=scaled,
+        vocab_size=hub["vocab_size"],
+        relative_buckets=hub.get("relative_attention_num_buckets", 32),
+        relative_max_distance=hub.get("relative_attention_max_distance", 128),
+        dropout_rate=hub.get("dropout_rate", 0.1),
+    )
+
+
+def write(folder: Path, config: T5Config, params: Mapping[str, Any]) -> None:
+    """config.json and model.safetensors (float32) of a model that lies on this host.
+
+    Raises ValueError: the config is none of Hugging Face's T5s.
+    """
+    projections = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if config.mlp_activations not in projections:
+        raise ValueError(
+            f"mlp_activations={config.mlp_activations} cannot be said in a Hugging Face config; these can: "
+            f"{', '.join(map(str, projections))}"
+        )
+    hub = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "d_model": config.d_model,
+        "d_ff": config.d_ff,
+        "d_kv": config.head_dim,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "vocab_size": config.vocab_size,
+        "feed_forward_proj": projections[config.mlp_activations],
+        "tie_word_embeddings": config.tie_embeddings,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_max_distance,
+        "dropout_rate": config.dropout_rate,
+        "layer_norm_epsilon": 1e-6,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    found: dict[str, Tensor] = {}
+    for name, leaf in tensors.flat(params).items():
+        whole = tensors.in_memory(np.asarray(leaf))  # no copy, where the device is the host
+        for layer in range(leaf.shape[0] if "/layers/" in name else 1):
+            tensor = whole.at(layer, 0) if "/layers/" in name else whole
+            found[NAMES[name].format(layer)] = tensor.transposed if _is_transposed(name) else tensor
+    (folder / "config.json").write_text(json.dumps(hub, indent=1) + "\n")
+    tensors.write_safetensors(folder / "model.safetensors", dict(sorted(found.items())))
