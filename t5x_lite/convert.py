@@ -46,7 +46,8 @@ def abstract_params(
     mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed = jax.eval_shape(lambda key, token: T5(config).init(key, token, token)["params"], key, token)
+    inputs = None if config.decoder_only else token
+    boxed = jax.eval_shape(lambda *args: T5(config).init(*args)["params"], key, inputs, token)
     return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
 
 
@@ -181,7 +182,6 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> T5Config:
     if to == "t5x_lite":
         checkpoint.save_params(dest, params, info={"model": dataclasses.asdict(config)})
     else:
-        dest.mkdir(parents=True, exist_ok=True)
         huggingface.write(dest, config, params)
     if (tokenizer := tokenizer_file(source)) is not None:
         shutil.copyfile(tokenizer, dest / "spiece.model")

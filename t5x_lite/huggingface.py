@@ -131,6 +131,8 @@ def write(folder: Path, config: T5Config, params: Mapping[str, Any]) -> None:
 
     Raises ValueError: the config is none of Hugging Face's T5s.
     """
+    if config.decoder_only:
+        raise ValueError("Hugging Face has no T5 of a decoder alone (num_encoder_layers=0): convert it --to=t5x_lite")
     projections = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if config.mlp_activations not in projections:
         raise ValueError(
@@ -166,5 +168,6 @@ def write(folder: Path, config: T5Config, params: Mapping[str, Any]) -> None:
         for layer in range(leaf.shape[0] if "/layers/" in name else 1):
             tensor = whole.at(layer, 0) if "/layers/" in name else whole
             found[NAMES[name].format(layer)] = tensor.transposed if _is_transposed(name) else tensor
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hub, indent=1) + "\n")
     tensors.write_safetensors(folder / "model.safetensors", dict(sorted(found.items())))

@@ -4,6 +4,7 @@ Knows T5X's trees, scanned and unscanned, and what their shapes say of a config;
 (tensors.py), nor where parameters will lie (convert.py).
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,10 @@ from t5x_lite.tensors import Source, Tensor
 def read(path: Path) -> Source:
     """The config is inferred from shapes, for T5X saves none: what they do not show is T5's.
 
-    Raises ValueError: no encoder-decoder T5 with one relative bias a stack.
+    A decoder alone is taken for a prefix language model, as T5X decodes it, and which a plain one is where nothing says
+    what the inputs are.
+
+    Raises ValueError: no T5 with one relative bias a stack.
     """
     state = tensors.read_t5x(path)
     root = next((r for r in ("optimizer/target/", "target/", "params/") if any(n.startswith(r) for n in state)), None)
@@ -27,10 +31,13 @@ def read(path: Path) -> Source:
     for name, tensor in state.items():
         if name.startswith(root):
             found |= _unscanned(name.removeprefix(root), tensor)
-    return Source(_inferred(path, found), found, name_of)
+    config = _inferred(path, found)
+    return Source(config, found, functools.partial(name_of, config))
 
 
-def name_of(name: str) -> str:
+def name_of(config: T5Config, name: str) -> str:
+    if config.decoder_only and name.startswith("token_embedder/"):
+        name = f"decoder/{name}"
     return name.replace("/layers/", "/layers_{}/")
 
 
@@ -47,7 +54,7 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
     def shape(name: str) -> tuple[int, ...]:
         if name not in found:
             raise ValueError(
-                f"{path} has no {name}: it is no encoder-decoder T5 with one relative bias for each stack. It has "
+                f"{path} has no {name}: it is no T5 with one relative bias for each stack. It has "
                 + ", ".join(sorted(found)[:12])
             )
         return found[name].shape
@@ -56,10 +63,12 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
         numbers = [int(m[1]) for name in found if (m := re.match(rf"{stack}/layers_(\d+)/", name))]
         return max(numbers, default=-1) + 1
 
-    vocab_size, d_model = shape("token_embedder/embedding")
-    num_heads, buckets = shape("encoder/relpos_bias/rel_embedding")
-    _, joined = shape("encoder/layers_0/attention/query/kernel")
-    d_ff, _ = shape("encoder/layers_0/mlp/wo/kernel")
+    decoder_only = "decoder/token_embedder/embedding" in found
+    stack, attention = ("decoder", "self_attention") if decoder_only else ("encoder", "attention")
+    vocab_size, d_model = shape("decoder/token_embedder/embedding" if decoder_only else "token_embedder/embedding")
+    num_heads, buckets = shape(f"{stack}/relpos_bias/rel_embedding")
+    _, joined = shape(f"{stack}/layers_0/{attention}/query/kernel")
+    d_ff, _ = shape(f"{stack}/layers_0/mlp/wo/kernel")
     return T5Config(
         d_model=d_model,
         d_ff=d_ff,
@@ -67,8 +76,9 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
         head_dim=joined // num_heads,
         num_encoder_layers=layers("encoder"),
         num_decoder_layers=layers("decoder"),
-        mlp_activations=("relu",) if "encoder/layers_0/mlp/wi/kernel" in found else ("gelu", "linear"),
+        mlp_activations=("relu",) if f"{stack}/layers_0/mlp/wi/kernel" in found else ("gelu", "linear"),
         tie_embeddings="decoder/logits_dense/kernel" not in found,
         vocab_size=vocab_size,
+        prefix_lm=decoder_only,
         relative_buckets=buckets,
     )

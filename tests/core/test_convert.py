@@ -1,5 +1,6 @@
 """Conversion: the golden T5 as Hugging Face and as T5X saved it is one tree, and comes out as it went in."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -151,12 +152,12 @@ def test_the_legacy_msgpack_of_t5x(data_dir):
     assert_same(params, stack_layers(flatten(saved)))
 
 
-def t5x_names(params):
+def t5x_names(config, params):
     """T5X's unscanned tree, flat."""
     flat = {}
     for name, value in flatten(params).items():
         for i in range(len(value) if "/layers/" in name else 1):
-            key = t5x.name_of(name).format(i)
+            key = t5x.name_of(config, name).format(i)
             flat[key] = np.asarray(value[i] if "/layers/" in name else value)
     return flat
 
@@ -164,7 +165,7 @@ def t5x_names(params):
 @pytest.mark.parametrize("form", ["specs", "placeholders", "orbax", "ocdbt", "scanned"])
 def test_t5x_folders(form, tmp_path):
     params = init(TINY)
-    flat = t5x_names(params)
+    flat = t5x_names(TINY, params)
     folder = tmp_path / "checkpoint_7"
     if form == "scanned":
         flat = {
@@ -199,12 +200,30 @@ def test_t5x_folders(form, tmp_path):
 
 
 def test_a_relative_bias_in_every_layer_is_refused(tmp_path):
-    flat = t5x_names(init(TINY))
+    flat = t5x_names(TINY, init(TINY))
     flat["encoder/layers_1/relpos_bias/rel_embedding"] = flat["encoder/relpos_bias/rel_embedding"]
     tree = {"target": traverse_util.unflatten_dict(flat, sep="/")}
     (tmp_path / "msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
     with pytest.raises(ValueError, match="unknown: 1\n    encoder/layers_1/relpos_bias"):
         convert.read(tmp_path / "msgpack")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5x_decoder_alone(tied, tmp_path):
+    wanted = dataclasses.replace(TINY, num_encoder_layers=0, prefix_lm=True, tie_embeddings=tied)
+    rng = np.random.default_rng(0)
+    abstract = convert.abstract_params(wanted)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f4"), abstract)
+    flat = t5x_names(wanted, params)
+    assert "decoder/token_embedder/embedding" in flat and "decoder/layers_0/self_attention/query/kernel" in flat
+    tree = {"target": traverse_util.unflatten_dict(flat, sep="/")}
+    (tmp_path / "msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    config, got = convert.read(tmp_path / "msgpack")
+    assert config == wanted
+    assert_same(got, params)
+    with pytest.raises(ValueError, match="decoder alone"):
+        convert.convert(tmp_path / "msgpack", tmp_path / "hub", "huggingface")
+    assert not (tmp_path / "hub").exists()
 
 
 def test_our_safetensors_are_those_of_the_library(tmp_path):
