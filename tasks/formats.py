@@ -184,13 +184,29 @@ def decode_line(path: str, number: int, data: bytes) -> str:
 
 def lines(path: str, skipped: Skipped | None = None) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1) of a text file; the end of the file makes no empty last line. A bad line is refused, or
-    where it may be left out, counted in `skipped`.
+    where it may be left out, counted in `skipped`. The file may be larger than the memory.
     """
     skipped = skipped or Skipped(path, "refuse")
-    for number, line in enumerate(_content(path, skipped).splitlines(), start=1):
+    for number, line in enumerate(_split(path, skipped), start=1):
         with skipped:
-            yield number, decode_line(path, number, line)
+            yield number, decode_line(path, number, line.removesuffix(b"\n").removesuffix(b"\r"))
     skipped.log()
+
+
+def _split(path: str, skipped: Skipped) -> Iterator[bytes]:
+    """Lines with their ends, unpacked; where a damaged .gz is no reason to stop, the whole lines up to the damage."""
+    rest = b""
+    with tf.io.gfile.GFile(path, "rb") as file, skipped:
+        chunks = iter(lambda: file.read(_CHUNK), b"")
+        for chunk in _unpack(path, chunks) if path.endswith(".gz") else chunks:
+            whole = (rest + chunk).splitlines(keepends=True)
+            # A line may go on in the next chunk, and \r be half of a line end.
+            rest = whole.pop() if whole and not whole[-1].endswith(b"\n") else b""
+            yield from whole
+            if len(rest) > 8 * MAX_LINE_BYTES:
+                raise BadRow(f"{path}: no line end in {len(rest) / 2**20:.0f} MB; is it text, a document a line?")
+        if rest:
+            yield rest
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
