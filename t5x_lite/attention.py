@@ -25,12 +25,14 @@ class Visibility:
     """Which keys each query may attend to.
 
     A query sees a key when their segments are equal and the key's segment is not 0 (padding), and, if `causal`, when
-    the key's position is not after the query's. `None` for the segments means that nothing is hidden by them. The first
-    query stands at position `offset` of the keys: 0 in training, the number of tokens so far in cached decoding.
+    the key's position is not after the query's or the key belongs to its segment's `key_prefix` (1 there, else 0). `None`
+    for the segments means that nothing is hidden by them. The first query stands at position `offset` of the keys: 0 in
+    training, the number of tokens so far in cached decoding.
     """
 
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
+    key_prefix: Int[Array, "B S"] | None = None
     offset: Int[Array, ""] | int = 0
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -47,6 +49,8 @@ class Visibility:
         if self.causal:
             query_positions = self.offset + jnp.arange(query_length)
             seen = (jnp.arange(key_length)[None, :] <= query_positions[:, None])[None, None]
+            if self.key_prefix is not None:
+                seen = seen | (self.key_prefix != 0)[:, None, None, :]
             mask = seen if mask is None else mask & seen
         return mask
 

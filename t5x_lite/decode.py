@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from t5x_lite.model import T5, Cache, T5Config
+from t5x_lite.model import T5, Cache, T5Config, forward
 
 Method = Literal["greedy", "sample", "beam"]
 
@@ -82,6 +82,8 @@ def generate(
 ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
     """Decodes `decoding.num_return` = N results for each row, the best first ("sample": in the order drawn).
 
+    The inputs, padded with 0 at the end, are the encoder's; a decoder alone reads them in one pass and goes on from them.
+
     Args:
       key: for "sample".
       max_lengths: of each row, at most `max_length`; not for "beam".
@@ -119,20 +121,37 @@ def generate(
 
 
 def _start(
-    params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, copies: int
-) -> tuple[Callable, Cache]:
-    """One decoding step (last tokens, index, cache) -> (logits, cache), and the cache; each row `copies` times."""
-    model, variables = T5(config), {"params": params}
-    encoded_BSD = model.apply(variables, encoder_input_tokens, method=T5.encode)
-    cache: Any = model.apply(variables, encoded_BSD, max_length, method=T5.start_cache)
+    params: Any, input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, copies: int
+) -> tuple[Callable, Cache, Int[Array, " BN"]]:
+    """What decoding starts from, with each row `copies` times.
+
+    Returns one step (last tokens, index, cache) -> (logits, cache), the cache, and the last tokens at index 0.
+    """
+    B, S = input_tokens.shape
+    apply = functools.partial(T5(config).apply, {"params": params})
+    if config.decoder_only:
+        # A row ends where the others end, so that all go on at the same place; what is left of it is never seen.
+        places_BM = jnp.arange(S + max_length) - S + jnp.count_nonzero(input_tokens, axis=1)[:, None]
+        prefix_BM = (places_BM >= 0) & (jnp.arange(S + max_length) <= S)
+        tokens_BM = jnp.take_along_axis(jnp.pad(input_tokens, [(0, 0), (1, 0)]), jnp.clip(places_BM, 0, S), axis=1)
+        keys = {
+            "decoder_segment_ids": (places_BM >= 0).astype(jnp.int32),
+            "decoder_causal_attention": prefix_BM.astype(jnp.int32),
+        }
+        cache: Any = apply(None, B, S + max_length, method=T5.start_cache)
+        _, cache = apply(tokens_BM[:, : S + 1], 0, cache, None, **keys, method=T5.decode_step)
+        first_B, offset, inputs = tokens_BM[:, S], S, None
+    else:
+        cache = apply(apply(input_tokens, method=T5.encode), B, max_length, method=T5.start_cache)
+        first_B, offset, inputs, keys = jnp.full((B,), START, jnp.int32), 0, input_tokens, {}
     cache = jax.tree.map(lambda x_LBTHK: jnp.repeat(x_LBTHK, copies, axis=1), cache)
-    inputs = jnp.repeat(encoder_input_tokens, copies, axis=0)
+    first_B, inputs, keys = jax.tree.map(lambda x_B: jnp.repeat(x_B, copies, axis=0), (first_B, inputs, keys))
 
     def step(last_B: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
-        found: Any = model.apply(variables, last_B[:, None], index, cache, inputs, method=T5.decode_step)
+        found: Any = apply(last_B[:, None], offset + index, cache, inputs, **keys, method=T5.decode_step)
         return found[0][:, 0], found[1]
 
-    return step, cache
+    return step, cache, first_B
 
 
 def _token_by_token(
@@ -145,7 +164,7 @@ def _token_by_token(
     key: Key[Array, ""],
     max_lengths: Int[Array, " B"],
 ) -> tuple[Int[Array, "BN T"], Float[Array, " BN"]]:
-    decode, cache = _start(params, encoder_input_tokens, config, max_length, copies)
+    decode, cache, first_B = _start(params, encoder_input_tokens, config, max_length, copies)
     rows = encoder_input_tokens.shape[0] * copies
     limits_B = jnp.repeat(max_lengths, copies)
 
@@ -166,7 +185,7 @@ def _token_by_token(
 
     start = (
         jnp.zeros((), jnp.int32),
-        jnp.full((rows,), START, jnp.int32),
+        first_B,
         jnp.zeros((rows, max_length), jnp.int32),
         jnp.zeros((rows,), jnp.float32),
         limits_B < 1,
@@ -198,7 +217,7 @@ def _beam(
     params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, K: int, alpha: float
 ) -> tuple[Int[Array, "B K T"], Float[Array, "B K"]]:
     """Beam search over live sequences and a pool of ended ones, K of each, as T5X does it; K is the number of beams."""
-    decode, cache = _start(params, encoder_input_tokens, config, max_length, K)
+    decode, cache, first = _start(params, encoder_input_tokens, config, max_length, K)
     B = encoder_input_tokens.shape[0]
 
     def penalty(length: Array | int) -> Array:
@@ -210,7 +229,7 @@ def _beam(
 
     def step(carry: tuple) -> tuple:
         index, live_BKT, live_BK, ended_BKT, ended_BK, cache = carry
-        last_BK = jnp.where(index == 0, START, live_BKT[:, :, index - 1])
+        last_BK = jnp.where(index == 0, first.reshape(B, K), live_BKT[:, :, index - 1])
         logits, cache = decode(last_BK.reshape(-1), index, cache)
         V = logits.shape[-1]
         totals_BKV = jax.nn.log_softmax(logits).reshape(B, K, V) + live_BK[:, :, None]
@@ -249,9 +268,7 @@ def _beam(
 
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:
     """Log-likelihood of each row's targets, summed over those with a loss weight (natural logarithm)."""
-    logits_BTV = T5(config).apply({"params": params}, batch["encoder_input_tokens"], batch["decoder_input_tokens"])
-    assert isinstance(logits_BTV, jax.Array)
-    log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    log_probs_BTV = jax.nn.log_softmax(forward(config, params, batch), axis=-1)
     targets_BT = batch["decoder_target_tokens"]
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jnp.sum(log_probs_BT * (batch["decoder_loss_weights"] != 0), axis=-1)

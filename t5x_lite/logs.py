@@ -65,6 +65,9 @@ def flops_per_step(config: T5Config, batch_size: int, encoder_length: int, decod
 
     encoder_layer = S * (4 * projection + mlp + S * attended)
     decoder_layer = T * (6 * projection + mlp + (T + S) * attended) + S * 2 * projection
+    if config.decoder_only:
+        T += S  # in one row
+        decoder_layer = T * (4 * projection + mlp + T * attended)
     logits = T * 2 * config.d_model * config.vocab_size
     forward = config.num_encoder_layers * encoder_layer + config.num_decoder_layers * decoder_layer + logits
     return 3.0 * batch_size * forward

@@ -1,4 +1,5 @@
-"""T5: the encoder-decoder of Raffel et al. (2020), versions 1.0 and 1.1, and the configuration of its sizes.
+"""T5 (Raffel et al. 2020): the encoder-decoder, versions 1.0 and 1.1, its decoder alone (language model, prefix language
+model), and the configuration of its sizes.
 
 Axes of every array are named by one letter, in names (`x_BTD`) and in einsum strings alike:
 
@@ -12,13 +13,14 @@ T5X's. This module knows nothing of losses, optimizers, meshes or data; token 0 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.attention import Visibility, dot_product_attention
 from t5x_lite.layers import ACTIVATIONS, Dense, Embed, GatedMlp, RelativePositionBias, RMSNorm
@@ -32,6 +34,8 @@ Dtype = Literal["float32", "bfloat16"]
 class T5Config:
     """One T5. The published sizes are in `gin_configs/models/`.
 
+    num_encoder_layers: 0 makes a decoder alone: inputs and targets follow each other in its row.
+    prefix_lm: such a decoder sees all of the inputs from everywhere in them, not only what comes before.
     dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
     remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
@@ -46,6 +50,7 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     tie_embeddings: bool = False
     vocab_size: int = 32128
+    prefix_lm: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     dropout_rate: float = 0.0
@@ -55,10 +60,14 @@ class T5Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        sizes = ("d_model", "d_ff", "num_heads", "head_dim", "num_encoder_layers", "num_decoder_layers", "vocab_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}")
+        sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "num_decoder_layers": 1, "vocab_size": 1}
+        for name, least in {**sizes, "num_encoder_layers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.prefix_lm and not self.decoder_only:
+            raise ValueError(
+                f"T5Config.prefix_lm is for a decoder alone, num_encoder_layers=0; got {self.num_encoder_layers}"
+            )
         if unknown := [a for a in self.mlp_activations if a not in ACTIVATIONS]:
             raise ValueError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
         if not self.mlp_activations:
@@ -75,6 +84,15 @@ class T5Config:
                 raise ValueError(f"T5Config.{name} must be one of {choices}, got {getattr(self, name)!r}")
 
     @property
+    def decoder_only(self) -> bool:
+        return self.num_encoder_layers == 0
+
+    @property
+    def layout(self) -> Literal["encoder_decoder", "decoder"]:
+        """How inputs and targets lie in a batch: apart, or one behind the other in one row."""
+        return "decoder" if self.decoder_only else "encoder_decoder"
+
+    @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
@@ -83,14 +101,14 @@ class T5Config:
 class Cache:
     """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
 
-    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start.
-    Inside a layer the leading axis is gone.
+    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start; None
+    where there is no encoder. Inside a layer the leading axis is gone.
     """
 
     self_key: Float[Array, "*L B T H K"]
     self_value: Float[Array, "*L B T H K"]
-    cross_key: Float[Array, "*L B S H K"]
-    cross_value: Float[Array, "*L B S H K"]
+    cross_key: Float[Array, "*L B S H K"] | None = None
+    cross_value: Float[Array, "*L B S H K"] | None = None
 
 
 class Attention(nn.Module):
@@ -163,7 +181,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoded inputs, and the MLP, each on a normed input and added to x."""
+    """Causal self-attention, attention to the encoded inputs (if any), and the MLP: each on a normed input, added to x."""
 
     config: T5Config
     train: bool
@@ -172,8 +190,9 @@ class DecoderLayer(nn.Module):
         c = self.config
         self.pre_self_attention_layer_norm = RMSNorm(c.compute_dtype)
         self.self_attention = Attention(c, self.train)
-        self.pre_cross_attention_layer_norm = RMSNorm(c.compute_dtype)
-        self.encoder_decoder_attention = Attention(c, self.train)
+        if not c.decoder_only:
+            self.pre_cross_attention_layer_norm = RMSNorm(c.compute_dtype)
+            self.encoder_decoder_attention = Attention(c, self.train)
         self.pre_mlp_layer_norm = RMSNorm(c.compute_dtype)
         self.mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
@@ -197,14 +216,15 @@ class DecoderLayer(nn.Module):
             value = jax.lax.dynamic_update_slice_in_dim(cache.self_value, value, self_visibility.offset, axis=1)
         x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_visibility))
 
-        h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
-        cross = self.encoder_decoder_attention
-        if cache is not None:
-            key, value = cache.cross_key, cache.cross_value
-        else:
-            assert encoded_BSD is not None
-            key, value = cross.keys_values(encoded_BSD)
-        x_BTD += self.dropout(cross(h_BTD, key, value, None, cross_visibility))
+        if not self.config.decoder_only:
+            h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
+            cross = self.encoder_decoder_attention
+            if cache is not None:
+                key, value = cache.cross_key, cache.cross_value
+            else:
+                assert encoded_BSD is not None
+                key, value = cross.keys_values(encoded_BSD)
+            x_BTD += self.dropout(cross(h_BTD, key, value, None, cross_visibility))
 
         x_BTD += self.dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
         return constrain(x_BTD, "batch", "length", "embed"), new_keys_values
@@ -254,7 +274,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded target tokens, attending to the encodings (or to a cache of them), to hidden states."""
+    """Embedded tokens, attending to the encodings (or to a cache of them) if there are any, to hidden states."""
 
     config: T5Config
     train: bool
@@ -302,16 +322,19 @@ class Decoder(nn.Module):
             )
         return self.dropout(self.decoder_norm(x_BTD)), cache
 
-    def start_cache(self, encoded_BSD: Float[Array, "B S D"], max_length: int) -> Cache:
-        _, (key_LBSHK, value_LBSHK) = self.layers.cross_keys_values(None, encoded_BSD)
-        L, B, _, H, K = key_LBSHK.shape
-        empty_LBTHK = jnp.zeros((L, B, max_length, H, K), key_LBSHK.dtype)
-        return Cache(self_key=empty_LBTHK, self_value=empty_LBTHK, cross_key=key_LBSHK, cross_value=value_LBSHK)
+    def start_cache(self, encoded_BSD: Float[Array, "B S D"] | None, rows: int, max_length: int) -> Cache:
+        c = self.config
+        cross = (None, None) if encoded_BSD is None else self.layers.cross_keys_values(None, encoded_BSD)[1]
+        empty_LBTHK = jnp.zeros((c.num_decoder_layers, rows, max_length, c.num_heads, c.head_dim), c.compute_dtype)
+        return Cache(empty_LBTHK, empty_LBTHK, *cross)
 
 
 class T5(nn.Module):
     """T5 1.0 and 1.1. `T5(config, train=True)` has dropout on and needs a "dropout" key where the rate is above 0.
 
+    Of a decoder alone the encoder's arguments are None; a row holds inputs and targets one behind the other, and
+    `decoder_causal_attention` (SeqIO's name) is 1 where a prefix language model's tokens see one another: on the inputs,
+    read one place late after the start token.
     Token arrays are int32, 0 is padding. Segment ids (0 = padding) are given when several examples are packed into one
     row, and keep them apart. Positions are not asked for: T5 knows relative positions only, and those within a segment
     are differences of indices.
@@ -323,20 +346,23 @@ class T5(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.token_embedder = Embed(c.vocab_size, c.d_model, c.compute_dtype)
-        self.encoder = Encoder(c, self.train)
+        if not c.decoder_only:
+            self.encoder = Encoder(c, self.train)
         self.decoder = Decoder(c, self.train)
 
     def __call__(
         self,
-        encoder_input_tokens: Int[Array, "B S"],
+        encoder_input_tokens: Int[Array, "B S"] | None,
         decoder_input_tokens: Int[Array, "B T"],
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_causal_attention: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Teacher-forced logits, float32."""
-        encoded_BSD = self.encode(encoder_input_tokens, encoder_segment_ids)
+        encoded_BSD = None if self.config.decoder_only else self.encode(encoder_input_tokens, encoder_segment_ids)
         return self.decode(
-            encoded_BSD, encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids
+            *(encoded_BSD, encoder_input_tokens, decoder_input_tokens),
+            *(encoder_segment_ids, decoder_segment_ids, decoder_causal_attention),
         )
 
     def encode(
@@ -347,11 +373,12 @@ class T5(nn.Module):
 
     def decode(
         self,
-        encoded_BSD: Float[Array, "B S D"],
-        encoder_input_tokens: Int[Array, "B S"],
+        encoded_BSD: Float[Array, "B S D"] | None,
+        encoder_input_tokens: Int[Array, "B S"] | None,
         decoder_input_tokens: Int[Array, "B T"],
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_causal_attention: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits for all target positions at once, float32.
 
@@ -360,27 +387,37 @@ class T5(nn.Module):
         x_BTD, _ = self.decoder(
             self.token_embedder(decoder_input_tokens),
             encoded_BSD,
-            Visibility(decoder_segment_ids, decoder_segment_ids, causal=True),
+            Visibility(decoder_segment_ids, decoder_segment_ids, self._prefix(decoder_causal_attention), causal=True),
             Visibility(decoder_segment_ids, _segments(encoder_input_tokens, encoder_segment_ids)),
         )
         return self._logits(x_BTD)
 
-    def start_cache(self, encoded_BSD: Float[Array, "B S D"], max_length: int) -> Cache:
-        """The cache before the first token, with room for `max_length` tokens."""
-        return self.decoder.start_cache(encoded_BSD, max_length)
+    def _prefix(self, decoder_causal_attention: Array | None) -> Array | None:
+        return decoder_causal_attention if self.config.prefix_lm else None
+
+    def start_cache(self, encoded_BSD: Float[Array, "B S D"] | None, rows: int, max_length: int) -> Cache:
+        """The cache of B = `rows` rows before the first token, with room for `max_length` tokens."""
+        return self.decoder.start_cache(encoded_BSD, rows, max_length)
 
     def decode_step(
         self,
         decoder_input_tokens: Int[Array, "B T"],
         index: Int[Array, ""] | int,
         cache: Cache,
-        encoder_input_tokens: Int[Array, "B S"],
+        encoder_input_tokens: Int[Array, "B S"] | None,
+        decoder_segment_ids: Int[Array, "B M"] | None = None,
+        decoder_causal_attention: Int[Array, "B M"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits of the next tokens (usually one), at positions index, index + 1, ...; and the new cache."""
+        """Logits of the next tokens (usually one), at positions index, index + 1, ...; and the new cache.
+
+        Args:
+          decoder_segment_ids, decoder_causal_attention: of all M places of the cache: segment 0 is never seen, which
+            lets rows of different lengths end at the same place.
+        """
         x_BTD, new_cache = self.decoder(
             self.token_embedder(decoder_input_tokens),
             None,
-            Visibility(offset=index, causal=True),
+            Visibility(None, decoder_segment_ids, self._prefix(decoder_causal_attention), offset=index, causal=True),
             Visibility(None, _segments(encoder_input_tokens, None)),
             cache,
         )
@@ -396,6 +433,23 @@ class T5(nn.Module):
             return constrain(logits_BTV, "batch", "length", "vocab")
 
 
-def _segments(tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
+def _segments(tokens: Int[Array, "B S"] | None, segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"] | None:
     """A row that is not packed is one segment and padding."""
-    return (tokens != 0).astype(jnp.int32) if segment_ids is None else segment_ids
+    return (tokens != 0).astype(jnp.int32) if segment_ids is None and tokens is not None else segment_ids
+
+
+def forward(
+    config: T5Config, params: Any, batch: Mapping[str, Array], dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "B T V"]:
+    """Teacher-forced logits of a batch of SeqIO's fields, packed or not; with dropout if a key is given."""
+    logits_BTV = T5(config, train=dropout_key is not None).apply(
+        {"params": params},
+        batch.get("encoder_input_tokens"),
+        batch["decoder_input_tokens"],
+        batch.get("encoder_segment_ids"),
+        batch.get("decoder_segment_ids"),
+        batch.get("decoder_causal_attention"),
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    assert isinstance(logits_BTV, jax.Array)
+    return logits_BTV

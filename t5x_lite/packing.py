@@ -1,12 +1,15 @@
 """The arrays that the model gets for examples: one in each row, or several short ones.
 
-In numpy, a block of examples at a time. The result of packing is that of seqio.EncDecFeatureConverter(pack=True), whose
-loop over TensorFlow tensors costs more than all the rest of a pipeline. Must not know: datasets, tasks, models.
+In numpy, a block of examples at a time. The results are those of seqio.EncDecFeatureConverter and, for a decoder alone, of
+seqio.PrefixLMFeatureConverter (inputs and targets one behind the other, loss on the targets), whose packing loops over
+TensorFlow tensors at the cost of all the rest of a pipeline. Must not know: datasets, tasks, models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+
+Scatter = Callable[[np.ndarray], np.ndarray]
 
 
 def unpacked(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndarray]:
@@ -17,6 +20,13 @@ def unpacked(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndar
         "decoder_input_tokens": np.pad(targets_BT, [(0, 0), (1, 0)])[:, :-1],
         "decoder_loss_weights": (targets_BT > 0).astype(np.int32),
     }
+
+
+def joined(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """One example a row of a decoder alone, [B, S + T]; padding is moved behind the targets."""
+    length = inputs_BS.shape[1] + targets_BT.shape[1]
+    arrays = _joined(inputs_BS, targets_BT, np.arange(len(inputs_BS)), np.zeros(len(inputs_BS), np.int64), length)
+    return {name: arrays[name] for name in arrays if name != "decoder_positions"}
 
 
 def pack(inputs_NS: np.ndarray, targets_NT: np.ndarray, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -30,48 +40,79 @@ def pack(inputs_NS: np.ndarray, targets_NT: np.ndarray, lengths: Mapping[str, in
     decoder_input_tokens (targets moved right by one inside each example, which begins with 0), decoder_loss_weights (1
     on targets), and segment ids (from 1; 0 is padding) and positions (from 0) of both sides.
     """
-    sizes_2N = np.stack([np.count_nonzero(inputs_NS, axis=1), np.count_nonzero(targets_NT, axis=1)])
-    rows_N, starts_2N, segments_N = _places(sizes_2N, (lengths["inputs"], lengths["targets"]))
-    packed = {}
-    for side, tokens, length, sizes, starts in zip(
-        ("encoder", "decoder"),
-        (inputs_NS, targets_NT),
-        (lengths["inputs"], lengths["targets"]),
-        sizes_2N,
-        starts_2N,
-        strict=True,
-    ):
-        shape = (int(rows_N[-1]) + 1, length)
-        positions = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        places = np.repeat(rows_N * length + starts, sizes) + positions
-        values = tokens[tokens != 0]
-
-        def scatter(x: np.ndarray, places: np.ndarray = places, shape: tuple[int, int] = shape) -> np.ndarray:
-            array = np.zeros(shape, np.int32)
-            array.reshape(-1)[places] = x
-            return array
-
-        if side == "encoder":
-            packed["encoder_input_tokens"] = scatter(values)
-        else:
-            before = np.where(positions == 0, 0, np.roll(values, 1))
-            packed["decoder_target_tokens"] = scatter(values)
-            packed["decoder_input_tokens"] = scatter(before)
-            packed["decoder_loss_weights"] = scatter(np.ones_like(values))
-        packed[f"{side}_segment_ids"] = scatter(np.repeat(segments_N, sizes))
-        packed[f"{side}_positions"] = scatter(positions)
-    return packed
+    sizes = [np.count_nonzero(tokens, axis=1) for tokens in (inputs_NS, targets_NT)]
+    rows_N, (starts_inputs, starts_targets), segments_N = _places(sizes, [lengths["inputs"], lengths["targets"]])
+    scatter, positions = _scatter(sizes[0], rows_N, starts_inputs, lengths["inputs"])
+    packed = {
+        "encoder_input_tokens": scatter(inputs_NS[inputs_NS != 0]),
+        "encoder_segment_ids": scatter(np.repeat(segments_N, sizes[0])),
+        "encoder_positions": scatter(positions),
+    }
+    scatter, positions = _scatter(sizes[1], rows_N, starts_targets, lengths["targets"])
+    return packed | {
+        **_decoder(scatter, positions, targets_NT[targets_NT != 0]),
+        "decoder_loss_weights": scatter(np.ones_like(positions)),
+        "decoder_segment_ids": scatter(np.repeat(segments_N, sizes[1])),
+    }
 
 
-def _places(sizes_2N: np.ndarray, lengths: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The row of each example, where in it its inputs and targets start, and its number there, from 1."""
-    row, segment, used_inputs, used_targets = 0, 0, 0, 0
+def pack_joined(inputs_NS: np.ndarray, targets_NT: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """As `pack`, for a decoder alone: inputs, then targets, then the next example, in rows of `length`.
+
+    Returns int32 [R, length]: the decoder's arrays of `pack`, with loss weights on targets only, and
+    decoder_causal_attention, 1 where the inputs are read.
+    """
+    sizes_N = np.count_nonzero(inputs_NS, axis=1) + np.count_nonzero(targets_NT, axis=1)
+    rows_N, (starts_N,), segments_N = _places([sizes_N], [length])
+    packed = _joined(inputs_NS, targets_NT, rows_N, starts_N, length)
+    scatter, _ = _scatter(sizes_N, rows_N, starts_N, length)
+    return packed | {"decoder_segment_ids": scatter(np.repeat(segments_N, sizes_N))}
+
+
+def _joined(
+    inputs_NS: np.ndarray, targets_NT: np.ndarray, rows_N: np.ndarray, starts_N: np.ndarray, length: int
+) -> dict[str, np.ndarray]:
+    tokens = np.concatenate([inputs_NS, targets_NT], axis=1)
+    sizes_N = np.count_nonzero(tokens, axis=1)
+    scatter, positions = _scatter(sizes_N, rows_N, starts_N, length)
+    inputs = np.repeat(np.count_nonzero(inputs_NS, axis=1), sizes_N)
+    return {
+        **_decoder(scatter, positions, tokens[tokens != 0]),
+        "decoder_loss_weights": scatter(positions >= inputs),
+        "decoder_causal_attention": scatter(positions <= inputs),
+    }
+
+
+def _decoder(scatter: Scatter, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "decoder_target_tokens": scatter(tokens),
+        "decoder_input_tokens": scatter(np.where(positions == 0, 0, np.roll(tokens, 1))),
+        "decoder_positions": scatter(positions),
+    }
+
+
+def _scatter(sizes_N: np.ndarray, rows_N: np.ndarray, starts_N: np.ndarray, length: int) -> tuple[Scatter, np.ndarray]:
+    """What lays the tokens of N examples, one after the other, out in rows; and each token's position in its example."""
+    positions = np.arange(sizes_N.sum()) - np.repeat(np.cumsum(sizes_N) - sizes_N, sizes_N)
+    places = np.repeat(rows_N * length + starts_N, sizes_N) + positions
+
+    def scatter(values: np.ndarray) -> np.ndarray:
+        array = np.zeros((int(rows_N[-1]) + 1, length), np.int32)
+        array.reshape(-1)[places] = values
+        return array
+
+    return scatter, positions
+
+
+def _places(sizes: list[np.ndarray], lengths: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The row of each example, where in it each of its features starts, and its number there, from 1."""
+    row, segment, used = 0, 0, [0] * len(lengths)
     places = []
-    for inputs, targets in sizes_2N.T.tolist():
-        if segment and (used_inputs + inputs > lengths[0] or used_targets + targets > lengths[1]):
-            row, segment, used_inputs, used_targets = row + 1, 0, 0, 0
+    for example in np.stack(sizes, axis=1).tolist():
+        if segment and any(u + n > length for u, n, length in zip(used, example, lengths, strict=True)):
+            row, segment, used = row + 1, 0, [0] * len(lengths)
         segment += 1
-        places.append((row, used_inputs, used_targets, segment))
-        used_inputs, used_targets = used_inputs + inputs, used_targets + targets
-    rows, starts_inputs, starts_targets, segments = np.array(places, np.int64).T
-    return rows, np.stack([starts_inputs, starts_targets]), segments
+        places.append((row, segment, *used))
+        used = [u + n for u, n in zip(used, example, strict=True)]
+    rows, segments, *starts = np.array(places, np.int64).T
+    return rows, np.stack(starts), segments

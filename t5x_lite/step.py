@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
 from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer
-from t5x_lite.model import T5, T5Config
+from t5x_lite.model import T5, T5Config, forward
 from t5x_lite.optim import Optimizer
 
 Batch = Mapping[str, Array]
@@ -38,7 +38,7 @@ class TrainState:
 
 def _boxed_params(config: T5Config, key: Key[Array, ""]) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
-    return T5(config).init(key, token, token)["params"]
+    return T5(config).init(key, None if config.decoder_only else token, token)["params"]
 
 
 def _new_state(config: T5Config, optimizer: Optimizer, key: Key[Array, ""]) -> TrainState:
@@ -64,20 +64,6 @@ def init_state(config: T5Config, optimizer: Optimizer, key: Key[Array, ""], abst
 
 def param_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def forward(config: T5Config, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None) -> Array:
-    """Teacher-forced logits [B, T, V] of a batch, packed or not; with dropout if a key is given."""
-    logits_BTV = T5(config, train=dropout_key is not None).apply(
-        {"params": params},
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        batch.get("encoder_segment_ids"),
-        batch.get("decoder_segment_ids"),
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-    )
-    assert isinstance(logits_BTV, jax.Array)
-    return logits_BTV
 
 
 def train_step(
@@ -146,12 +132,16 @@ def train_step(
         )
         params = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), state.params, direction)
 
+    targets = jnp.sum(batch["decoder_loss_weights"] != 0)
+    tokens = sum(
+        jnp.sum(batch[name] != 0) for name in ("encoder_input_tokens", "decoder_target_tokens") if name in batch
+    )
     metrics = _means(sums) | {
         "learning_rate": learning_rate,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(state.params),
-        "target_tokens": jnp.sum(batch["decoder_target_tokens"] != 0).astype(jnp.float32),
-        "input_tokens": jnp.sum(batch["encoder_input_tokens"] != 0).astype(jnp.float32),
+        "target_tokens": targets.astype(jnp.float32),
+        "input_tokens": jnp.asarray(tokens - targets, jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

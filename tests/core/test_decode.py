@@ -19,7 +19,7 @@ def test_cached_decoding_equals_the_full_forward_on_every_prefix(chunk):
     @jax.jit
     def start():
         encoded = model.apply({"params": params}, ENCODER_INPUT, method=T5.encode)
-        return model.apply({"params": params}, encoded, 6, method=T5.start_cache)
+        return model.apply({"params": params}, encoded, len(encoded), 6, method=T5.start_cache)
 
     @jax.jit
     def next_logits(tokens, index, cache):
