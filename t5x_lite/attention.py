@@ -25,7 +25,7 @@ class Visibility:
     """Which keys each query may attend to.
 
     A query sees a key when their segments are equal and the key's segment is not 0 (padding), and, if `causal`, when
-    the key's position is not after the query's or the key belongs to its segment's `key_prefix` (1 there, else 0). `None`
+    the key's position is not after the query's or the key is of its segment's `key_prefix` (1 there, else 0). `None`
     for the segments means that nothing is hidden by them. The first query stands at position `offset` of the keys: 0 in
     training, the number of tokens so far in cached decoding.
     """

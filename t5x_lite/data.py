@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import seqio
@@ -26,6 +26,8 @@ import tensorflow as tf
 from t5x_lite import packing
 
 logger = logging.getLogger(__name__)
+
+Layout = Literal["encoder_decoder", "decoder"]  # of a model's batches
 
 for _kind in ("GPU", "TPU"):  # before TensorFlow's first op: it would take the whole accelerator's memory
     if tf.config.get_visible_devices(_kind):
@@ -92,14 +94,18 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
             )
 
 
-def check_lengths(name: str, lengths: Mapping[str, int]) -> None:
-    """Raises ValueError where TASK_FEATURE_LENGTHS and the features of the task or mixture do not match."""
+def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encoder_decoder") -> None:
+    """Raises ValueError where TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
     features = find_provider(name).output_features
-    if not {"inputs", "targets"} <= set(features):
-        raise ValueError(f"{name} has the features {sorted(features)}; an encoder-decoder needs inputs and targets.")
-    if set(lengths) != {"inputs", "targets"}:
+    needed = {"targets"} if layout == "decoder" else {"inputs", "targets"}
+    if not needed <= set(features):
         raise ValueError(
-            f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for 'inputs' and 'targets' and nothing else, "
+            f"{name} has the features {sorted(features)}; a model that is an {layout} needs {sorted(needed)}."
+        )
+    if not needed <= set(lengths) <= {"inputs", "targets"}:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))}"
+            f"{' (and inputs, if there are any)' if layout == 'decoder' else ''} and nothing else, "
             f"such as {{'inputs': 512, 'targets': 114}}; {name} has the features {sorted(features)}."
         )
     if not all(isinstance(n, int) and n > 0 for n in lengths.values()):
@@ -138,6 +144,8 @@ class TrainBatches:
       lengths: {"inputs": S, "targets": T} in tokens; longer examples are cut.
       batch_size: of all hosts together.
       seed: fixes the order, on the same number of hosts.
+      layout: of the model: "decoder" has inputs and targets in one row of length S + T, and no encoder's arrays but
+        decoder_causal_attention; examples without inputs make rows of length T.
       pack: several examples in one row.
       use_cached: read SeqIO's offline cache.
     """
@@ -149,6 +157,7 @@ class TrainBatches:
         *,
         batch_size: int,
         seed: int,
+        layout: Layout = "encoder_decoder",
         split: str = "train",
         pack: bool = True,
         shuffle: bool = True,
@@ -156,7 +165,7 @@ class TrainBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        check_lengths(name, lengths)
+        check_lengths(name, lengths, layout)
         check_split(name, split)
         self._name = name
         # All that the position depends on: a position is only worth something to the same stream.
@@ -183,11 +192,7 @@ class TrainBatches:
             try_in_mem_cache=False,  # the cache would be written into every position saved
             trim_output_features=False,  # done below
         )
-        if pack:
-            dataset = _packed(examples, lengths)
-        else:
-            examples = examples.map(lambda x: {k: x[k][:length] for k, length in lengths.items()})
-            dataset = seqio.EncDecFeatureConverter(pack=False)(examples, lengths).batch(batch_size)
+        dataset = _rows(name, examples, lengths, layout, pack)
         options = tf.data.Options()
         options.deterministic = True
         # Maps that are meant to be sequential stay so: handing each example to another thread costs more than they do.
@@ -232,22 +237,35 @@ class TrainBatches:
         tf.train.Checkpoint(iterator=self._iterator).read(os.path.join(path, "position")).assert_consumed()
 
 
-def _packed(examples: tf.data.Dataset, lengths: Mapping[str, int]) -> tf.data.Dataset:
-    """Blocks of packed rows, as `packing.pack` makes them. The number of examples in a block is SeqIO's."""
-    side = {"inputs": "encoder", "targets": "decoder"}
-    nothing = {feature: np.zeros((1, 0), np.int32) for feature in lengths}
-    names = list(packing.pack(nothing["inputs"], nothing["targets"], lengths))
+def _rows(
+    name: str, examples: tf.data.Dataset, lengths: Mapping[str, int], layout: Layout, pack: bool
+) -> tf.data.Dataset:
+    """Blocks of rows as `packing` makes them. The number of examples packed together is SeqIO's."""
+    spec: Any = examples.element_spec
+    if "inputs" not in spec and layout != "decoder":
+        raise ValueError(
+            f"the examples of {name} have no inputs: they are for a decoder alone, such as models/decoder_only.gin"
+        )
+    features = {k: lengths[k] for k in ("inputs", "targets") if k in spec and k in lengths}
+    row_length = sum(features.values())
 
-    def pack(inputs: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
-        return list(packing.pack(inputs, targets, lengths).values())
+    def make(targets: np.ndarray, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        if layout == "decoder":
+            return packing.pack_joined(inputs, targets, row_length) if pack else packing.joined(inputs, targets)
+        return packing.pack(inputs, targets, features) if pack else packing.unpacked(inputs, targets)
+
+    nothing = np.zeros((1, 0), np.int32)
+    none = {k: np.zeros((1, length), np.int32) for k, length in features.items()}
+    wide = {k: x.shape[1] for k, x in make(none["targets"], none.get("inputs", nothing)).items()}
 
     def rows(block: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        arrays = tf.numpy_function(pack, [block["inputs"], block["targets"]], [tf.int32] * len(names), stateful=False)
-        wide = {side[feature]: length for feature, length in lengths.items()}
-        return {k: tf.ensure_shape(x, [None, wide[k.split("_")[0]]]) for k, x in zip(names, arrays, strict=True)}
+        given = [block["targets"], block.get("inputs", tf.zeros([tf.shape(block["targets"])[0], 0], tf.int32))]
+        arrays = tf.numpy_function(lambda *x: list(make(*x).values()), given, [tf.int32] * len(wide), stateful=False)
+        return {k: tf.ensure_shape(x, [None, length]) for x, (k, length) in zip(arrays, wide.items(), strict=True)}
 
-    cut = examples.map(lambda x: {k: tf.cast(x[k][:length], tf.int32) for k, length in lengths.items()})
-    return cut.padded_batch(max(lengths.values())).map(rows, num_parallel_calls=tf.data.AUTOTUNE)
+    cut = examples.map(lambda x: {k: tf.cast(x[k][:length], tf.int32) for k, length in features.items()})
+    block = row_length if layout == "decoder" else max(lengths.values())
+    return cut.padded_batch(block, None if pack else features).map(rows, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 # Evaluation.
@@ -270,31 +288,25 @@ class EvalBatches:
         *,
         batch_size: int,
         split: str = "validation",
+        layout: Layout = "encoder_decoder",
         num_batches: int | None = None,
         seed: int = 0,
         use_cached: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        check_lengths(task_name, lengths)
+        check_lengths(task_name, lengths, layout)
         check_split(task_name, split)
         rows = _host_batch_size(batch_size, process_count)
         self._rows = slice(process_index * rows, (process_index + 1) * rows)
         self._batch_size = batch_size
         self._kept: list[Batch] | None = None
         self._keep = num_batches is not None
-        dataset = seqio.get_dataset(
-            task_name,
-            task_feature_lengths=lengths,
-            feature_converter=seqio.EncDecFeatureConverter(pack=False),
-            dataset_split=split,
-            use_cached=use_cached,
-            shuffle=False,
-            num_epochs=1,
-            verbose=False,
-            seed=seed,
+        examples = find_provider(task_name).get_dataset(
+            sequence_length=lengths, split=split, use_cached=use_cached, shuffle=False, num_epochs=1, seed=seed
         )
-        self._dataset = dataset.batch(batch_size).take(-1 if num_batches is None else num_batches)
+        dataset = _rows(task_name, examples, lengths, layout, pack=False).rebatch(batch_size)
+        self._dataset = dataset.take(-1 if num_batches is None else num_batches)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._keep and self._kept is None:
@@ -302,7 +314,8 @@ class EvalBatches:
         return iter(self._kept) if self._kept is not None else self._read()
 
     def _read(self) -> Iterator[Batch]:
-        for batch in self._dataset.prefetch(1).as_numpy_iterator():
+        batches: Any = self._dataset.prefetch(1).as_numpy_iterator()
+        for batch in batches:
             yield {k: v[self._rows] for k, v in fill_up(batch, self._batch_size).items()}
 
 
@@ -321,10 +334,18 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
       batch: as `TrainBatches` or `EvalBatches` make it.
       vocabulary: of both inputs and targets.
     """
-    inputs_BS, targets_BT = np.asarray(batch["encoder_input_tokens"]), np.asarray(batch["decoder_target_tokens"])
+    batch = {k: np.asarray(v) for k, v in batch.items()}
+    if "encoder_input_tokens" not in batch:  # inputs are what a decoder alone reads without loss
+        parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
+        batch |= {f"{k}_input_tokens": batch["decoder_target_tokens"] * part for k, part in parts.items()}
+        batch["decoder_target_tokens"] = batch["decoder_input_tokens"]
+        if "decoder_segment_ids" in batch:
+            batch |= {f"{k}_segment_ids": batch["decoder_segment_ids"] * part for k, part in parts.items()}
+            batch["encoder_positions"] = batch["decoder_positions"]
+    inputs_BS, targets_BT = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
     packed = "encoder_segment_ids" in batch
-    segments_BS = np.asarray(batch["encoder_segment_ids"]) if packed else (inputs_BS > 0).astype(int)
-    segments_BT = np.asarray(batch["decoder_segment_ids"]) if packed else (targets_BT > 0).astype(int)
+    segments_BS = batch["encoder_segment_ids"] if packed else (inputs_BS > 0).astype(int)
+    segments_BT = batch["decoder_segment_ids"] if packed else (targets_BT > 0).astype(int)
     lines = []
     for row in range(len(inputs_BS)):
         count = max(segments_BS[row].max(), segments_BT[row].max())
@@ -343,7 +364,7 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
             ]
             lines += [f"    span {name}: {text!r}" for name, text in _spans(targets, vocabulary)]
     share_S, share_T = np.mean(segments_BS > 0), np.mean(segments_BT > 0)
-    weights = float(np.sum(np.asarray(batch["decoder_loss_weights"])))
+    weights = float(np.sum(batch["decoder_loss_weights"]))
     lines.append(
         f"packing efficiency: {share_S:.1%} of {segments_BS.size} input and {share_T:.1%} of {segments_BT.size} target "
         f"positions hold tokens; sum of loss weights {weights:g}"
@@ -358,7 +379,7 @@ def _extent(at: np.ndarray) -> str:
 def _positions(batch: Mapping[str, np.ndarray], side: str, row: int, at: np.ndarray) -> str:
     if f"{side}_positions" not in batch or not len(at):
         return ""
-    positions = np.asarray(batch[f"{side}_positions"])[row, at]
+    positions = batch[f"{side}_positions"][row, at]
     return f" (positions {positions[0]}..{positions[-1]})"
 
 

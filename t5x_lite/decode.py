@@ -82,7 +82,7 @@ def generate(
 ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
     """Decodes `decoding.num_return` = N results for each row, the best first ("sample": in the order drawn).
 
-    The inputs, padded with 0 at the end, are the encoder's; a decoder alone reads them in one pass and goes on from them.
+    The inputs, padded with 0 at the end, are the encoder's; a decoder alone reads them in one pass and goes on.
 
     Args:
       key: for "sample".
@@ -128,7 +128,7 @@ def _start(
     Returns one step (last tokens, index, cache) -> (logits, cache), the cache, and the last tokens at index 0.
     """
     B, S = input_tokens.shape
-    apply = functools.partial(T5(config).apply, {"params": params})
+    apply: Any = functools.partial(T5(config).apply, {"params": params})
     if config.decoder_only:
         # A row ends where the others end, so that all go on at the same place; what is left of it is never seen.
         places_BM = jnp.arange(S + max_length) - S + jnp.count_nonzero(input_tokens, axis=1)[:, None]
@@ -138,7 +138,7 @@ def _start(
             "decoder_segment_ids": (places_BM >= 0).astype(jnp.int32),
             "decoder_causal_attention": prefix_BM.astype(jnp.int32),
         }
-        cache: Any = apply(None, B, S + max_length, method=T5.start_cache)
+        cache = apply(None, B, S + max_length, method=T5.start_cache)
         _, cache = apply(tokens_BM[:, : S + 1], 0, cache, None, **keys, method=T5.decode_step)
         first_B, offset, inputs = tokens_BM[:, S], S, None
     else:
@@ -148,7 +148,7 @@ def _start(
     first_B, inputs, keys = jax.tree.map(lambda x_B: jnp.repeat(x_B, copies, axis=0), (first_B, inputs, keys))
 
     def step(last_B: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
-        found: Any = apply(last_B[:, None], offset + index, cache, inputs, **keys, method=T5.decode_step)
+        found = apply(last_B[:, None], offset + index, cache, inputs, **keys, method=T5.decode_step)
         return found[0][:, 0], found[1]
 
     return step, cache, first_B
@@ -213,15 +213,16 @@ def _draw(logits_BV: Array, key: Array, *, decoding: Decoding) -> Array:
     return jax.random.categorical(key, logits_BV, axis=-1)
 
 
+def _penalty(length: Array | int, alpha: float) -> Array:
+    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+
 def _beam(
     params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, K: int, alpha: float
 ) -> tuple[Int[Array, "B K T"], Float[Array, "B K"]]:
     """Beam search over live sequences and a pool of ended ones, K of each, as T5X does it; K is the number of beams."""
     decode, cache, first = _start(params, encoder_input_tokens, config, max_length, K)
     B = encoder_input_tokens.shape[0]
-
-    def penalty(length: Array | int) -> Array:
-        return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
 
     def pick(x: Array, beams: Array) -> Array:
         """[B, K', ...] at the beams [B, K'']."""
@@ -247,7 +248,7 @@ def _beam(
         }  # what was decoded goes with its beam; the encoded inputs are the same for all beams of a row
         cache = dataclasses.replace(cache, **moved)
 
-        scores_BJ = best_BJ / penalty(index + 1) + ~ends_BJ * NEVER
+        scores_BJ = best_BJ / _penalty(index + 1, alpha) + ~ends_BJ * NEVER
         ended_BK, kept_BK = jax.lax.top_k(jnp.concatenate([ended_BK, scores_BJ], axis=1), K)
         ended_BKT = pick(jnp.concatenate([ended_BKT, grown_BJT], axis=1), kept_BK)
         ended_BKT = jnp.where((ended_BK > NEVER / 2)[..., None], ended_BKT, 0)
@@ -255,7 +256,7 @@ def _beam(
 
     def unfinished(carry: tuple) -> Array:
         index, _, live_BK, _, ended_BK, _ = carry
-        hopes_B = live_BK[:, 0] / penalty(max_length)  # no live sequence can end with more
+        hopes_B = live_BK[:, 0] / _penalty(max_length, alpha)  # no live sequence can end with more
         return (index < max_length) & ~jnp.all(jnp.min(ended_BK, axis=1) > hopes_B)
 
     none_BKT = jnp.zeros((B, K, max_length), jnp.int32)
@@ -264,6 +265,19 @@ def _beam(
     _, live_BKT, live_BK, ended_BKT, ended_BK, _ = jax.lax.while_loop(unfinished, step, start)
     any_B = jnp.any(ended_BK > NEVER / 2, axis=1)
     return jnp.where(any_B[:, None, None], ended_BKT, live_BKT), jnp.where(any_B[:, None], ended_BK, live_BK)
+
+
+def log_likelihoods(
+    tokens_BNT: Int[Array, "B N T"], scores_BN: Float[Array, "B N"], decoding: Decoding
+) -> Float[Array, "B N"]:
+    """The log-probability that the model gives each result of `generate`; -inf where there is none."""
+    if decoding.method != "beam":
+        return scores_BN
+    is_end_BNT = tokens_BNT == END
+    lengths_BN = jnp.argmax(is_end_BNT, axis=-1) + 1
+    unranked_BN = scores_BN * _penalty(lengths_BN, decoding.alpha)
+    found_BN = jnp.where(jnp.any(is_end_BNT, axis=-1), unranked_BN, scores_BN)  # those that never end were not ranked
+    return jnp.where(scores_BN > NEVER / 2, found_BN, -jnp.inf)
 
 
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:

@@ -1,4 +1,4 @@
-"""The work of each mode of the command: train, eval, infer, score, inspect, and the dry run.
+"""The work of each mode of the command: train, eval, infer, score, inspect, plan, and the dry run.
 
 Each function takes a `Run` and wires the parts. TensorFlow and SeqIO are imported only when all that can be refused
 without them has been, for that takes seconds. This module knows every part, and nothing of flags and gin.
@@ -7,6 +7,7 @@ without them has been, for that takes seconds. This module knows every part, and
 import contextlib
 import dataclasses
 import importlib
+import json
 import logging
 import os
 import sys
@@ -50,7 +51,7 @@ def _prepare_tasks(run: Run) -> str:
     for task, read in describe(data.find_provider(name)).items():
         log.info("%s reads %s", task, read)
     data.check_vocabulary(name, run.model.vocab_size)
-    data.check_lengths(name, run.task_feature_lengths)
+    data.check_lengths(name, run.task_feature_lengths, run.model.layout)
     return name
 
 
@@ -123,6 +124,7 @@ def _train_batches(run: Run, name: str) -> Any:
         run.task_feature_lengths,
         batch_size=run.batch_size,
         seed=run.random_seed,
+        layout=run.model.layout,
         pack=run.pack,
         shuffle=run.shuffle_train_examples,
         use_cached=run.use_cached_tasks,
@@ -153,6 +155,7 @@ def _evaluation(run: Run, name: str, functions: Functions) -> Callable[[Any, int
             task,
             run.task_feature_lengths,
             batch_size=run.eval_batch_size,
+            layout=run.model.layout,
             split=run.eval_split,
             num_batches=run.eval_steps,
             seed=run.random_seed,
@@ -207,7 +210,7 @@ def train(run: Run, config: str) -> None:
     batches = _train_batches(run, name)
     evaluation = _evaluation(run, name, Functions(run, machine))
     lengths = run.task_feature_lengths
-    flops = logs.flops_per_step(run.model, run.batch_size, lengths["inputs"], lengths["targets"])
+    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths["targets"])
     with (
         contextlib.closing(logs.MetricLogger(run.model_dir, last, flops)) as logger,
         contextlib.closing(_checkpointer(run)) as saver,
@@ -298,44 +301,59 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
     functions = Functions(run, machine)
     named = run.mixture_or_task_name or run.train_files or run.infer_input is None
     name = _prepare_tasks(run) if named else _import_tasks(run)
-    from t5x_lite import data, evaluate
+    from t5x_lite import data, infer
     from tasks import vocabulary
 
-    lengths, count = run.task_feature_lengths, run.eval_examples
+    lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
     features = data.find_provider(name).output_features if name else vocabulary.output_features()
-    if run.infer_input is not None:
-        examples = {
-            Path(run.infer_input).stem: evaluate.file_examples(run.infer_input, features, lengths, num_examples=count)
-        }
-    else:
-        examples = {
-            task: evaluate.task_examples(
-                *(task, lengths),
-                split=run.eval_split,
-                num_examples=count,
-                use_cached=run.use_cached_tasks,
-                seed=run.random_seed,
-            )
-            for task in data.tasks_with_split(str(name), run.eval_split)
-        }
-    if run.infer_output is not None and len(examples) != 1:
+    tasks = data.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
+    if run.infer_output is not None and run.infer_input is None and len(tasks) != 1:
         raise ValueError(
-            f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(examples)} tasks with the split "
-            f"{run.eval_split!r} ({', '.join(examples)}): leave it unset, or name one task"
+            f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(tasks)} tasks with the split "
+            f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or name one task"
         )
+    if run.infer_input is not None:
+        source = infer.file_source(run.infer_input, features, lengths, num_examples=count, with_targets=mode == "score")
+        sources = {Path(run.infer_input.removesuffix(".gz")).stem: source}
+    else:
+        options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
+        sources = {task: infer.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
     params = checkpoint.restore_params(path, machine.abstract.params)
-    for task, rows in examples.items():
-        output = Path(run.infer_output or Path(run.model_dir, mode, f"{task}-{at_step}.jsonl"))
-        to, size = _only_first(output), run.eval_batch_size
-        score = partial(functions.score, params)
+    about = _made_from(run, path, features, mode)
+    for task, source in sources.items():
+        output = run.infer_output or Path(run.model_dir, mode, f"{task}-{at_step}.jsonl")
         if mode == "score":
-            written = evaluate.write_scores(rows, score, to, lengths=lengths, batch_size=size)
+            answer = partial(functions.score, params)
+            written = infer.write_scores(source, answer, output, lengths=lengths, batch_size=size, about=about)
         else:
-            predict, vocabulary_of = partial(functions.predict, params), features["targets"].vocabulary
-            written = evaluate.write_predictions(
-                *(rows, predict, to), vocabulary=vocabulary_of, lengths=lengths, batch_size=size, score=score
+            generate, vocabulary_of = partial(functions.generate, params), features["targets"].vocabulary
+            written = infer.write_predictions(
+                *(source, generate, output), vocabulary=vocabulary_of, lengths=lengths, batch_size=size, about=about
             )
-        log.info("%d lines written to %s", written, output)
+        log.info("%d lines in %s", written, output)
+
+
+def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["infer", "score"]) -> dict[str, Any]:
+    """What results follow from beside the examples: an interrupted run may only go on with the same."""
+    metadata = Path(path, "_CHECKPOINT_METADATA")
+    saved = json.loads(metadata.read_text()).get("commit_timestamp_nsecs") if metadata.exists() else None
+    about = {
+        "checkpoint": path,
+        "checkpoint_saved_ns": saved,
+        "model": str(run.model),
+        "vocabulary": {
+            name: [
+                *(type(feature.vocabulary).__name__, feature.vocabulary.vocab_size),
+                getattr(feature.vocabulary, "sentencepiece_model_file", None),
+            ]
+            for name, feature in features.items()
+        },
+    }
+    if mode == "score":
+        return about
+    length = run.max_decode_length or run.task_feature_lengths["targets"]
+    seed = run.random_seed if run.decode_method == "sample" else None
+    return about | {"decoding": dataclasses.asdict(run.decoding), "max_decode_length": length, "seed": seed}
 
 
 def inspect(run: Run) -> None:
@@ -367,6 +385,28 @@ def dry_run(run: Run, mode: str) -> None:
     for task, rate in _rates(name).items():
         print(f"            {rate:7.3%} {task}")
     print("Dry run: nothing was computed or written.")
+
+
+def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
+    """Prints what the run takes on `topology`, and writes it to MODEL_DIR/plan.json; touches no devices, reads no data.
+
+    Args:
+      decode: compile decoding, too.
+      suggest: before that, look for a mesh, REMAT and NUM_MICROBATCHES that fit, and plan with these.
+    """
+    from t5x_lite import plan as planning
+    from t5x_lite import suggest as search
+    from t5x_lite import topologies
+
+    place = topologies.find(topology)
+    if suggest:
+        run = search.best(run, place)
+    found = planning.make(run, place, decode)
+    print(planning.table(found))
+    path = Path(run.model_dir, "plan.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(found) | {"fits": found.fits}, indent=1) + "\n")
+    print(f"as JSON: {path}")
 
 
 def _vocabulary_file(run: Run, name: str) -> str | None:

@@ -20,6 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from t5x_lite import convert, decode, packing, sharding
+from t5x_lite.bert import BertConfig
+from t5x_lite.load_bert import LoadedBert
 from t5x_lite.model import T5, Dtype, T5Config
 
 Texts = Sequence[str]
@@ -77,20 +79,35 @@ class LoadedModel:
 
     def logits(
         self,
-        encoder_input_tokens: Int[Array | np.ndarray, "B S"],
+        encoder_input_tokens: Int[Array | np.ndarray, "B S"] | None,
         decoder_input_tokens: Int[Array | np.ndarray, "B T"],
         encoder_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
         decoder_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+        decoder_causal_attention: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits at every target position, float32. The decoder's inputs are the targets after a start token, 0.
 
-        Segment ids are for rows of several packed examples.
+        Segment ids are for rows of several packed examples. A decoder alone that is given inputs reads them before the
+        targets; without (None), rows are its own, as SeqIO's LM and prefix LM converters make them.
         """
+        first_B1 = None
+        if self.config.decoder_only and encoder_input_tokens is not None:
+            inputs_BS, targets_BT = np.asarray(encoder_input_tokens), np.asarray(decoder_input_tokens)
+            last_BT = np.pad(targets_BT[:, 1:], [(0, 0), (0, 1)], constant_values=decode.END)  # so that all are read
+            rows = packing.joined(inputs_BS, last_BT)
+            first_B1 = np.count_nonzero(inputs_BS, axis=1, keepdims=True)
+            encoder_input_tokens, encoder_segment_ids, decoder_segment_ids = None, None, None
+            decoder_input_tokens = rows["decoder_input_tokens"]
+            decoder_causal_attention = rows["decoder_causal_attention"]
+            places_BT = first_B1 + np.arange(targets_BT.shape[1])
+        tokens = (encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids)
         with sharding.layout(self._mesh):
-            return self._logits(
-                *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
-                *(jnp.asarray(decoder_input_tokens, jnp.int32), encoder_segment_ids, decoder_segment_ids),
+            logits_BTV = self._logits(
+                self.params, *jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), (*tokens, decoder_causal_attention))
             )
+        if first_B1 is None:
+            return logits_BTV
+        return jnp.take_along_axis(logits_BTV, places_BT[..., None], axis=1)
 
     def generate(
         self,
@@ -144,7 +161,8 @@ class LoadedModel:
         inputs, targets = self._tokens(inputs), self._tokens(targets)
         scores = np.zeros(len(inputs), np.float32)
         for rows in _batches([len(a) + len(b) for a, b in zip(inputs, targets, strict=True)], batch_size):
-            batch = packing.unpacked(_padded([inputs[i] for i in rows]), _padded([targets[i] for i in rows]))
+            arrange = packing.joined if self.config.decoder_only else packing.unpacked
+            batch = arrange(_padded([inputs[i] for i in rows]), _padded([targets[i] for i in rows]))
             with sharding.layout(self._mesh):
                 scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))
         return scores
@@ -182,8 +200,8 @@ def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
     return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
 
 
-def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> LoadedModel:
-    """The model that `path` holds: a Hugging Face T5 directory, a MODEL_DIR or a checkpoint in it, or T5X's.
+def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> LoadedModel | LoadedBert:
+    """The model that `path` holds: a Hugging Face directory (T5, BERT), a MODEL_DIR or a checkpoint in it, or T5X's.
 
     Args:
       dtype: of activations; parameters, softmax and logits are float32.
@@ -194,6 +212,8 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | No
       FileNotFoundError, ValueError: see `convert.read`.
     """
     config, params = convert.read(path, mesh, dtype=dtype)
+    if isinstance(config, BertConfig):
+        return LoadedBert(config, params, mesh)
     file = convert.tokenizer_file(path)
     return LoadedModel(config, params, None if file is None else Vocabulary(file), mesh)
 
@@ -206,6 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         model = load(asked.path)
+        if not isinstance(model, LoadedModel):
+            raise ValueError(f"{asked.path} is a BERT, which writes no text: use t5x_lite.load in Python")
         model.predict(["warm up"], method=asked.method, max_length=asked.max_length)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"t5x_lite.load: {error}", file=sys.stderr)
@@ -223,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
 class _Callable(types.ModuleType):
     """This module has the name of its function, which `t5x_lite.load` must stay after the module is imported."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> LoadedModel:
+    def __call__(self, *args: Any, **kwargs: Any) -> LoadedModel | LoadedBert:
         return load(*args, **kwargs)
 
 

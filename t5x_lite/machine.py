@@ -5,14 +5,14 @@ must not know text, SeqIO or TensorFlow.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import decode, sharding, step
+from t5x_lite import decode, packing, sharding, step
 from t5x_lite.options import Run
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,12 @@ logger = logging.getLogger(__name__)
 class Machine:
     """The devices of a run and the shapes of its state on them; what can be refused without reading data is."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, devices: Sequence[Any] | None = None):
+        """devices: of a plan, which may be of machines that are not there; None: all there are."""
         if unknown := set(run.mesh) - set(sharding.MESH_AXES):
             raise ValueError(f"MESH has no axis {unknown.pop()!r}: its axes are {', '.join(sharding.MESH_AXES)}")
-        self.mesh = sharding.make_mesh(run.mesh.get("data", 1), run.mesh.get("fsdp", 1), run.mesh.get("tensor", 1))
+        sizes = (run.mesh.get(axis, 1) for axis in sharding.MESH_AXES)
+        self.mesh = sharding.make_mesh(*sizes, devices=devices)
         self.rules = run.logical_axis_rules or sharding.RULES
         parts = sharding.batch_parts(self.mesh, self.rules)
         for name, rows in (
@@ -47,7 +49,7 @@ class Functions:
     """A model as functions on numpy rows: the same rows on every host, the same results on every host."""
 
     def __init__(self, run: Run, machine: Machine):
-        self._machine = machine
+        self._machine, self._layout = machine, run.model.layout
         compiler, abstract = machine.compiler, machine.abstract
         length = run.max_decode_length or run.task_feature_lengths["targets"]
         logger.info("Decoding: %s, at most %d tokens", run.decoding, length)
@@ -64,16 +66,21 @@ class Functions:
         return jax.tree.map(put, rows)
 
     def predict(self, params: Any, inputs_BS: np.ndarray) -> np.ndarray:
-        """Token ids [B, T]."""
-        tokens_B1T, _ = self._generate(params, self._spread(inputs_BS))
-        return jax.device_get(tokens_B1T)[:, 0]
+        """Token ids [B, T], the best of each row."""
+        return self.generate(params, inputs_BS)[0][:, 0]
+
+    def generate(self, params: Any, inputs_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """NUM_DECODES results for each row: token ids [B, N, T], log-likelihoods [B, N]; -inf: no such result."""
+        return jax.device_get(self._generate(params, self._spread(inputs_BS)))
 
     def score(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Log-likelihoods [B] of the targets."""
+        """Log-likelihoods [B] of the targets, which are apart from the inputs whatever the model's layout."""
+        if self._layout == "decoder":
+            rows = packing.joined(rows["encoder_input_tokens"], rows["decoder_target_tokens"])
         return jax.device_get(self._score(params, self._spread(dict(rows))))
 
     def loss(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Mean cross entropy and accuracy of the target tokens, over batches of this host's rows."""
+        """Mean cross entropy and accuracy of the target tokens; batches of this host's rows, in the model's layout."""
         sums: dict[str, float] = {"loss": 0.0, "correct": 0.0, "weights": 0.0}
         for batch in batches:
             found = jax.device_get(self._sums(params, sharding.shard_batch(batch, self._machine.batch_sharding)))
@@ -82,8 +89,11 @@ class Functions:
         return {"loss": sums["loss"] / tokens, "token_accuracy": sums["correct"] / tokens}
 
 
-def _generate(params: Any, inputs_BS: jax.Array, *, seed: int, **settings: Any) -> tuple[jax.Array, jax.Array]:
+def _generate(
+    params: Any, inputs_BS: jax.Array, *, seed: int, decoding: decode.Decoding, **settings: Any
+) -> tuple[jax.Array, jax.Array]:
     """`decode.generate` with a key that follows from the seed and the inputs: the same batch, the same samples."""
     places = jnp.arange(1, inputs_BS.size + 1, dtype=jnp.uint32).reshape(inputs_BS.shape)
     key = jax.random.fold_in(jax.random.key(seed), jnp.sum(inputs_BS.astype(jnp.uint32) * places))
-    return decode.generate(params, inputs_BS, key=key, **settings)
+    tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=key, decoding=decoding, **settings)
+    return tokens_BNT, decode.log_likelihoods(tokens_BNT, scores_BN, decoding)

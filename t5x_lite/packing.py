@@ -1,8 +1,8 @@
 """The arrays that the model gets for examples: one in each row, or several short ones.
 
-In numpy, a block of examples at a time. The results are those of seqio.EncDecFeatureConverter and, for a decoder alone, of
-seqio.PrefixLMFeatureConverter (inputs and targets one behind the other, loss on the targets), whose packing loops over
-TensorFlow tensors at the cost of all the rest of a pipeline. Must not know: datasets, tasks, models.
+In numpy, a block of examples at a time. The results are those of seqio.EncDecFeatureConverter and, for a decoder alone,
+of seqio.PrefixLMFeatureConverter (inputs and targets one behind the other, loss on the targets), whose packing loops
+over TensorFlow tensors at the cost of all the rest of a pipeline. Must not know: datasets, tasks, models.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ def unpacked(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndar
     return {
         "encoder_input_tokens": inputs_BS,
         "decoder_target_tokens": targets_BT,
-        "decoder_input_tokens": np.pad(targets_BT, [(0, 0), (1, 0)])[:, :-1],
+        "decoder_input_tokens": _one_later(targets_BT),
         "decoder_loss_weights": (targets_BT > 0).astype(np.int32),
     }
 
@@ -26,7 +26,12 @@ def joined(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndarra
     """One example a row of a decoder alone, [B, S + T]; padding is moved behind the targets."""
     length = inputs_BS.shape[1] + targets_BT.shape[1]
     arrays = _joined(inputs_BS, targets_BT, np.arange(len(inputs_BS)), np.zeros(len(inputs_BS), np.int64), length)
-    return {name: arrays[name] for name in arrays if name != "decoder_positions"}
+    del arrays["decoder_positions"]
+    return arrays | {"decoder_input_tokens": _one_later(arrays["decoder_target_tokens"])}
+
+
+def _one_later(tokens_BT: np.ndarray) -> np.ndarray:
+    return np.pad(tokens_BT, [(0, 0), (1, 0)])[:, :-1]
 
 
 def pack(inputs_NS: np.ndarray, targets_NT: np.ndarray, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -92,7 +97,7 @@ def _decoder(scatter: Scatter, positions: np.ndarray, tokens: np.ndarray) -> dic
 
 
 def _scatter(sizes_N: np.ndarray, rows_N: np.ndarray, starts_N: np.ndarray, length: int) -> tuple[Scatter, np.ndarray]:
-    """What lays the tokens of N examples, one after the other, out in rows; and each token's position in its example."""
+    """What lays the tokens of N examples, one after the other, out in rows; and the tokens' positions in them."""
     positions = np.arange(sizes_N.sum()) - np.repeat(np.cumsum(sizes_N) - sizes_N, sizes_N)
     places = np.repeat(rows_N * length + starts_N, sizes_N) + positions
 

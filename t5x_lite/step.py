@@ -133,9 +133,8 @@ def train_step(
         params = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), state.params, direction)
 
     targets = jnp.sum(batch["decoder_loss_weights"] != 0)
-    tokens = sum(
-        jnp.sum(batch[name] != 0) for name in ("encoder_input_tokens", "decoder_target_tokens") if name in batch
-    )
+    sides = ("encoder_input_tokens", "decoder_target_tokens")
+    tokens = sum(jnp.sum(batch[side] != 0) for side in sides if side in batch)
     metrics = _means(sums) | {
         "learning_rate": learning_rate,
         "grad_norm": optax.tree.norm(grads),

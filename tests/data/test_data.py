@@ -233,9 +233,18 @@ def test_tensorflow_sees_no_accelerator():
     assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}
 
 
-def test_packing_is_seqios(bytes_vocabulary):
+CONVERTERS = {
+    ("encoder_decoder", True): seqio.EncDecFeatureConverter,
+    ("decoder", True): seqio.PrefixLMFeatureConverter,
+    ("decoder", False): seqio.LMFeatureConverter,
+}
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize(("layout", "with_inputs"), CONVERTERS)
+def test_rows_are_seqios(layout, with_inputs, pack):
     random = np.random.default_rng(0)
-    lengths = {"inputs": 32, "targets": 16}
+    lengths = {"inputs": 32, "targets": 16} if with_inputs else {"targets": 16}
 
     def example():
         return {k: random.integers(1, 99, random.integers(1, n), np.int32) for k, n in lengths.items()}
@@ -243,10 +252,28 @@ def test_packing_is_seqios(bytes_vocabulary):
     examples = [example() for _ in range(200)] + [{k: np.arange(1, n + 1, dtype=np.int32) for k, n in lengths.items()}]
     signature = {k: tf.TensorSpec([None], tf.int32) for k in lengths}
     dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=signature)
-    expected = list(seqio.EncDecFeatureConverter(pack=True)(dataset, lengths).as_numpy_iterator())
-    found = list(data._packed(dataset, lengths).unbatch().as_numpy_iterator())
-    assert expected[0]["encoder_segment_ids"].max() > 1
+    expected = list(CONVERTERS[layout, with_inputs](pack=pack)(dataset, lengths).as_numpy_iterator())
+    found = list(data._rows("a task", dataset, lengths, layout, pack).unbatch().as_numpy_iterator())
+    assert not pack or max(x["decoder_segment_ids"].max() for x in expected) > 1
     for x, y in zip(found, expected, strict=True):
+        if not with_inputs:  # SeqIO's language model has no prefix; ours is the start token alone, which all see anyway
+            start = x.pop("decoder_causal_attention")
+            np.testing.assert_array_equal(start, (x["decoder_target_tokens"] != 0) & (x["decoder_input_tokens"] == 0))
         assert x.keys() == y.keys()
         for k in x:
             np.testing.assert_array_equal(x[k], y[k], k)
+
+
+def test_examples_without_inputs_are_for_a_decoder_alone():
+    dataset = tf.data.Dataset.from_tensors({"targets": tf.constant([1, 2])})
+    with pytest.raises(ValueError, match="no inputs: they are for a decoder alone"):
+        data._rows("a task", dataset, LENGTHS, "encoder_decoder", True)
+
+
+def test_a_batch_of_a_decoder_alone_is_read_back_as_text():
+    batch = next(batches(layout="decoder"))
+    assert batch["decoder_target_tokens"].shape == (4, 36)
+    text = data.describe_batch(batch, VOCABULARY)
+    plain = data.describe_batch(next(batches()), VOCABULARY)
+    line = next(line for line in plain.splitlines() if "inputs:  " in line)
+    assert line in text and "segment 2" in text
