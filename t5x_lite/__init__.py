@@ -9,6 +9,9 @@ from typing import Any
 _PUBLIC = {
     "T5": "model",
     "T5Config": "model",
+    "Bert": "bert",
+    "BertConfig": "bert",
+    "LoadedBert": "load_bert",
     "Optimizer": "optim",
     "adafactor": "optim",
     "make_optimizer": "optim",

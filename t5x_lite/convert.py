@@ -2,9 +2,9 @@
 
     python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite
 
-SOURCE is a Hugging Face T5 directory (T5 1.0 and 1.1, Flan, mT5, ByT5), a T5X checkpoint (one msgpack file, a folder of
-msgpack and zarr, or Orbax's), or our own: a MODEL_DIR or one of its checkpoints. DEST is a Hugging Face directory, or a
-folder that INITIAL_CHECKPOINT_PATH takes. A tokenizer's file goes along where SOURCE has one.
+SOURCE is a Hugging Face directory (T5 1.0 and 1.1, Flan, mT5, ByT5, UMT5; BERT), a T5X checkpoint (one msgpack file, a
+folder of msgpack and zarr, or Orbax's), or our own: a MODEL_DIR or one of its checkpoints. DEST is a Hugging Face
+directory, or a folder that INITIAL_CHECKPOINT_PATH takes. A tokenizer's files go along where SOURCE has them.
 
 Every tensor of a source is used once, with the shape that the model asks for, or refused by name. They are read one
 stack of layers at a time, straight onto the mesh: the host holds one parameter and what lies on its devices. This
@@ -27,27 +27,38 @@ import numpy as np
 from flax import traverse_util
 
 from t5x_lite import checkpoint, huggingface, sharding, t5x, tensors
+from t5x_lite.bert import Bert, BertConfig
 from t5x_lite.model import T5, T5Config
 from t5x_lite.tensors import Source, Tensor
 
 Format = Literal["huggingface", "t5x_lite"]
+ModelConfig = T5Config | BertConfig
 
 TOKENIZER_FILES = ("spiece.model", "sentencepiece.model")
-_HUB_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_HUB_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
 
 
 # What lies where
 
 
 def abstract_params(
-    config: T5Config, mesh: sharding.AnyMesh | None = None, rules: sharding.Rules = sharding.RULES
+    config: ModelConfig, mesh: sharding.AnyMesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> dict[str, Any]:
     """Shapes and shardings of a model's parameters; without a mesh, on the first device."""
     mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    inputs = None if config.decoder_only else token
-    boxed = jax.eval_shape(lambda *args: T5(config).init(*args)["params"], key, inputs, token)
+    if isinstance(config, BertConfig):
+        model, inputs = Bert(config), (token,)
+    else:
+        model, inputs = T5(config), (None if config.decoder_only else token, token)
+    boxed = jax.eval_shape(lambda *args: model.init(*args)["params"], key, *inputs)
     return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
 
 
@@ -56,7 +67,7 @@ def read(
     mesh: sharding.AnyMesh | None = None,
     rules: sharding.Rules = sharding.RULES,
     **changes: Any,
-) -> tuple[T5Config, dict[str, Any]]:
+) -> tuple[ModelConfig, dict[str, Any]]:
     """The config and the parameters, on the mesh, of whatever `path` holds.
 
     Args:
@@ -64,7 +75,7 @@ def read(
 
     Raises:
       FileNotFoundError: nothing there that is known.
-      ValueError: a tensor is unknown, missing, twice there or of the wrong shape; a config that no T5Config can say.
+      ValueError: a tensor is unknown, missing or of the wrong shape; a config that no T5Config or BertConfig can say.
     """
     path = Path(path).expanduser()
     if (path / "config.json").exists():
@@ -84,14 +95,16 @@ def read(
     return config, _placed(_claim(path, source), abstract_params(config, mesh, rules))
 
 
-def _own_config(path: Path) -> T5Config:
+def _own_config(path: Path) -> ModelConfig:
     info = checkpoint.read_info(path)
     if "model" not in info:
         raise ValueError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
-    known = {field.name for field in dataclasses.fields(T5Config)}
-    if unknown := set(info["model"]) - known:
-        raise ValueError(f"{path}: its model config has {sorted(unknown)}, which no T5 has: it is of another kind")
-    return T5Config(**{**info["model"], "mlp_activations": tuple(info["model"]["mlp_activations"])})
+    said: dict[str, Any] = info["model"]
+    said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    for kind in (T5Config, BertConfig):
+        if set(said) <= {field.name for field in dataclasses.fields(kind)}:
+            return kind(**said)
+    raise ValueError(f"{path}: its model config, {said}, is neither a T5Config's nor a BertConfig's")
 
 
 # Each parameter is a list of the source's tensors: one, or one for each layer.
@@ -169,7 +182,7 @@ def tokenizer_file(path: str | Path) -> Path | None:
     return Path(said[2]) if said and Path(said[2]).is_file() else None
 
 
-def convert(source: str | Path, dest: str | Path, to: Format) -> T5Config:
+def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     """Writes the model in `source` to the folder `dest`; returns its config.
 
     Raises FileExistsError: `dest` holds something; and what `read` raises.

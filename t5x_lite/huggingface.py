@@ -1,9 +1,10 @@
-"""Hugging Face's directories of T5: their names, layouts and config.json, in both directions.
+"""Hugging Face's directories: their names, layouts and config.json, in both directions; here T5's.
 
 Knows what Hugging Face calls our parameters and how it stores them; not how its files are made (tensors.py), nor where
 parameters will lie (convert.py).
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite import tensors
+from t5x_lite import huggingface_bert, tensors
+from t5x_lite.bert import BertConfig
 from t5x_lite.model import T5Config
 from t5x_lite.tensors import Source, Tensor
 
@@ -51,7 +53,8 @@ NAMES = {
 }
 
 # What Hugging Face's T5 directories hold beside: copies of other tensors, and one that its own code never reads.
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
+_SHARED = "shared.weight"
+_COPIES = {"encoder.embed_tokens.weight": _SHARED, "decoder.embed_tokens.weight": _SHARED}
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 # Hugging Face's names for the MLP; its "gelu" of a gated layer is the tanh approximation, which is ours and T5X's.
@@ -70,17 +73,13 @@ def read(folder: Path) -> Source:
     file = folder / "config.json"
     hub = json.loads(file.read_text())
     found = tensors.read_hub(folder)
+    if hub.get("model_type") == "bert":
+        return huggingface_bert.source(folder, hub, found)
     config = _config_of(file, hub)
     found.pop(_UNUSED, None)
-    shared = "shared.weight"
-    for copy in (*_COPIES, *(["lm_head.weight"] if config.tie_embeddings else [])):
-        if copy not in found:
-            continue
-        tensor = found.pop(copy)
-        if not _equal(tensor, found.setdefault(shared, tensor)):
-            raise ValueError(f"{folder}: {copy} differs from {shared}, and a T5 of this config has them as one")
-    if not config.tie_embeddings and hub.get("tie_word_embeddings", True) and shared in found:
-        found.setdefault("lm_head.weight", found[shared])  # one table, and yet no scale: transformers 5 writes such
+    tensors.drop_copies(folder, found, _COPIES | ({"lm_head.weight": _SHARED} if config.tie_embeddings else {}))
+    if not config.tie_embeddings and hub.get("tie_word_embeddings", True) and _SHARED in found:
+        found.setdefault("lm_head.weight", found[_SHARED])  # one table, and yet no scale: transformers 5 writes such
     return Source(config, found, NAMES.__getitem__, _is_transposed)
 
 
@@ -88,17 +87,14 @@ def _is_transposed(name: str) -> bool:
     return name.endswith(("/kernel", "/rel_embedding"))
 
 
-def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
-    blocks = ((slice(start, start + rows), slice(None)) for start in range(0, a.shape[0], rows))
-    return a.shape == b.shape and all(np.array_equal(a.read(block), b.read(block)) for block in blocks)
-
-
 def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
     kind = hub.get("model_type")
     if kind == "umt5":
         raise ValueError(f"{file}: UMT5 has a relative bias in every layer; this T5 has one for all layers of a stack")
     if kind not in ("t5", "mt5"):
-        raise ValueError(f"{file}: model_type is {kind!r}; T5, Flan, ByT5 ('t5') and mT5 ('mt5') are read")
+        raise ValueError(
+            f"{file}: model_type is {kind!r}; T5, Flan, ByT5 ('t5') and mT5 ('mt5') are read, and BERT ('bert')"
+        )
     proj = hub.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     if proj not in _ACTIVATIONS:
         raise ValueError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
@@ -126,11 +122,29 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
     )
 
 
-def write(folder: Path, config: T5Config, params: Mapping[str, Any]) -> None:
+def write(folder: Path, config: T5Config | BertConfig, params: Mapping[str, Any]) -> None:
     """config.json and model.safetensors (float32) of a model that lies on this host.
 
-    Raises ValueError: the config is none of Hugging Face's T5s.
+    Raises ValueError: the config is none of Hugging Face's.
     """
+    if isinstance(config, BertConfig):
+        hub, is_transposed = huggingface_bert.described(config), huggingface_bert.is_transposed
+        name_of = functools.partial(huggingface_bert.name_of, config)
+    else:
+        hub, is_transposed, name_of = _described(config), _is_transposed, NAMES.__getitem__
+    found: dict[str, Tensor] = {}
+    for name, leaf in tensors.flat(params).items():
+        whole = tensors.in_memory(np.asarray(leaf))  # no copy, where the device is the host
+        for layer in range(leaf.shape[0] if "/layers/" in name else 1):
+            tensor = whole.at(layer, 0) if "/layers/" in name else whole
+            found[name_of(name).format(layer)] = tensor.transposed if is_transposed(name) else tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hub, indent=1) + "\n")
+    tensors.write_safetensors(folder / "model.safetensors", dict(sorted(found.items())))
+
+
+def _described(config: T5Config) -> dict[str, Any]:
+    """config.json. Raises ValueError: the config is none of Hugging Face's T5s."""
     if config.decoder_only:
         raise ValueError("Hugging Face has no T5 of a decoder alone (num_encoder_layers=0): convert it --to=t5x_lite")
     projections = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
@@ -139,7 +153,7 @@ def write(folder: Path, config: T5Config, params: Mapping[str, Any]) -> None:
             f"mlp_activations={config.mlp_activations} cannot be said in a Hugging Face config; these can: "
             f"{', '.join(map(str, projections))}"
         )
-    hub = {
+    return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "d_model": config.d_model,
@@ -162,12 +176,3 @@ def write(folder: Path, config: T5Config, params: Mapping[str, Any]) -> None:
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
-    found: dict[str, Tensor] = {}
-    for name, leaf in tensors.flat(params).items():
-        whole = tensors.in_memory(np.asarray(leaf))  # no copy, where the device is the host
-        for layer in range(leaf.shape[0] if "/layers/" in name else 1):
-            tensor = whole.at(layer, 0) if "/layers/" in name else whole
-            found[NAMES[name].format(layer)] = tensor.transposed if _is_transposed(name) else tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hub, indent=1) + "\n")
-    tensors.write_safetensors(folder / "model.safetensors", dict(sorted(found.items())))

@@ -19,7 +19,7 @@ from t5x_lite.sharding import constrain
 Initializer = Callable[..., Array]
 
 
-def named_axes(init: Initializer, *axes: str) -> Initializer:
+def named_axes(init: Initializer, *axes: str | None) -> Initializer:
     """The initialiser of a parameter with these logical axes, of which `sharding.py` makes mesh axes."""
     return cast(Initializer, nn.with_logical_partitioning(init, axes))
 
@@ -86,14 +86,15 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """The token table [V, D], N(0, 1). Rows are gathered: 1.24x T5X's one-hot product in a CPU step."""
+    """The token table [V, D], T5's N(0, 1). Rows are gathered: 1.24x T5X's one-hot product in a CPU step."""
 
     vocab_size: int
     features: int
     dtype: jnp.dtype
+    embedding_init: Initializer = nn.initializers.normal(1.0)
 
     def setup(self) -> None:
-        init = named_axes(nn.initializers.normal(1.0), "vocab", "embed")
+        init = named_axes(self.embedding_init, "vocab", "embed")
         self.embedding = self.param("embedding", init, (self.vocab_size, self.features), jnp.float32)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

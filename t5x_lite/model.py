@@ -1,5 +1,5 @@
-"""T5 (Raffel et al. 2020): the encoder-decoder, versions 1.0 and 1.1, its decoder alone (language model, prefix language
-model), and the configuration of its sizes.
+"""T5 (Raffel et al. 2020): the encoder-decoder, versions 1.0 and 1.1, its decoder alone (a language model or a prefix
+language model), and the configuration of its sizes.
 
 Axes of every array are named by one letter, in names (`x_BTD`) and in einsum strings alike:
 
@@ -101,8 +101,8 @@ class T5Config:
 class Cache:
     """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
 
-    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start; None
-    where there is no encoder. Inside a layer the leading axis is gone.
+    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start, or
+    None without an encoder. Inside a layer the leading axis is gone.
     """
 
     self_key: Float[Array, "*L B T H K"]
@@ -181,7 +181,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoded inputs (if any), and the MLP: each on a normed input, added to x."""
+    """Causal self-attention, attention to the encoded inputs if any, and the MLP, each on a normed input and added."""
 
     config: T5Config
     train: bool
@@ -219,11 +219,11 @@ class DecoderLayer(nn.Module):
         if not self.config.decoder_only:
             h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
             cross = self.encoder_decoder_attention
-            if cache is not None:
-                key, value = cache.cross_key, cache.cross_value
-            else:
-                assert encoded_BSD is not None
+            if encoded_BSD is not None:
                 key, value = cross.keys_values(encoded_BSD)
+            else:
+                assert cache is not None and cache.cross_key is not None and cache.cross_value is not None
+                key, value = cache.cross_key, cache.cross_value
             x_BTD += self.dropout(cross(h_BTD, key, value, None, cross_visibility))
 
         x_BTD += self.dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
@@ -233,7 +233,7 @@ class DecoderLayer(nn.Module):
         return carry, self.encoder_decoder_attention.keys_values(encoded_BSD)
 
 
-def _remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
+def _remat(layer: type[nn.Module], config: Any) -> type[nn.Module]:
     if config.remat == "none":
         return layer
     policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -241,8 +241,11 @@ def _remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
     return nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
 
 
-def _stack(layer: type[nn.Module], config: T5Config, length: int, **in_axes: tuple) -> type[nn.Module]:
-    """`length` layers under one name, parameters on a leading axis. in_axes: method -> scan axes of its arguments."""
+def stack(layer: type[nn.Module], config: Any, length: int, **in_axes: tuple) -> type[nn.Module]:
+    """`length` layers under one name, parameters on a leading axis, as config.scan_layers and config.remat say.
+
+    in_axes: method -> scan axes of its arguments.
+    """
     options = {
         "variable_axes": {"params": 0},
         "split_rngs": {"params": True, "dropout": True},
@@ -250,7 +253,9 @@ def _stack(layer: type[nn.Module], config: T5Config, length: int, **in_axes: tup
         "unroll": 1 if config.scan_layers else length,
         "metadata_params": {nn.PARTITION_NAME: "layers"},
     }
-    return nn.scan(layer, methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()})
+    return nn.scan(
+        _remat(layer, config), methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()}
+    )
 
 
 class Encoder(nn.Module):
@@ -267,7 +272,7 @@ class Encoder(nn.Module):
         bias = RelativePositionBias(
             c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=True, name="relpos_bias"
         )
-        layers = _stack(_remat(EncoderLayer, c), c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
+        layers = stack(EncoderLayer, c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
         x_BSD = dropout(constrain(x_BSD, "batch", "length", "embed"))
         x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias(positions_S, positions_S), visibility)
         return dropout(RMSNorm(c.compute_dtype, name="encoder_norm")(x_BSD))
@@ -285,8 +290,8 @@ class Decoder(nn.Module):
             c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=False
         )
         everywhere = nn.broadcast
-        self.layers = _stack(
-            _remat(DecoderLayer, c),
+        self.layers = stack(
+            DecoderLayer,
             c,
             c.num_decoder_layers,
             __call__=(0, everywhere, everywhere, everywhere, everywhere),
@@ -333,8 +338,9 @@ class T5(nn.Module):
     """T5 1.0 and 1.1. `T5(config, train=True)` has dropout on and needs a "dropout" key where the rate is above 0.
 
     Of a decoder alone the encoder's arguments are None; a row holds inputs and targets one behind the other, and
-    `decoder_causal_attention` (SeqIO's name) is 1 where a prefix language model's tokens see one another: on the inputs,
-    read one place late after the start token.
+    `decoder_causal_attention` (SeqIO's name) is 1 where a prefix language model's tokens see one another: where the
+    start token and then the inputs are read.
+
     Token arrays are int32, 0 is padding. Segment ids (0 = padding) are given when several examples are packed into one
     row, and keep them apart. Positions are not asked for: T5 knows relative positions only, and those within a segment
     are differences of indices.
@@ -366,8 +372,10 @@ class T5(nn.Module):
         )
 
     def encode(
-        self, encoder_input_tokens: Int[Array, "B S"], encoder_segment_ids: Int[Array, "B S"] | None = None
+        self, encoder_input_tokens: Int[Array, "B S"] | None, encoder_segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
+        if encoder_input_tokens is None:
+            raise ValueError("an encoder-decoder needs encoder_input_tokens")
         segments = _segments(encoder_input_tokens, encoder_segment_ids)
         return self.encoder(self.token_embedder(encoder_input_tokens), Visibility(segments, segments))
 

@@ -9,6 +9,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,25 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=is_leaf)
 
 
+def drop_copies(folder: Path, found: dict[str, Tensor], copies: Mapping[str, str]) -> None:
+    """Takes out copies of other tensors; where a copy is alone, it takes the other's name.
+
+    Raises ValueError: a copy differs.
+    """
+    for copy, original in copies.items():
+        if copy not in found:
+            continue
+        tensor = found.pop(copy)
+        if not _equal(tensor, found.setdefault(original, tensor)):
+            raise ValueError(f"{folder}: {copy} differs from {original}, and a model of this config has them as one")
+
+
+def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+    rest = (slice(None),) * (len(a.shape) - 1)
+    blocks = ((slice(start, start + rows), *rest) for start in range(0, a.shape[0], rows))
+    return a.shape == b.shape and all(np.array_equal(a.read(block), b.read(block)) for block in blocks)
+
+
 # safetensors: the length of a header (8 bytes), the header (JSON: dtype, shape, offsets), the numbers.
 
 _SAFETENSORS_DTYPES = {
@@ -79,6 +100,7 @@ _SAFETENSORS_DTYPES = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("int64"),  # positions 0, 1, 2, ... in old BERTs, which nothing asks for
 }
 
 
@@ -125,7 +147,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """Raises ModuleNotFoundError where PyTorch is not installed."""
+    """Raises ModuleNotFoundError where PyTorch is not installed; ValueError: other things than tensors are in it."""
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(
             f"{file} is PyTorch's own format, which only PyTorch reads: pip install torch, or get the model's "
@@ -133,10 +155,14 @@ def read_torch(file: Path) -> dict[str, Tensor]:
         )
     import torch  # pyright: ignore[reportMissingImports]
 
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Files from before 2020 are no zip archives, and cannot be mapped.
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than tensors, or is damaged; other objects are never loaded") from error
 
     def read(tensor: Any, index: Index) -> np.ndarray:
-        part = tensor[index]
+        part = tensor.detach()[index]
         return part.float().numpy() if part.dtype == torch.bfloat16 else part.numpy()
 
     return {

@@ -52,6 +52,7 @@ def change(hub, tensors_=(), **config):
 def test_hugging_face_in_is_t5x_in_and_out_again_is_the_same_file(hub, golden_t5, tmp_path):
     config, params = convert.read(hub)
     assert_same(params, golden_t5.params)
+    assert isinstance(config, T5Config)
     assert config.num_encoder_layers == 3 and config.num_decoder_layers == 2 and not config.tie_embeddings
     convert.convert(hub, tmp_path / "ours", "t5x_lite")
     (tmp_path / "ours" / "spiece.model").write_bytes(b"pieces")
@@ -118,10 +119,10 @@ def test_tied_models_are_scaled_only_where_the_directory_says_so(hub):
     copies = {"lm_head.weight": shared, "decoder.embed_tokens.weight": shared, huggingface._UNUSED: shared[:, :3]}
     change(hub, copies, tie_word_embeddings=True)
     config, params = convert.read(hub)
-    assert config.tie_embeddings and "logits_dense" not in params["decoder"]
+    assert isinstance(config, T5Config) and config.tie_embeddings and "logits_dense" not in params["decoder"]
     change(hub, {"lm_head.weight": None}, scale_decoder_outputs=False)  # as transformers 5 may write T5 1.1
     config, params = convert.read(hub)
-    assert not config.tie_embeddings
+    assert isinstance(config, T5Config) and not config.tie_embeddings
     np.testing.assert_array_equal(params["decoder"]["logits_dense"]["kernel"], shared.T)
 
 

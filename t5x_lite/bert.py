@@ -1,0 +1,303 @@
+"""BERT as published (Devlin et al. 2019): an encoder that sees both ways, with its heads.
+
+Beside T5's parts (attention, token table, the stack of layers with its scan and remat) it has what T5 left out: norms
+after each addition, with centre and bias; biases everywhere; learned embeddings of positions and segments; logits
+divided by sqrt(K). Dimensions are those of model.py, and N classes. Token 0 is padding, which nothing sees.
+This module knows nothing of losses, optimizers, data or files.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.layers import Embed, named_axes, project
+from t5x_lite.model import Dtype, Remat, stack
+from t5x_lite.sharding import constrain
+
+Head = Literal["pooler", "mlm", "nsp", "classify"]
+
+# Cut at two standard deviations, as `create_initializer` of google-research/bert has it.
+_INIT = nn.initializers.truncated_normal(0.02)
+_EPSILON = 1e-12  # of norms
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """One BERT.
+
+    max_length: of a row: as many positions have an embedding.
+    heads: what is on top: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on the pooler "nsp" (whether
+      the second segment follows the first) and "classify" (`num_labels` classes).
+    dtype, scan_layers, remat: see T5Config. Dropout is at the published places; of attention weights it is shared by
+      the queries of a row, as in T5.
+    """
+
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_layers: int
+    vocab_size: int = 30522
+    max_length: int = 512
+    num_segments: int = 2
+    heads: tuple[Head, ...] = ("pooler", "mlm", "nsp")
+    num_labels: int = 2
+    dropout_rate: float = 0.1
+    dtype: Dtype = "float32"
+    scan_layers: bool = True
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(self.heads))
+        sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments", "num_labels")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"BertConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"BertConfig.d_model={self.d_model} must be a multiple of num_heads={self.num_heads}")
+        if unknown := [head for head in self.heads if head not in get_args(Head)]:
+            raise ValueError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
+        if "pooler" not in self.heads and (above := {"nsp", "classify"} & set(self.heads)):
+            raise ValueError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        for name, choices in (("dtype", get_args(Dtype)), ("remat", get_args(Remat))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"BertConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    @property
+    def layout(self) -> Literal["encoder"]:
+        return "encoder"
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-12) * scale + bias, in float32."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale_D = self.param("scale", named_axes(nn.initializers.ones, "embed"), (x.shape[-1],))
+        bias_D = self.param("bias", named_axes(nn.initializers.zeros, "embed"), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPSILON)
+        return (x * constrain(scale_D, None) + constrain(bias_D, None)).astype(self.dtype)
+
+
+class Affine(nn.Module):
+    """x W + b. `axes` are the logical names of the kernel's input and output axes. The result is in `dtype`."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        kernel_IO = self.param("kernel", named_axes(_INIT, *self.axes), (x.shape[-1], self.features), jnp.float32)
+        bias_O = self.param("bias", named_axes(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
+        return jnp.add(project(x, kernel_IO, self.dtype), bias_O.astype(self.dtype))
+
+
+class SelfAttention(nn.Module):
+    config: BertConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+        c = self.config
+
+        def heads(name: str) -> Float[Array, "B S H K"]:
+            x = Affine(c.d_model, ("embed", "joined_kv"), c.compute_dtype, name=name)(x_BSD)
+            return constrain(x.reshape(*x.shape[:2], c.num_heads, c.head_dim), "batch", "length", "heads", "kv")
+
+        rate = c.dropout_rate if self.train else 0.0
+        y_BSHK = dot_product_attention(
+            heads("query") * c.head_dim**-0.5,
+            *(heads("key"), heads("value"), None, visibility),
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+        )
+        out = Affine(c.d_model, ("joined_kv", "embed"), c.compute_dtype, name="out")
+        return out(y_BSHK.reshape(*y_BSHK.shape[:2], -1))
+
+
+class Mlp(nn.Module):
+    """gelu(x W_i + b_i) W_o + b_o, with the exact gelu (the error function's)."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        c = self.config
+        with jax.named_scope("mlp"):
+            h_BSF = nn.gelu(Affine(c.d_ff, ("embed", "mlp"), c.compute_dtype, name="wi")(x_BSD), approximate=False)
+            h_BSF = constrain(h_BSF, "batch", "length", "mlp")
+            return Affine(c.d_model, ("mlp", "embed"), c.compute_dtype, name="wo")(h_BSF)
+
+
+class BertLayer(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    config: BertConfig
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention = SelfAttention(c, self.train)
+        self.attention_norm = LayerNorm(c.compute_dtype)
+        self.mlp = Mlp(c)
+        self.mlp_norm = LayerNorm(c.compute_dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> tuple[Float[Array, "B S D"], None]:
+        x_BSD = self.attention_norm(x_BSD + self.dropout(self.attention(x_BSD, visibility)))
+        x_BSD = self.mlp_norm(x_BSD + self.dropout(self.mlp(x_BSD)))
+        return constrain(x_BSD, "batch", "length", "embed"), None
+
+    def kept(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> tuple[Array, Array]:
+        """The same, and once more what comes out, for a stack to keep of every layer."""
+        x_BSD, _ = self(x_BSD, visibility)
+        return x_BSD, x_BSD
+
+
+class Encoder(nn.Module):
+    config: BertConfig
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        axes = (nn.broadcast,)
+        self.layers = stack(BertLayer, c, c.num_layers, __call__=axes, kept=axes)(c, self.train)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+        return self.layers(x_BSD, visibility)[0]
+
+    def hidden(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "L B S D"]:
+        return self.layers.kept(x_BSD, visibility)[1]
+
+
+class MaskedLM(nn.Module):
+    """Logits of the token at each place: a transform, and the transposed token table with a bias."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"], table: Embed) -> Float[Array, "B S V"]:
+        c = self.config
+        with jax.named_scope("logits"):
+            h_BSD = nn.gelu(Affine(c.d_model, ("embed", None), c.compute_dtype, name="transform")(x_BSD), False)
+            h_BSD = LayerNorm(c.compute_dtype, name="norm")(h_BSD)
+            bias_V = self.param("bias", named_axes(nn.initializers.zeros, "vocab"), (c.vocab_size,), jnp.float32)
+            return constrain(table.attend(h_BSD) + bias_V, "batch", "length", "vocab")
+
+
+class Bert(nn.Module):
+    """`Bert(config, train=True)` has dropout on and needs a "dropout" key where the rate is above 0.
+
+    All take tokens; segments, 0 or 1 (None: all 0); and a mask, 0 for what nothing may see (None: for padding).
+    """
+
+    config: BertConfig
+    train: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.token_embedder = Embed(c.vocab_size, c.d_model, c.compute_dtype, _INIT)
+        table = named_axes(_INIT, None, "embed")
+        self.position_embedding = self.param("position_embedding", table, (c.max_length, c.d_model), jnp.float32)
+        self.segment_embedding = self.param("segment_embedding", table, (c.num_segments, c.d_model), jnp.float32)
+        self.embedding_norm = LayerNorm(c.compute_dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+        self.encoder = Encoder(c, self.train)
+        float32 = jnp.dtype("float32")
+        if "pooler" in c.heads:
+            self.pooler = Affine(c.d_model, ("embed", None), c.compute_dtype)
+        if "mlm" in c.heads:
+            self.mlm = MaskedLM(c)
+        if "nsp" in c.heads:
+            self.nsp = Affine(2, ("embed", None), float32)
+        if "classify" in c.heads:
+            self.classify = Affine(c.num_labels, ("embed", None), float32)
+
+    def __call__(
+        self,
+        tokens_BS: Int[Array, "B S"],
+        segments_BS: Int[Array, "B S"] | None = None,
+        mask_BS: Int[Array, "B S"] | None = None,
+    ) -> dict[str, Array]:
+        """What each of the config's heads says: pooler [B, D] in the config's dtype, and logits in float32: mlm
+        [B, S, V], nsp [B, 2] (the first: it follows), classify [B, N]."""
+        x_BSD = self.encoder(*self._embedded(tokens_BS, segments_BS, mask_BS))
+        said: dict[str, Array] = {}
+        if "mlm" in self.config.heads:
+            said["mlm"] = self.mlm(x_BSD, self.token_embedder)
+        if "pooler" in self.config.heads:
+            said["pooler"] = pooled_BD = nn.tanh(self.pooler(x_BSD[:, 0]))
+            if "nsp" in self.config.heads:
+                said["nsp"] = self.nsp(pooled_BD)
+            if "classify" in self.config.heads:
+                said["classify"] = self.classify(self.dropout(pooled_BD))
+        return said
+
+    def hidden(
+        self,
+        tokens_BS: Int[Array, "B S"],
+        segments_BS: Int[Array, "B S"] | None = None,
+        mask_BS: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "_ B S D"]:
+        """The embeddings, and what comes out of every layer: L + 1 of them."""
+        x_BSD, visibility = self._embedded(tokens_BS, segments_BS, mask_BS)
+        return jnp.concatenate([x_BSD[None], self.encoder.hidden(x_BSD, visibility)])
+
+    def _embedded(
+        self, tokens_BS: Array, segments_BS: Array | None, mask_BS: Array | None
+    ) -> tuple[Float[Array, "B S D"], Visibility]:
+        c, length = self.config, tokens_BS.shape[1]
+        if length > c.max_length:
+            raise ValueError(f"a row of {length} tokens: BertConfig.max_length is {c.max_length}, cut it to that")
+        segments_BS = jnp.zeros_like(tokens_BS) if segments_BS is None else segments_BS
+        position_SD = constrain(self.position_embedding, None, None)[:length]
+        segment_BSD = jnp.take(constrain(self.segment_embedding, None, None), segments_BS, axis=0)
+        x_BSD = self.token_embedder(tokens_BS).astype(jnp.float32) + position_SD + segment_BSD
+        x_BSD = self.dropout(self.embedding_norm(x_BSD))
+        visible_BS = (tokens_BS if mask_BS is None else mask_BS) != 0
+        return constrain(x_BSD, "batch", "length", "embed"), Visibility(None, visible_BS.astype(jnp.int32))
+
+
+def forward(
+    config: BertConfig, params: Any, batch: Mapping[str, Array], dropout_key: Key[Array, ""] | None = None
+) -> dict[str, Array]:
+    """What each head says of a batch with `inputs` and `segments` [B, S]; with dropout if a key is given."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    model = Bert(config, train=dropout_key is not None)
+    said = model.apply({"params": params}, batch["inputs"], batch["segments"], rngs=rngs)
+    assert isinstance(said, dict)
+    return said
+
+
+def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Int[Array, "B _"], Float[Array, "B _"]]]:
+    """Of each head that pre-training trains: the classes that are right, and weights, 0 where nothing was asked.
+
+    The loss is the sum of the heads' mean cross entropies: over all chosen tokens of the batch, `targets` [B, S] that
+    are not 0, and over its rows, `random` [B, 1] (run_pretraining.py of google-research/bert). Rows of padding count
+    in neither.
+    """
+    real_B1 = jnp.any(batch["inputs"] != 0, axis=-1, keepdims=True)
+    return {
+        "mlm": (batch["targets"], (batch["targets"] != 0).astype(jnp.float32)),
+        "nsp": (batch["random"], real_B1.astype(jnp.float32)),
+    }
