@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from t5x_lite import sharding
-from t5x_lite.bert import Bert, BertConfig, Head
+from t5x_lite.bert import Bert, BertConfig
 
 Ids = Int[Array | np.ndarray, "B S"]
 
@@ -37,8 +37,8 @@ class LoadedBert:
         )
 
     def logits(self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None) -> Array:
-        """Of the token at each place, [B, S, V]; of a model whose first head is another, its classes, [B, N] or [B, 2]."""
-        head: Head = next((head for head in self.config.heads if head != "pooler"), "mlm")
+        """Of the token at each place, [B, S, V]; of the first other head where there is none for that."""
+        head = next((head for head in self.config.heads if head != "pooler"), "mlm")
         return self._said(head, tokens, segments, attention_mask)
 
     def next_sentence(self, tokens: Ids, segments: Ids | None, attention_mask: Ids | None = None) -> Array:
@@ -66,7 +66,7 @@ class LoadedBert:
             raise ValueError(f"layers={layers} must lie in 1..{self.config.num_layers}, the model's")
         return jnp.concatenate([*self.hidden(tokens, segments, attention_mask)[-layers:]], axis=-1)
 
-    def _said(self, head: Head, *args: Ids | None) -> Array:
+    def _said(self, head: str, *args: Ids | None) -> Array:
         if head not in self.config.heads:
             raise ValueError(f"this BERT has no {head!r} head; it has {self.config.heads or 'none'}")
         with sharding.layout(self._mesh):
