@@ -53,6 +53,7 @@ class Run:
     eval_split: str
     max_decode_length: int | None
     decode_method: decode.Method
+    num_decodes: int
     beam_size: int
     beam_alpha: float
     temperature: float
@@ -102,6 +103,7 @@ class Run:
     def decoding(self) -> decode.Decoding:
         return decode.Decoding(
             method=self.decode_method,
+            num_return=self.num_decodes,
             beam_size=self.beam_size,
             alpha=self.beam_alpha,
             temperature=self.temperature,

@@ -3,11 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 
-from t5x_lite import decode
+from t5x_lite import decode, packing
 from t5x_lite.model import T5
 
 
@@ -139,6 +140,27 @@ def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t
     for row, limit in enumerate(limits):
         np.testing.assert_array_equal(limited[row, 0, :limit], whole[row, 0, :limit])
         assert not np.any(limited[row, 0, limit:])
+
+
+@pytest.mark.parametrize("settings", [{"method": "beam", "num_return": 4}, {"method": "sample", "num_return": 2}, {}])
+def test_log_likelihoods_of_results_are_what_scoring_them_gives(golden_t5, settings):
+    inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
+    tokens, ranked = decoder(golden_t5, **settings)(golden_t5.params, inputs, key=jax.random.key(0))
+    got = decode.log_likelihoods(tokens, ranked, decode.Decoding(**settings))
+    score, got = jax.jit(functools.partial(decode.score, config=golden_t5.config)), np.asarray(got)
+    for n in range(tokens.shape[1]):
+        expected = np.asarray(score(golden_t5.params, packing.unpacked(inputs, np.asarray(tokens)[:, n])))
+        found = np.isfinite(got[:, n])
+        np.testing.assert_allclose(got[found, n], expected[found], rtol=1e-5)
+        assert n > 0 or np.all(found)
+    assert np.any(np.abs(got - ranked) > 1) == (settings.get("method") == "beam")
+
+
+def test_of_beams_that_never_ended_there_is_no_log_likelihood():
+    tokens = jnp.array([[[5, 1, 0], [0, 0, 0]], [[5, 6, 7], [5, 6, 8]]])
+    scores = jnp.array([[-2.0, -1e7], [-3.0, -4.0]])
+    got = decode.log_likelihoods(tokens, scores, decode.Decoding("beam", alpha=1.0))
+    np.testing.assert_allclose(got, [[-2 * 7 / 6, -np.inf], [-3, -4]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

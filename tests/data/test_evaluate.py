@@ -1,6 +1,5 @@
-"""Every task's metrics, whole files of predictions and scores, and nothing of the rows that only fill up a batch."""
+"""Every task's metrics, and nothing of the rows that only fill up a batch."""
 
-import gzip
 import json
 import logging
 
@@ -138,94 +137,6 @@ def test_a_function_that_answers_in_the_wrong_shape_is_named():
         evaluation.run(lambda tokens: model.predict(tokens)[:, None], model.score, step=0)
     with pytest.raises(ValueError, match=r"score gave an array of shape \(2, 1\) for 2 rows: \[B\] is due"):
         evaluation.run(model.predict, lambda batch: model.score(batch)[:, None], step=0)
-
-
-def test_predictions_for_a_task_in_its_order(tmp_path):
-    model = Model()
-    examples = evaluate.task_examples("eval_test_all", LENGTHS)
-    options = {"lengths": LENGTHS, "batch_size": 2}
-    path = tmp_path / "out" / "predictions.jsonl"
-    count = evaluate.write_predictions(
-        examples, model.predict, path, vocabulary=VOCABULARY, score=model.score, **options
-    )
-    assert count == 5
-    written = lines(path)
-    assert [row["inputs"] for row in written] == WORDS
-    assert written[2] == {"inputs": "three", "targets": "THREE", "prediction": "TEN", "score": -4.0}
-    assert model.shapes == {(2, 8)}
-    assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
-    few = evaluate.task_examples("eval_test_all", LENGTHS, num_examples=2)
-    assert evaluate.write_scores(few, model.score, path, **options) == 2
-    assert lines(path)[1] == {"inputs": "two", "targets": "TWO", "score": -4.0}
-
-
-def test_predictions_count_nothing_behind_the_end(tmp_path):
-    tokens = np.array([[*VOCABULARY.encode("AB"), 1, *VOCABULARY.encode("CD")]] * 2, np.int32)
-    seen = []
-
-    def score(batch):
-        seen.append(batch["decoder_target_tokens"])
-        return np.zeros(2)
-
-    path = tmp_path / "p.jsonl"
-    examples = evaluate.task_examples("eval_test_all", LENGTHS, num_examples=1)
-    options = {"lengths": LENGTHS, "batch_size": 2, "vocabulary": VOCABULARY, "score": score}
-    evaluate.write_predictions(examples, lambda _: tokens, path, **options)
-    assert lines(path)[0]["prediction"] == "AB"
-    assert seen[0].tolist() == [[*VOCABULARY.encode("AB"), 1, 0, 0]] * 2
-
-
-@pytest.mark.parametrize("name", ["lines.txt", "lines.txt.gz"])
-def test_a_text_file_is_answered_line_by_line_blank_ones_too(tmp_path, name):
-    content = b"one\n\nfour and more\n"
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    examples = list(evaluate.file_examples(str(tmp_path / name), FEATURES, LENGTHS))
-    assert [(e.inputs, e.targets, e.target_tokens) for e in examples] == [
-        ("one", None, None),
-        ("", None, None),
-        ("four and more", None, None),
-    ]
-    assert examples[2].input_tokens.tolist() == [*VOCABULARY.encode("four an"), 1], "cut, and ended all the same"
-    path = tmp_path / "out.jsonl"
-    model = Model()
-    options = {"lengths": LENGTHS, "batch_size": 2}
-    assert evaluate.write_predictions(examples, model.predict, path, vocabulary=VOCABULARY, **options) == 3
-    assert lines(path) == [
-        {"inputs": "one", "prediction": "ONE"},
-        {"inputs": "", "prediction": ""},
-        {"inputs": "four and more", "prediction": "FOUR AN"},
-    ]
-    with pytest.raises(ValueError, match=rf'{name}:1 has no "targets" to score'):
-        evaluate.write_scores(examples, model.score, tmp_path / "scores.jsonl", **options)
-    assert not (tmp_path / "scores.jsonl").exists()
-
-
-def test_tokens_of_a_file_are_those_of_the_task(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"inputs": w, "targets": w.upper(), "id": 1}) + "\n" for w in WORDS))
-    from_file = evaluate.file_examples(str(path), FEATURES, LENGTHS)
-    from_task = evaluate.task_examples("eval_test_all", LENGTHS)
-    for a, b in zip(from_file, from_task, strict=True):
-        assert (a.inputs, a.targets) == (b.inputs, b.targets)
-        assert np.array_equal(a.input_tokens, b.input_tokens)
-        assert np.array_equal(a.target_tokens, b.target_tokens)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{", r"rows\.jsonl:2: not JSON"),
-        ('{"text": "x"}', r'rows\.jsonl:2: "inputs" is None'),
-        ("[1]", "expected a JSON object"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path, row, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"inputs": "x"}}\n{row}\n')
-    with pytest.raises(ValueError, match=message):
-        list(evaluate.file_examples(str(path), FEATURES, LENGTHS))
-    with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.txt'"):
-        list(evaluate.file_examples("nowhere.txt", FEATURES, LENGTHS))
 
 
 def test_fill_up_adds_rows_of_nothing():

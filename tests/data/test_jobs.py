@@ -3,6 +3,10 @@
 import json
 import logging
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -125,6 +129,13 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
     command("--gin_file=whole/config.gin", "--mode=infer", "--gin.INFER_INPUT='questions.txt'")
     answers = [json.loads(line) for line in pathlib.Path("whole/infer/questions-6.jsonl").read_text().splitlines()]
     assert [answer["inputs"] for answer in answers] == ["reverse: six", "", "reverse: ten"]
+
+    command("--gin_file=whole/config.gin", "--mode=infer", "--gin.INFER_INPUT='questions.txt'",
+            "--gin.INFER_OUTPUT='three.jsonl'", "--gin.DECODE_METHOD='beam'", "--gin.NUM_DECODES=3")  # fmt: skip
+    for line in pathlib.Path("three.jsonl").read_text().splitlines():
+        assert len(json.loads(line)["predictions"]) == len(json.loads(line)["scores"]) in (1, 2, 3)
+    said = command("--gin_file=whole/config.gin", "--mode=infer", "--gin.NUM_DECODES=2", code=2)
+    assert "NUM_DECODES 2: greedy gives 1 to 1" in said
     command("--gin_file=whole/config.gin", "--mode=score", "--gin.INFER_OUTPUT='scores.jsonl'")
     scores = [json.loads(line) for line in pathlib.Path("scores.jsonl").read_text().splitlines()]
     assert [score["targets"] for score in scores] == [line["targets"] for line in LINES]
@@ -136,3 +147,31 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
     tuned = {r["step"]: r["loss"] for r in records("tuned", "train")}
     assert list(tuned) == [1, 2, 3]
     assert tuned[1] < losses["whole"][1]
+
+
+@pytest.mark.slow
+def test_inference_that_is_killed_goes_on_to_the_same_bytes(command):
+    command("--gin.TRAIN_STEPS=1", "--gin.MODEL_DIR='m'")
+    pathlib.Path("in.txt").write_text("".join(f"reverse: {i:x}{'-' * (i % 11)}\n" for i in range(3000)))
+    options = [
+        *("--gin_file=m/config.gin", "--mode=infer", "--gin.INFER_INPUT='in.txt'", "--gin.DECODE_METHOD='sample'"),
+        *("--gin.NUM_DECODES=2", "--gin.EVAL_BATCH_SIZE=16"),
+    ]
+    command(*options, "--gin.INFER_OUTPUT='whole.jsonl'")
+    repository = pathlib.Path(run.__file__).parent
+    arguments = [sys.executable, repository / "run.py", *options, "--gin.INFER_OUTPUT='parts.jsonl'"]
+    partial, kept = pathlib.Path("parts.jsonl.partial"), 0
+    for _ in range(2):
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+        while process.poll() is None and (not partial.exists() or partial.stat().st_size <= kept):
+            time.sleep(0.01)
+        process.kill()
+        said = process.communicate()[1].decode()
+        assert process.returncode == -signal.SIGKILL, said
+        assert not pathlib.Path("parts.jsonl").exists()
+        assert ("going on after the" in said) == (kept > 0)
+        kept = partial.stat().st_size
+    command(*options, "--gin.INFER_OUTPUT='parts.jsonl'")
+    assert pathlib.Path("parts.jsonl").read_bytes() == pathlib.Path("whole.jsonl").read_bytes()
+    assert pathlib.Path("whole.jsonl").read_bytes().count(b"\n") == 3000
+    assert not partial.exists()

@@ -1,0 +1,283 @@
+"""Predictions and scores for any number of examples of a task or a file, as JSON lines in the order of the input.
+
+Examples are read and answered a window at a time: within it they are sorted by length, so that rows of similar length
+share a narrow batch, and their results are written before the next window is read. What was written outlives a kill
+(`Results`): the same call goes on behind it, with the same windows and so the same batches, to the same bytes.
+
+The model comes as two functions on numpy batches. This module knows SeqIO and text. It must not know the model, how it
+decodes or where it runs. Every process goes through all examples with the same calls; only the first one writes.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from t5x_lite import data, packing
+from t5x_lite.evaluate import Score, scored, text_of
+from t5x_lite.results import Progress, Results
+from tasks import formats
+
+# encoder_input_tokens [B, S] to N results for each row: token ids [B, N, T], int32, the best first, and their
+# log-likelihoods [B, N], float32; -inf where there is no such result.
+Generate = Callable[[np.ndarray], tuple[Any, Any]]
+
+WINDOW = 16  # batches whose examples are sorted by length and written together
+
+Rows = list[dict[str, Any]]
+
+
+# Examples one by one, from a task or from a file.
+
+
+class Example(NamedTuple):
+    """Text and tokens. `where` says for errors where it is from; without targets, both are None."""
+
+    where: str
+    inputs: str
+    targets: str | None
+    input_tokens: np.ndarray  # [<= S]
+    target_tokens: np.ndarray | None  # [<= T]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples that come in the same order each time.
+
+    read: all of them from a number (from 0) on.
+    total: how many there are, to foresee the end; None: not known.
+    about: what tells these examples from others; goes into the results' `.made_from.json`.
+    """
+
+    read: Callable[[int], Iterator[Example]]
+    total: int | None
+    about: Mapping[str, Any]
+
+
+def task_source(
+    task_name: str,
+    lengths: Mapping[str, int],
+    *,
+    split: str = "validation",
+    num_examples: int | None = None,
+    use_cached: bool = False,
+    seed: int = 0,
+) -> Source:
+    """The examples of one task in the order of its split."""
+    data.check_lengths(task_name, lengths)
+    data.check_split(task_name, split)
+    task = seqio.TaskRegistry.get(task_name)
+    features = task.output_features
+
+    def read(start: int) -> Iterator[Example]:
+        dataset = task.get_dataset(lengths, split=split, shuffle=False, use_cached=use_cached, seed=seed, num_epochs=1)
+        dataset = dataset.take(-1 if num_examples is None else num_examples).skip(start)
+        for i, row in enumerate(dataset.as_numpy_iterator(), start):
+            inputs, targets = (text_of(row, k, features[k]) for k in ("inputs", "targets"))
+            yield Example(f"{task_name}[{i}]", inputs, targets, row["inputs"], row["targets"])
+
+    total = min((n for n in (num_examples, task.num_input_examples(split)) if n is not None), default=None)
+    about = {"task": task_name, "split": split, "examples": num_examples, "cached": use_cached, "seed": seed}
+    return Source(read, total, about | {"lengths": dict(lengths)})
+
+
+def file_source(
+    path: str,
+    features: Mapping[str, seqio.utils.Feature],
+    lengths: Mapping[str, int],
+    *,
+    num_examples: int | None = None,
+    with_targets: bool = False,
+) -> Source:
+    """One example a line: of a .jsonl file "inputs" and, where they are there, "targets"; of any other the line itself.
+
+    A blank line of a text file is an example too, so that line n of the output belongs to line n of the input. Local
+    or gs://, .gz too. The file is read once beforehand: for the number of its lines, and so that a bad one is refused
+    now and not after hours of work.
+
+    Args:
+      features: a task's output_features, for the vocabulary and whether an EOS is added; what `lengths` do not hold is
+        cut.
+      with_targets: refuse lines without.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line that is not as said; the message has its number.
+    """
+    if not tf.io.gfile.exists(path):
+        raise FileNotFoundError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
+    is_json = path.removesuffix(".gz").endswith(".jsonl")
+
+    def rows() -> Iterator[tuple[int, str, dict[str, str]]]:
+        for number, line in itertools.islice(formats.lines(path), num_examples):
+            yield number, line, formats.json_object(path, number, line) if is_json else {"inputs": line}
+
+    total, digest = 0, hashlib.sha256()
+    for number, line, row in rows():
+        for key in ("inputs", "targets"):
+            if not isinstance(row.get(key, "" if key == "targets" else None), str):
+                raise formats.bad_row(path, number, f'"{key}" is {row.get(key)!r}, a string is due')
+        if with_targets and "targets" not in row:
+            raise formats.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
+        total += 1
+        digest.update(line.encode() + b"\n")
+
+    def read(start: int) -> Iterator[Example]:
+        for number, _, row in itertools.islice(rows(), start, None):
+            tokens = {k: _tokens(row[k], features[k], lengths[k]) for k in ("inputs", "targets") if k in row}
+            yield Example(
+                f"{path}:{number}", row["inputs"], row.get("targets"), tokens["inputs"], tokens.get("targets")
+            )
+
+    about = {"file": path, "examples": total, "sha256": digest.hexdigest()}
+    return Source(read, total, about | {"lengths": dict(lengths)})
+
+
+def _tokens(text: str, feature: seqio.utils.Feature, length: int) -> np.ndarray:
+    """As SeqIO's tokenize and append_eos_after_trim: an EOS even where the text is cut."""
+    tokens = list(feature.vocabulary.encode(text))
+    if feature.add_eos:
+        tokens = [*tokens[: length - 1], feature.vocabulary.eos_id]
+    return np.asarray(tokens[:length], np.int32)
+
+
+# What is written for them.
+
+
+def write_predictions(
+    source: Source,
+    generate: Generate,
+    path: str | os.PathLike[str],
+    *,
+    vocabulary: seqio.Vocabulary,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    about: Mapping[str, Any],
+) -> int:
+    """Writes `inputs`, `targets` (where there are), `prediction` and `score`, the prediction's log-likelihood.
+
+    Where `generate` gives several results, these are lists, `predictions` and `scores`, the best first.
+
+    Args:
+      path: the JSON lines, there only once all are written; see `Results`.
+      vocabulary: of the targets.
+      about: what else the results follow from: the checkpoint, how it is decoded ...
+
+    Returns:
+      The number of lines, those of an earlier start included.
+    """
+
+    def answer(group: list[Example]) -> Rows:
+        inputs_BS = _padded([example.input_tokens for example in group], _width(group, lengths, "inputs"), batch_size)
+        tokens_BNT, scores_BN = (np.asarray(x) for x in generate(inputs_BS))
+        if tokens_BNT.ndim != 3 or tokens_BNT.shape[:2] != scores_BN.shape or len(tokens_BNT) != batch_size:
+            raise ValueError(
+                f"generate gave tokens of shape {tokens_BNT.shape} and scores of shape {scores_BN.shape} for "
+                f"{batch_size} rows: [B, N, T] and [B, N] are due"
+            )
+        rows = []
+        for example, tokens_NT, scores_N in zip(group, tokens_BNT, scores_BN, strict=False):
+            texts = [vocabulary.decode(tokens.tolist()) for tokens in _ended(tokens_NT, vocabulary)]
+            row: dict[str, Any] = {"inputs": example.inputs}
+            if example.targets is not None:
+                row["targets"] = example.targets
+            if len(texts) == 1:
+                row |= {"prediction": texts[0], "score": float(scores_N[0])}
+            else:
+                found = np.isfinite(scores_N)
+                row["predictions"] = [text for text, there in zip(texts, found, strict=True) if there]
+                row["scores"] = scores_N[found].astype(float).tolist()
+            rows.append(row)
+        return rows
+
+    return _write(source, answer, path, batch_size, {"mode": "infer", **about, **source.about})
+
+
+def write_scores(
+    source: Source,
+    score: Score,
+    path: str | os.PathLike[str],
+    *,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    about: Mapping[str, Any],
+) -> int:
+    """Writes `inputs`, `targets` and `score`, the log-likelihood of the targets; see `write_predictions`.
+
+    Raises:
+      ValueError: an example without targets.
+    """
+
+    def answer(group: list[Example]) -> Rows:
+        targets = []
+        for example in group:
+            if example.target_tokens is None:
+                raise ValueError(f'{example.where} has no "targets" to score. To predict them, use --mode=infer.')
+            targets.append(example.target_tokens)
+        inputs = [example.input_tokens for example in group]
+        batch = packing.unpacked(
+            _padded(inputs, _width(group, lengths, "inputs"), batch_size),
+            _padded(targets, _width(group, lengths, "targets"), batch_size),
+        )
+        return [
+            {"inputs": example.inputs, "targets": example.targets, "score": value}
+            for example, value in zip(group, scored(score, batch), strict=False)
+        ]
+
+    return _write(source, answer, path, batch_size, {"mode": "score", **about, **source.about})
+
+
+def _write(
+    source: Source,
+    answer: Callable[[list[Example]], Rows],
+    path: str | os.PathLike[str],
+    batch_size: int,
+    about: Mapping[str, Any],
+) -> int:
+    results = Results(path, about, WINDOW * batch_size)
+    if results.complete:
+        return results.count
+    examples = source.read(results.count)
+    with results, Progress(results.count, source.total) as progress, jax.transfer_guard("allow"):
+        while window := list(itertools.islice(examples, WINDOW * batch_size)):
+            rows: Rows = [{}] * len(window)
+            by_length = sorted(range(len(window)), key=lambda i: -_length(window[i]))
+            for start in range(0, len(window), batch_size):
+                group = by_length[start : start + batch_size]
+                for i, row in zip(group, answer([window[i] for i in group]), strict=True):
+                    rows[i] = row
+                progress.add(len(group))
+            results.add(rows)
+    return results.count
+
+
+def _length(example: Example) -> int:
+    return len(example.input_tokens) + (0 if example.target_tokens is None else len(example.target_tokens))
+
+
+def _width(group: list[Example], lengths: Mapping[str, int], feature: str) -> int:
+    """The longest example's length, rounded up to one of eight widths: each is compiled by itself."""
+    limit = lengths[feature]
+    step = -(-limit // 512) * 64
+    return min(limit, -(-max(len(getattr(example, f"{feature[:-1]}_tokens")) for example in group) // step) * step)
+
+
+def _padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:
+    """[rows, width]. The last of the examples fills up what they leave: decoding ends with its copies, too."""
+    padded = np.zeros((rows, width), np.int32)
+    for row, values in zip(padded, itertools.chain(tokens, itertools.repeat(tokens[-1])), strict=False):
+        row[: len(values)] = values
+    return padded
+
+
+def _ended(tokens_NT: np.ndarray, vocabulary: seqio.Vocabulary) -> np.ndarray:
+    """The tokens with 0 after the first EOS, so that nothing behind it counts."""
+    is_end = tokens_NT == vocabulary.eos_id
+    return np.where(np.cumsum(is_end, axis=1) - is_end > 0, 0, tokens_NT)
