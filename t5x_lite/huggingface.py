@@ -25,6 +25,9 @@ _MLP = ("wi", "wi_0", "wi_1", "wo")
 NAMES = {
     "token_embedder/embedding": "shared.weight",
     "encoder/relpos_bias/rel_embedding": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder/layers/relpos_bias/rel_embedding": (
+        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    ),
     "encoder/layers/pre_attention_layer_norm/scale": "encoder.block.{}.layer.0.layer_norm.weight",
     **{
         f"encoder/layers/attention/{ours}/kernel": f"encoder.block.{{}}.layer.0.SelfAttention.{theirs}.weight"
@@ -34,6 +37,9 @@ NAMES = {
     **{f"encoder/layers/mlp/{w}/kernel": f"encoder.block.{{}}.layer.1.DenseReluDense.{w}.weight" for w in _MLP},
     "encoder/encoder_norm/scale": "encoder.final_layer_norm.weight",
     "decoder/relpos_bias/rel_embedding": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "decoder/layers/relpos_bias/rel_embedding": (
+        "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    ),
     "decoder/layers/pre_self_attention_layer_norm/scale": "decoder.block.{}.layer.0.layer_norm.weight",
     **{
         f"decoder/layers/self_attention/{ours}/kernel": f"decoder.block.{{}}.layer.0.SelfAttention.{theirs}.weight"
@@ -89,12 +95,8 @@ def _is_transposed(name: str) -> bool:
 
 def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
     kind = hub.get("model_type")
-    if kind == "umt5":
-        raise ValueError(f"{file}: UMT5 has a relative bias in every layer; this T5 has one for all layers of a stack")
-    if kind not in ("t5", "mt5"):
-        raise ValueError(
-            f"{file}: model_type is {kind!r}; T5, Flan, ByT5 ('t5') and mT5 ('mt5') are read, and BERT ('bert')"
-        )
+    if kind not in ("t5", "mt5", "umt5"):
+        raise ValueError(f"{file}: model_type is {kind!r}; 't5' (T5, Flan, ByT5), 'mt5', 'umt5' and 'bert' are read")
     proj = hub.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     if proj not in _ACTIVATIONS:
         raise ValueError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
@@ -104,8 +106,10 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
     if missing := [name for name in needed if name not in hub]:
         raise ValueError(f"{file} does not say {', '.join(missing)}")
     # T5 1.0 has one table for inputs and outputs, and scales the outputs. transformers 5 writes every T5 as tied, and
-    # `scale_decoder_outputs` has the old meaning; mT5 is never scaled.
-    scaled = kind == "t5" and hub.get("scale_decoder_outputs", hub.get("tie_word_embeddings", True))
+    # `scale_decoder_outputs` has the old meaning; mT5 is never scaled. UMT5 is where the file says tied; transformers 5
+    # scales all of them, also Google's own, whose files say otherwise: its logits are theirs / sqrt(d_model).
+    tied = hub.get("tie_word_embeddings", True)
+    scaled = {"t5": hub.get("scale_decoder_outputs", tied), "mt5": False, "umt5": tied}[kind]
     return T5Config(
         d_model=hub["d_model"],
         d_ff=hub["d_ff"],
@@ -116,6 +120,7 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
         mlp_activations=_ACTIVATIONS[proj],
         tie_embeddings=scaled,
         vocab_size=hub["vocab_size"],
+        relative_bias="per_layer" if kind == "umt5" else "shared",
         relative_buckets=hub.get("relative_attention_num_buckets", 32),
         relative_max_distance=hub.get("relative_attention_max_distance", 128),
         dropout_rate=hub.get("dropout_rate", 0.1),
@@ -153,9 +158,10 @@ def _described(config: T5Config) -> dict[str, Any]:
             f"mlp_activations={config.mlp_activations} cannot be said in a Hugging Face config; these can: "
             f"{', '.join(map(str, projections))}"
         )
+    umt5 = config.relative_bias == "per_layer"
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": ["UMT5ForConditionalGeneration" if umt5 else "T5ForConditionalGeneration"],
+        "model_type": "umt5" if umt5 else "t5",
         "d_model": config.d_model,
         "d_ff": config.d_ff,
         "d_kv": config.head_dim,

@@ -28,6 +28,7 @@ from t5x_lite.sharding import constrain
 
 Remat = Literal["none", "minimal", "full"]
 Dtype = Literal["float32", "bfloat16"]
+RelativeBias = Literal["shared", "per_layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class T5Config:
 
     num_encoder_layers: 0 makes a decoder alone: inputs and targets follow each other in its row.
     prefix_lm: such a decoder sees all of the inputs from everywhere in them, not only what comes before.
+    relative_bias: one table for all layers of a stack, or one in every layer (UMT5).
     dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
     remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
@@ -51,6 +53,7 @@ class T5Config:
     tie_embeddings: bool = False
     vocab_size: int = 32128
     prefix_lm: bool = False
+    relative_bias: RelativeBias = "shared"
     relative_buckets: int = 32
     relative_max_distance: int = 128
     dropout_rate: float = 0.0
@@ -79,9 +82,9 @@ class T5Config:
                 f"T5Config.relative_buckets={self.relative_buckets} must be a multiple of 4 and at most "
                 f"relative_max_distance={self.relative_max_distance}"
             )
-        for name, choices in (("dtype", get_args(Dtype)), ("remat", get_args(Remat))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"T5Config.{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, kind in (("dtype", Dtype), ("remat", Remat), ("relative_bias", RelativeBias)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"T5Config.{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}")
 
     @property
     def decoder_only(self) -> bool:
@@ -158,17 +161,24 @@ class Attention(nn.Module):
         return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
 
 
+def _relative_bias(config: T5Config, **options: Any) -> RelativePositionBias:
+    return RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance, **options)
+
+
 class EncoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Where no bias is given, the layer has its own."""
 
     config: T5Config
     train: bool
 
     @nn.compact
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"], visibility: Visibility
+        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, visibility: Visibility
     ) -> tuple[Float[Array, "B S D"], None]:
         c = self.config
+        if bias_HSS is None:
+            positions_S = jnp.arange(x_BSD.shape[1])
+            bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_attention_layer_norm")(x_BSD)
         attention = Attention(c, self.train, name="attention")
@@ -181,7 +191,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoded inputs if any, and the MLP, each on a normed input and added."""
+    """Causal self-attention, attention to the encoded inputs if any, and the MLP, each on a normed input and added.
+
+    Where no bias is given, the layer has its own.
+    """
 
     config: T5Config
     train: bool
@@ -190,6 +203,8 @@ class DecoderLayer(nn.Module):
         c = self.config
         self.pre_self_attention_layer_norm = RMSNorm(c.compute_dtype)
         self.self_attention = Attention(c, self.train)
+        if c.relative_bias == "per_layer":
+            self.relpos_bias = _relative_bias(c, bidirectional=False)
         if not c.decoder_only:
             self.pre_cross_attention_layer_norm = RMSNorm(c.compute_dtype)
             self.encoder_decoder_attention = Attention(c, self.train)
@@ -202,7 +217,7 @@ class DecoderLayer(nn.Module):
         x_BTD: Float[Array, "B T D"],
         cache: Cache | None,
         encoded_BSD: Float[Array, "B S D"] | None,
-        bias_HTS: Float[Array, "H T _"],
+        bias_HTS: Float[Array, "H T _"] | None,
         self_visibility: Visibility,
         cross_visibility: Visibility,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
@@ -214,6 +229,9 @@ class DecoderLayer(nn.Module):
             new_keys_values = (key, value)
             key = jax.lax.dynamic_update_slice_in_dim(cache.self_key, key, self_visibility.offset, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache.self_value, value, self_visibility.offset, axis=1)
+        if bias_HTS is None:
+            positions_T = self_visibility.offset + jnp.arange(x_BTD.shape[1])
+            bias_HTS = self.relpos_bias(positions_T, jnp.arange(key.shape[1]))
         x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_visibility))
 
         if not self.config.decoder_only:
@@ -268,13 +286,13 @@ class Encoder(nn.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
         c = self.config
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
-        positions_S = jnp.arange(x_BSD.shape[1])
-        bias = RelativePositionBias(
-            c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=True, name="relpos_bias"
-        )
+        bias_HSS = None
+        if c.relative_bias == "shared":
+            positions_S = jnp.arange(x_BSD.shape[1])
+            bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
         layers = stack(EncoderLayer, c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
         x_BSD = dropout(constrain(x_BSD, "batch", "length", "embed"))
-        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias(positions_S, positions_S), visibility)
+        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias_HSS, visibility)
         return dropout(RMSNorm(c.compute_dtype, name="encoder_norm")(x_BSD))
 
 
@@ -286,9 +304,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.relpos_bias = RelativePositionBias(
-            c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=False
-        )
+        if c.relative_bias == "shared":
+            self.relpos_bias = _relative_bias(c, bidirectional=False)
         everywhere = nn.broadcast
         self.layers = stack(
             DecoderLayer,
@@ -313,9 +330,11 @@ class Decoder(nn.Module):
         cross_visibility: Visibility,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        length = x_BTD.shape[1]
-        keys = length if cache is None else cache.self_key.shape[2]
-        bias_HTS = self.relpos_bias(self_visibility.offset + jnp.arange(length), jnp.arange(keys))
+        bias_HTS = None
+        if self.config.relative_bias == "shared":
+            length = x_BTD.shape[1]
+            keys = length if cache is None else cache.self_key.shape[2]
+            bias_HTS = self.relpos_bias(self_visibility.offset + jnp.arange(length), jnp.arange(keys))
         x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
         x_BTD, new = self.layers(x_BTD, cache, encoded_BSD, bias_HTS, self_visibility, cross_visibility)
         if cache is not None:

@@ -20,7 +20,7 @@ def read(path: Path) -> Source:
     A decoder alone is taken for a prefix language model, as T5X decodes it, and which a plain one is where nothing says
     what the inputs are.
 
-    Raises ValueError: no T5 with one relative bias a stack.
+    Raises ValueError: no T5.
     """
     state = tensors.read_t5x(path)
     root = next((r for r in ("optimizer/target/", "target/", "params/") if any(n.startswith(r) for n in state)), None)
@@ -53,10 +53,7 @@ def _unscanned(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
     def shape(name: str) -> tuple[int, ...]:
         if name not in found:
-            raise ValueError(
-                f"{path} has no {name}: it is no T5 with one relative bias for each stack. It has "
-                + ", ".join(sorted(found)[:12])
-            )
+            raise ValueError(f"{path} has no {name}: it is no T5. It has " + ", ".join(sorted(found)[:12]))
         return found[name].shape
 
     def layers(stack: str) -> int:
@@ -66,7 +63,8 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
     decoder_only = "decoder/token_embedder/embedding" in found
     stack, attention = ("decoder", "self_attention") if decoder_only else ("encoder", "attention")
     vocab_size, d_model = shape("decoder/token_embedder/embedding" if decoder_only else "token_embedder/embedding")
-    num_heads, buckets = shape(f"{stack}/relpos_bias/rel_embedding")
+    per_layer = f"{stack}/layers_0/relpos_bias/rel_embedding" in found
+    num_heads, buckets = shape(f"{stack}/{'layers_0/' * per_layer}relpos_bias/rel_embedding")
     _, joined = shape(f"{stack}/layers_0/{attention}/query/kernel")
     d_ff, _ = shape(f"{stack}/layers_0/mlp/wo/kernel")
     return T5Config(
@@ -80,5 +78,6 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
         tie_embeddings="decoder/logits_dense/kernel" not in found,
         vocab_size=vocab_size,
         prefix_lm=decoder_only,
+        relative_bias="per_layer" if per_layer else "shared",
         relative_buckets=buckets,
     )

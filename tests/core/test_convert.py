@@ -16,6 +16,7 @@ from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+import t5x_lite
 from t5x_lite import checkpoint, convert, huggingface, sharding, t5x, tensors
 from t5x_lite.model import T5Config
 
@@ -102,7 +103,7 @@ WI = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
         ({"lm_head.weight": None}, {}, "missing: 1\n    lm_head.weight"),
         ({"decoder.embed_tokens.weight": np.ones((128, 32), "f4")}, {}, "decoder.embed_tokens.weight differs"),
         ({}, {"tie_word_embeddings": True}, "lm_head.weight differs"),
-        ({}, {"model_type": "umt5"}, "UMT5"),
+        ({}, {"model_type": "umt5"}, r"missing: 3\n    decoder.block.1.layer.0.SelfAttention.relative_attention_bias"),
         ({}, {"model_type": "bart"}, "bart"),
         ({}, {"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'"),
         ({}, {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon"),
@@ -200,13 +201,63 @@ def test_t5x_folders(form, tmp_path):
             convert.read(folder)
 
 
-def test_a_relative_bias_in_every_layer_is_refused(tmp_path):
-    flat = t5x_names(TINY, init(TINY))
-    flat["encoder/layers_1/relpos_bias/rel_embedding"] = flat["encoder/relpos_bias/rel_embedding"]
-    tree = {"target": traverse_util.unflatten_dict(flat, sep="/")}
-    (tmp_path / "msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
-    with pytest.raises(ValueError, match="unknown: 1\n    encoder/layers_1/relpos_bias"):
-        convert.read(tmp_path / "msgpack")
+def umt5(hub, seed=None):
+    """Makes the golden T5 a UMT5: its relative biases in every layer, or random ones."""
+    found = load_file(hub / "model.safetensors")
+    biases = {}
+    for stack, layers in (("encoder", 3), ("decoder", 2)):
+        name = f"{stack}.block.{{}}.layer.0.SelfAttention.relative_attention_bias.weight"
+        for layer in range(layers):
+            biases[name.format(layer)] = found[name.format(0)]
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+        biases = {name: rng.normal(size=bias.shape).astype("f4") for name, bias in biases.items()}
+    change(hub, biases, model_type="umt5")
+
+
+def test_umt5_has_a_relative_bias_in_every_layer(hub, golden_t5):
+    inputs = golden_t5.batch["encoder_input_tokens"], golden_t5.batch["decoder_input_tokens"]
+    expected = logits(*convert.read(hub), *inputs)
+    umt5(hub)
+    config, params = convert.read(hub)
+    assert (
+        isinstance(config, T5Config) and config.relative_bias == "per_layer" and "relpos_bias" not in params["encoder"]
+    )
+    np.testing.assert_allclose(logits(config, params, *inputs), expected, atol=1e-6)
+    for changed in ("encoder", "decoder"):  # the last layer's own
+        stack = params[changed] | {"layers": dict(params[changed]["layers"])}
+        bias = stack["layers"]["relpos_bias"]["rel_embedding"]
+        stack["layers"]["relpos_bias"] = {"rel_embedding": bias.at[-1].multiply(-1)}
+        assert np.abs(logits(config, params | {changed: stack}, *inputs) - expected).max() > 1e-3
+
+
+def test_umt5_comes_out_as_it_went_in_and_decodes_as_it_scores(hub, golden_t5, tmp_path):
+    umt5(hub, seed=0)
+    convert.convert(hub, tmp_path / "ours", "t5x_lite")
+    convert.convert(tmp_path / "ours", tmp_path / "back", "huggingface")
+    assert_same(load_file(tmp_path / "back" / "model.safetensors"), load_file(hub / "model.safetensors"))
+    said = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert said["model_type"] == "umt5" and said["architectures"] == ["UMT5ForConditionalGeneration"]
+    model = t5x_lite.load(tmp_path / "back")
+    inputs = golden_t5.batch["encoder_input_tokens"]
+    tokens, scores = model.generate(inputs, max_length=20)
+    np.testing.assert_allclose(model.score(inputs, tokens[:, 0]), scores[:, 0], rtol=1e-4)
+
+
+def test_t5x_with_a_relative_bias_in_every_layer(tmp_path):
+    wanted = dataclasses.replace(TINY, relative_bias="per_layer")
+    params = init(wanted)
+    flat = t5x_names(wanted, params)
+    assert "encoder/layers_1/relpos_bias/rel_embedding" in flat
+    file = tmp_path / "msgpack"
+    file.write_bytes(flax.serialization.msgpack_serialize({"target": traverse_util.unflatten_dict(flat, sep="/")}))
+    config, got = convert.read(file)
+    assert config == wanted
+    assert_same(got, params)
+    del flat["decoder/layers_3/relpos_bias/rel_embedding"]
+    file.write_bytes(flax.serialization.msgpack_serialize({"target": traverse_util.unflatten_dict(flat, sep="/")}))
+    with pytest.raises(ValueError, match="missing: 1\n    decoder/layers_3/relpos_bias"):
+        convert.read(file)
 
 
 @pytest.mark.parametrize("tied", [True, False])
