@@ -30,7 +30,7 @@ from absl import flags
 from gin import config as gin_config
 
 GIN_CONFIGS = Path(__file__).resolve().parent / "gin_configs"
-MODES = ("train", "eval", "infer", "score", "inspect")
+MODES = ("train", "eval", "infer", "score", "inspect", "plan")
 
 
 class Refusal(Exception):
@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
             jobs.dry_run(run, options.mode)
         elif options.mode == "train":
             jobs.train(run, gin.operative_config_str())
+        elif options.mode == "plan":
+            jobs.plan(run, options.topology, options.decode, options.suggest)
         else:
             getattr(jobs, options.mode)(run)
     except Exception as error:
@@ -91,6 +93,11 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in.", **module)
     flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.", **module)
     flags.DEFINE_boolean("dry_run", False, "Build config, data shapes, mesh and parameter count, and stop.", **module)
+    flags.DEFINE_string(
+        "topology", None, "--mode=plan: of what, such as v5e:4x4, 2xv5e:16x16, h100:8, cpu:8.", **module
+    )
+    flags.DEFINE_boolean("decode", False, "--mode=plan: of decoding, too.", **module)
+    flags.DEFINE_boolean("suggest", False, "--mode=plan: find mesh, REMAT and NUM_MICROBATCHES that fit.", **module)
     flags.DEFINE_boolean("help", False, "Show this.", short_name="h", **module)
     arguments = []
     for argument in argv:
@@ -110,6 +117,8 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
         raise Refusal(f"unexpected argument {rest[0]!r}: every option is a flag, --NAME=VALUE")
     if values.mode not in MODES:
         raise Refusal(f"unknown mode {values.mode!r}.{nearest(values.mode, MODES)}")
+    if (values.mode == "plan") != (values.topology is not None):
+        raise Refusal("--mode=plan and --topology go together: --mode=plan --topology=v5e:4x4")
     return values
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.attention import Visibility, dot_product_attention
-from t5x_lite.layers import ACTIVATIONS, Dense, Embed, GatedMlp, RelativePositionBias, RMSNorm
+from t5x_lite.layers import ACTIVATIONS, PRODUCT, Dense, Embed, GatedMlp, RelativePositionBias, RMSNorm
 from t5x_lite.sharding import constrain
 
 Remat = Literal["none", "minimal", "full"]
@@ -254,7 +254,8 @@ class DecoderLayer(nn.Module):
 def _remat(layer: type[nn.Module], config: Any) -> type[nn.Module]:
     if config.remat == "none":
         return layer
-    policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # By name, for JAX's policies for products do not see into functions with a backward pass of their own, as Dense is.
+    policy = None if config.remat == "full" else jax.checkpoint_policies.save_only_these_names(PRODUCT)
     # A scan already keeps XLA from merging the recomputation with the first pass; unrolled layers need the barrier.
     return nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
 

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -38,7 +39,11 @@ _layout: contextvars.ContextVar[tuple[AnyMesh, Rules] | None] = contextvars.Cont
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (of all hosts); at most one axis may be -1, which takes what the others leave."""
+    """A mesh of all devices (of all hosts); at most one axis may be -1, which takes what the others leave.
+
+    TPU slices, which only the data centre's network joins, follow one another along `data`: what crosses them is the
+    sum of gradients, once a step.
+    """
     devices = jax.devices() if devices is None else devices
     sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -53,8 +58,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"mesh {asked} does not fit {len(devices)} {devices[0].platform} device(s): "
             f"the product of its sizes must be {len(devices)}"
         )
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh {asked}: there are {slices} slices, and data = {sizes['data']} must be a multiple of that, such as "
+            f"--gin.MESH=\"{{'data': {slices}, 'fsdp': -1}}\""
+        )
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     # Auto in writing: JAX's own default, Explicit, does not go with constraints by logical axes.
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,294 @@
+"""What a run will take, before the machine is rented: its real step, compiled for devices that need not be there.
+
+Memory is what the compiler allotted; FLOPs are counted in the program before it is compiled, collectives and traffic
+with the memory in the compiled one. Times are bounds from these and the chip's published peaks, no measurements. This
+module reads no data and runs nothing; it knows the step, the machine and what chips are said to do.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite import hlo, logs, packing, step
+from t5x_lite.chips import GIB
+from t5x_lite.machine import Functions, Machine
+from t5x_lite.options import Run
+from t5x_lite.topologies import Topology
+
+
+@dataclasses.dataclass
+class Memory:
+    """Bytes on each device, as the compiler counts them, with the padding of its layouts.
+
+    needed: all together; outputs that take an argument's place (aliased) count once. The others are unknown (None)
+    where the compiler refused the program for its size and said no more.
+    """
+
+    needed: int
+    arguments: int | None = None
+    outputs: int | None = None
+    aliased: int | None = None
+    temporaries: int | None = None
+    program: int | None = None
+
+
+@dataclasses.dataclass
+class Times:
+    """Seconds for a step if one thing alone bounded it, at the published peak; None: unknown.
+
+    compute: matrix products, what remat repeats included. memory: traffic with HBM. links, network: collectives inside
+    a slice (host), and between slices (hosts).
+    """
+
+    compute: float | None = None
+    memory: float | None = None
+    links: float | None = None
+    network: float | None = None
+
+    @property
+    def bound(self) -> float | None:
+        known = [seconds for seconds in vars(self).values() if seconds is not None]
+        return max(known, default=None)
+
+
+@dataclasses.dataclass
+class Plan:
+    """Bytes are of each device. `parameters` ... `batch` follow from shapes and shardings, without padding."""
+
+    topology: str
+    devices: int
+    compiled_for: str
+    mesh: dict[str, int]
+    batch_size: int
+    lengths: dict[str, int]
+    remat: str
+    num_microbatches: int
+    parameters: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    memory: Memory
+    capacity: float | None
+    flops: float
+    executed_flops: float
+    collectives: dict[str, hlo.Collectives]
+    traffic: float | None
+    times: Times
+    step_seconds: float | None
+    mfu: float | None
+    compile_seconds: float
+    decode_memory: Memory | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """None: the capacity is not known."""
+        return None if self.capacity is None else self.memory.needed <= self.capacity
+
+
+def make(run: Run, topology: Topology, decode: bool = False) -> Plan:
+    """Compiles the training step of `run` for `topology`, and with `decode` its generation for a batch, too.
+
+    Raises:
+      ValueError: mesh, batch or model do not go with the devices; the same that a run would say.
+    """
+    machine = Machine(run, topology.devices)
+    abstract = machine.abstract
+    batch = abstract_batch(run, machine)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=run.rng_impl))
+    train_step = machine.compiler.train_step(
+        abstract, config=run.model, optimizer=run.optimizer, loss=run.loss, num_microbatches=run.num_microbatches
+    )
+    traced = train_step.trace(abstract, batch, key)
+    memory, compiled, seconds = compile_within(traced.lower(), topology)
+    lengths = dict(run.task_feature_lengths)
+    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths["targets"])
+    plan = Plan(
+        topology=topology.name,
+        devices=machine.mesh.size,
+        compiled_for=topology.chip.name if topology.real else "cpu",
+        mesh=dict(machine.mesh.shape),
+        batch_size=run.batch_size,
+        lengths=lengths,
+        remat=run.model.remat,
+        num_microbatches=run.num_microbatches,
+        parameters=step.param_count(abstract.params),
+        parameter_bytes=shard_bytes(abstract.params),
+        optimizer_bytes=shard_bytes(abstract.opt_state),
+        batch_bytes=shard_bytes(batch),
+        memory=memory,
+        capacity=topology.chip.memory or None,
+        flops=flops,
+        executed_flops=matmul_flops(traced.jaxpr),
+        collectives={},
+        traffic=None,
+        times=Times(),
+        step_seconds=None,
+        mfu=None,
+        compile_seconds=seconds,
+    )
+    if compiled is not None:
+        program = hlo.Program(compiled.as_text())
+        domains = topology.domain_of
+        plan.collectives = program.collectives(plan.devices, [domains[d] for d in machine.mesh.devices.flat])
+        if topology.real:
+            plan.traffic = program.memory_traffic()
+        plan.times = bounds(plan, topology)
+        plan.step_seconds = plan.times.bound
+        if plan.step_seconds:
+            plan.mfu = flops / plan.step_seconds / plan.devices / topology.chip.flops
+    if decode:
+        inputs = jax.ShapeDtypeStruct(
+            (run.eval_batch_size, lengths.get("inputs", 1)), np.int32, sharding=machine.batch_sharding
+        )
+        plan.decode_memory, _, _ = compile_within(
+            Functions(run, machine)._generate.lower(abstract.params, inputs), topology
+        )
+    return plan
+
+
+def abstract_batch(run: Run, machine: Machine) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global training batch, of all that makes batches of this run."""
+    lengths = run.task_feature_lengths
+    inputs, targets = (np.ones((1, lengths.get(feature, 0)), np.int32) for feature in ("inputs", "targets"))
+    if run.model.decoder_only:
+        length = sum(lengths.values())
+        row = packing.pack_joined(inputs, targets, length) if run.pack else packing.joined(inputs, targets)
+    else:
+        row = packing.pack(inputs, targets, lengths) if run.pack else packing.unpacked(inputs, targets)
+    return {
+        name: jax.ShapeDtypeStruct((run.batch_size, *x.shape[1:]), np.int32, sharding=machine.batch_sharding)
+        for name, x in row.items()
+    }
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's part of abstract arrays."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
+def compile_within(lowered: Any, topology: Topology) -> tuple[Memory, Any | None, float]:
+    """Memory, the compiled program and the seconds that it took; None: it is larger than the chip's memory."""
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # The TPU's compiler refuses what does not fit, which is an answer to what is asked here.
+        said = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not said:
+            raise
+        size, unit = (said[1], said[2]) if said[1] else (said[3], said[4])
+        return Memory(int(float(size) * 1024 ** ("KMGT".index(unit) + 1))), None, time.monotonic() - start
+    m = compiled.memory_analysis()
+    parts = (m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes)
+    program = m.generated_code_size_in_bytes
+    needed = parts[0] + parts[1] - parts[2] + parts[3] + program
+    return Memory(needed, *parts, program), compiled, time.monotonic() - start
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products in a traced program, of all devices together; what remat repeats counts again.
+
+    A `while` that is no scan counts once, of the branches of a `cond` the dearest.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+            continue
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "pallas_call":
+            times = math.prod(equation.params["grid_mapping"].grid)
+        inner = [matmul_flops(j) for value in equation.params.values() for j in _jaxprs(value)]
+        if inner:
+            total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _jaxprs(value: Any) -> Iterator[Any]:
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        if hasattr(getattr(item, "jaxpr", item), "eqns"):
+            yield item
+
+
+def bounds(plan: Plan, topology: Topology) -> Times:
+    chip = topology.chip
+    if not chip.flops:
+        return Times()
+    sent: dict[bool, float] = {False: 0.0, True: 0.0}
+    for kind, found in plan.collectives.items():
+        sent[kind.endswith("between slices")] += found.bytes
+    return Times(
+        compute=plan.executed_flops / plan.devices / chip.flops,
+        memory=None if plan.traffic is None else plan.traffic / chip.memory_bandwidth,
+        links=sent[False] / chip.link_bandwidth,
+        network=sent[True] / chip.network_bandwidth if chip.network_bandwidth else None,
+    )
+
+
+# What is said of it
+
+
+def table(plan: Plan) -> str:
+    """The plan as lines of text."""
+    m, t = plan.memory, plan.times
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    lengths = " / ".join(str(length) for length in plan.lengths.values())
+    capacity = "" if plan.capacity is None else f" of {gib(plan.capacity)}"
+    fits = {True: "fits", False: "DOES NOT FIT", None: "the device's memory is not known"}[plan.fits]
+    lines = [
+        ("topology", f"{plan.topology}: {plan.devices} device(s), mesh {mesh}"),
+        ("batch", f"{plan.batch_size} rows of {lengths}, {plan.num_microbatches} micro-batch(es), remat {plan.remat}"),
+        ("parameters", f"{plan.parameters:,}"),
+        ("memory a device", f"{gib(m.needed)}{capacity}: {fits}"),
+    ]
+    for name, value in (
+        ("  parameters", plan.parameter_bytes),
+        ("  optimizer", plan.optimizer_bytes),
+        ("  batch", plan.batch_bytes),
+        ("  arguments", m.arguments),
+        ("  temporaries", m.temporaries),
+        ("  outputs", m.outputs),
+        ("  of them in arguments' place", m.aliased),
+        ("  program", m.program),
+    ):
+        lines.append((name, "unknown: the compiler refused" if value is None else gib(value)))
+    extra = plan.executed_flops / plan.flops - 1
+    lines.append(("FLOPs a step", f"{plan.flops:.3e} (and {extra:.0%} more are computed: remat and such)"))
+    for kind, found in sorted(plan.collectives.items()):
+        lines.append((kind, f"{found.count:,} a step, each device sends {gib(found.bytes)}"))
+    if plan.traffic is not None:
+        lines.append(("traffic with memory", f"{gib(plan.traffic)} a device and step"))
+    if plan.step_seconds and plan.mfu:
+        parts = [f"{name} {seconds * 1e3:.1f}" for name, seconds in vars(t).items() if seconds is not None]
+        lines.append(("bounds, ms", ", ".join(parts)))
+        tokens = plan.batch_size * sum(plan.lengths.values()) / plan.step_seconds
+        lines.append(
+            ("a step takes at least", f"{plan.step_seconds * 1e3:.1f} ms: MFU {plan.mfu:.0%}, {tokens:,.0f} tokens/s")
+        )
+    if plan.decode_memory is not None:
+        lines.append(("memory to decode", f"{gib(plan.decode_memory.needed)}{capacity}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in [*lines, *(("", n) for n in _notes(plan))])
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = []
+    if plan.step_seconds:
+        notes.append("a bound, the largest of those above, each at the published peak; real steps take longer")
+    if plan.compiled_for == "cpu" and plan.capacity is not None:
+        notes.append("no JAX for NVIDIA GPUs is installed: temporaries are those of the program that CPUs get, which")
+        notes.append("computes bfloat16 in float32; for the real ones: pip install -r requirements-gpu.txt")
+    return notes
+
+
+def gib(size: float | int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2f} MiB"

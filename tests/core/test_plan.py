@@ -1,0 +1,395 @@
+"""Plans: what the compiler and the program's text say, against the same program run, counted by hand or by XLA."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core.test_run import configured, refused
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import run as command
+from t5x_lite import chips, hlo, logs, plan, sharding, step, suggest, topologies
+from t5x_lite.machine import Machine
+from t5x_lite.topologies import Topology
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install -r requirements-tpu.txt")
+CPU = next(chip for chip in chips.CHIPS if chip.name == "cpu")
+TINY = [
+    *("--gin.T5Config.d_model=16", "--gin.T5Config.d_ff=24", "--gin.T5Config.num_heads=4", "--gin.T5Config.head_dim=6"),
+    *("--gin.T5Config.num_encoder_layers=2", "--gin.T5Config.num_decoder_layers=3", "--gin.T5Config.vocab_size=96"),
+    *("--gin.BATCH_SIZE=16", "--gin.TASK_FEATURE_LENGTHS={'inputs': 12, 'targets': 10}", "--gin.DTYPE='float32'"),
+    *("--gin.MESH={'data': 2, 'fsdp': 4}", "--gin.MIXTURE_OR_TASK_NAME='no such task'"),
+]
+
+
+@pytest.fixture
+def tiny():
+    return configured(*TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny_plan():
+    return plan.make(configured(*TINY), cpus())
+
+
+def cpus(memory: float = 0.0) -> Topology:
+    return Topology("cpu:8", dataclasses.replace(CPU, memory=memory), tuple(jax.devices()[:8]))
+
+
+def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny, tiny_plan):
+    found = tiny_plan
+    machine = Machine(tiny)
+    state = step.init_state(tiny.model, tiny.optimizer, jax.random.key(0), machine.abstract)
+    rows = {name: np.ones(x.shape, np.int32) for name, x in plan.abstract_batch(tiny, machine).items()}
+    batch = sharding.shard_batch(rows, machine.batch_sharding)
+    train_step = machine.compiler.train_step(
+        machine.abstract, config=tiny.model, optimizer=tiny.optimizer, loss=tiny.loss, num_microbatches=1
+    )
+    key = jax.device_put(jax.random.key(1), machine.compiler.replicated())
+    really = train_step.lower(state, batch, key).compile().memory_analysis()
+
+    assert found.memory.temporaries == really.temp_size_in_bytes > 0
+    assert found.memory.arguments == really.argument_size_in_bytes
+    assert found.memory.outputs == really.output_size_in_bytes
+    assert found.memory.aliased == really.alias_size_in_bytes > 0
+
+    def on_first_device(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert found.parameter_bytes == on_first_device(state.params) < 4 * found.parameters
+    assert found.optimizer_bytes == on_first_device(state.opt_state)
+    assert found.batch_bytes == on_first_device(batch)
+    assert {"encoder_segment_ids", "decoder_positions"} <= set(batch)  # packed, as training has it
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_counts(tiny, decoder_only):
+    layers = 0 if decoder_only else 2
+    model = dataclasses.replace(tiny.model, d_model=128, d_ff=256, num_encoder_layers=layers, scan_layers=False)
+    run = dataclasses.replace(tiny, model=model)
+    machine = Machine(run)
+    closed = logs.flops_per_step(model, 16, 12, 10)
+
+    def traced(remat, **options):
+        config = dataclasses.replace(model, remat=remat, **options)
+        train_step = machine.compiler.train_step(machine.abstract, config=config, optimizer=run.optimizer)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return train_step.trace(machine.abstract, plan.abstract_batch(run, machine), key)
+
+    assert plan.matmul_flops(traced("none").jaxpr) == closed
+    assert plan.matmul_flops(traced("none", scan_layers=True).jaxpr) == closed
+    counted = traced("none").lower().cost_analysis()["flops"]  # elementwise operations as well
+    assert closed < counted < 1.25 * closed
+    with_full, with_minimal = (plan.matmul_flops(traced(remat).jaxpr) for remat in ("full", "minimal"))
+    assert closed < with_minimal < with_full < 4 / 3 * closed  # the logits are not repeated
+
+
+@pytest.mark.parametrize("memory, fits", [(1e3, False), (1e12, True), (None, None)])
+def test_whether_it_fits_is_said(tiny_plan, memory, fits):
+    found = dataclasses.replace(tiny_plan, capacity=memory)
+    assert found.fits is fits
+    said = {False: "DOES NOT FIT", True: "fits", None: "not known"}[fits]
+    assert said in plan.table(found)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded ...",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for ... (18.50G) exceeds ...",
+    ],
+)
+def test_a_compiler_that_refuses_for_size_is_an_answer_and_other_errors_are_not(tiny, message):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    memory, compiled, _ = plan.compile_within(Lowered(), cpus())
+    assert compiled is None and memory.needed == 18.5 * 2**30 and memory.temporaries is None
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        plan.compile_within(Lowered(), cpus())
+
+
+# The program's text
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec("a", "b"), out_specs=PartitionSpec("a", None))
+    def sums(x):
+        def body(total, _):
+            total = jax.lax.psum(total, "b") * 0.5
+            return jax.lax.pcast(total, "b", to="varying"), None
+
+        x, _ = jax.lax.scan(body, x, length=5)
+        return jax.lax.psum(x, "b")
+
+    x = jax.ShapeDtypeStruct((6, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("a", "b")))
+    program = hlo.Program(jax.jit(sums).lower(x).compile().as_text())
+    one = 3 * 2 * 4  # bytes of a device's part
+    assert program.collectives(8) == {"all-reduce": hlo.Collectives(6, 6 * 2 * one * 3 / 4)}
+    apart = program.collectives(8, domain=[0, 0, 1, 1, 0, 0, 1, 1])
+    assert list(apart) == ["all-reduce between slices"] and not program.unknown_loops
+
+
+# As a TPU's compiler writes: a loop without a count, its variable goes up by two; an all-gather in two fusions.
+TPU_TEXT = """\
+HloModule m, is_scheduled=true
+
+%gather.1 (p0.1: bf16[4,64]) -> bf16[16,64] {
+  %p0.1 = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %ag.1 = bf16[16,64]{1,0} all-gather(%p0.1), channel_id=9, replica_groups=mesh['x'=2,'y'=4] {'y'}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%gather.2 (p0.2: bf16[4,64]) -> bf16[16,64] {
+  %p0.2 = bf16[4,64]{1,0} parameter(0)
+  ROOT %ag.2 = bf16[16,64]{1,0} all-gather(%p0.2), channel_id=9, replica_groups=mesh['x'=2,'y'=4] {'y'}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%body (state: (f32[3,5], u32[], bf16[4,64])) -> (f32[3,5], u32[], bf16[4,64]) {
+  %state = (f32[3,5]{1,0:S(1)}, u32[]{:T(128)}, bf16[4,64]{1,0}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  %x = f32[3,5]{1,0:S(1)} get-tuple-element(%state), index=0
+  %w = bf16[4,64]{1,0} get-tuple-element(%state), index=2
+  %part = bf16[16,64]{1,0:S(1)} fusion(%w), kind=kOutput, calls=%gather.1
+  %start = (f32[3,5]{1,0:S(1)}, f32[3,5]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=4, \
+source_target_pairs={{0,1},{1,0}}
+  %done = f32[3,5]{1,0} collective-permute-done(%start)
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %out = (f32[3,5]{1,0}, u32[]{:T(128)}, bf16[4,64]{1,0}) tuple(%done, %next, %w)
+}
+
+%condition (state.1: (f32[3,5], u32[], bf16[4,64])) -> pred[] {
+  %end = u32[]{:T(128)} constant(9)
+  %state.1 = (f32[3,5]{1,0:S(1)}, u32[]{:T(128)}, bf16[4,64]{1,0}) parameter(0)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=1
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (a: f32[3,5], b: bf16[4,64]) -> f32[3,5] {
+  %a = f32[3,5]{1,0} parameter(0)
+  %b = bf16[4,64]{1,0} parameter(1)
+  %one = u32[]{:T(128)} constant(1)
+  %first = (f32[3,5]{1,0}, u32[]{:T(128)}, bf16[4,64]{1,0}) tuple(%a, %one, %b)
+  %loop = (f32[3,5]{1,0}, u32[]{:T(128)}, bf16[4,64]{1,0}) while(%first), condition=%condition, body=%body
+  %gathered = bf16[16,64]{1,0} fusion(%b), kind=kOutput, calls=%gather.2
+  ROOT %result = f32[3,5]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_the_text_of_a_tpu_program_is_read():
+    program = hlo.Program(TPU_TEXT)
+    assert program.times["body"] == 4 and not program.unknown_loops  # 1, 3, 5, 7
+    held = 4 * 64 * 2
+    assert program.collectives(8) == {
+        "all-gather": hlo.Collectives(1, 3.0 * held),
+        "collective-permute": hlo.Collectives(4, 4.0 * 3 * 5 * 4),
+    }
+    assert "all-gather" in program.collectives(8, domain=[0, 0, 0, 0, 1, 1, 1, 1])  # inside y, so inside a slice
+    assert "all-gather between slices" in program.collectives(8, domain=[0, 0, 1, 1, 0, 0, 1, 1])
+    # In each turn the permuted array, out of VMEM; `add`; `compare`.
+    assert program.memory_traffic() == 4 * (3 * 5 * 4 + 3 * 4 + (2 * 4 + 1))
+
+
+def test_groups_are_read_in_every_form():
+    pairs = {(0, 4), (1, 5), (2, 6), (3, 7)}
+    for text in (
+        "replica_groups={{0,4},{1,5},{2,6},{3,7}}, x",
+        "replica_groups=[4,2]<=[2,4]T(1,0), x",
+        "replica_groups=mesh['x'=2,'y'=4] {'x'}, x",
+    ):
+        assert {tuple(group) for group in hlo._groups(text, 8).tolist()} == pairs
+    assert hlo._groups("to_apply=%add", 8).tolist() == [list(range(8))]
+
+
+def test_memory_traffic_is_what_xla_counts_and_a_loop_counts_as_often_as_it_runs():
+    w = jax.ShapeDtypeStruct((7, 64, 64), jnp.float32)
+    x = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+
+    def layers(x, w, unroll):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w, unroll=unroll)[0]
+
+    unrolled, looped = (jax.jit(functools.partial(layers, unroll=n)).lower(x, w).compile() for n in (7, 1))
+    counted = unrolled.cost_analysis()["bytes accessed"]
+    assert hlo.Program(unrolled.as_text()).memory_traffic() == pytest.approx(counted, rel=0.15)
+    traffic = hlo.Program(looped.as_text()).memory_traffic()
+    assert looped.cost_analysis()["bytes accessed"] < 0.5 * counted < 0.6 * traffic < counted
+
+
+# Topologies
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("v9:2x2", ["CHIP:SHAPE", "Chips: v4, v5e"]),
+        ("v5e", ["CHIP:SHAPE", "v5e:4x4"]),
+        ("h10:8", ["Did you mean h100?"]),
+        ("v5e:3x5", ["'3x5'", "2x2, 2x4, 4x4"]),
+        ("v4:4x4", ["'4x4'", "4x4x4"]),
+        ("h100:12", ["whole hosts of 8"]),
+        ("cpu:0", ["cpu:N"]),
+        ("2xcpu:8", ["cpu:N"]),
+    ],
+)
+def test_names_that_stand_for_nothing_are_refused_with_those_that_do(capsys, name, said):
+    line = refused(capsys, "--mode=plan", f"--topology={name}", *TINY)
+    assert all(words in line for words in said), line
+
+
+def test_the_flags_go_together(capsys):
+    assert "--topology=v5e:4x4" in refused(capsys, "--mode=plan", *TINY)
+    assert "--mode=plan" in refused(capsys, "--topology=v5e:4x4", *TINY)
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_the_command_that_installs_it_is_said(capsys):
+    line = refused(capsys, "--mode=plan", "--topology=v5e:4x4", *TINY)
+    assert "pip install -r requirements-tpu.txt" in line
+
+
+def test_a_mesh_that_does_not_fit_is_refused_as_a_run_refuses_it(tiny):
+    with pytest.raises(ValueError, match=r"fsdp=3.*does not fit 8"):
+        plan.make(dataclasses.replace(tiny, mesh={"fsdp": 3}), cpus())
+
+
+def test_chips_are_known_by_what_jax_calls_them():
+    class Device:
+        def __init__(self, kind):
+            self.device_kind = kind
+
+    kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H200": "h200"}
+    kinds |= {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
+    assert {kind: chip.name for kind in kinds if (chip := chips.of_device(Device(kind)))} == kinds
+    assert chips.of_device(Device("cpu")) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTpu:
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU of a test"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return (self.id % 4, 0, 0)
+
+
+def test_slices_lie_along_data_and_nothing_else():
+    devices = [FakeTpu(id, slice_index) for slice_index in range(2) for id in range(4)]
+    mesh = sharding.make_mesh(2, -1, 1, devices=devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    assert (slices == np.arange(2)[:, None, None]).all()
+    with pytest.raises(ValueError, match=r"2 slices, and data = 1 must be a multiple.*'data': 2"):
+        sharding.make_mesh(1, -1, 1, devices=devices)
+
+
+# Suggestions
+
+
+def test_presets_are_those_of_the_gin_files():
+    for name, mesh in suggest.MESHES.items():
+        assert configured(*TINY[:-2], f"--gin_file=mesh/{name}.gin").mesh == mesh
+
+
+def test_the_quickest_of_what_fits_is_suggested(tiny, tiny_plan, monkeypatch, capsys):
+    made = []
+
+    def fake(run, topology):
+        made.append((dict(run.mesh), run.model.remat, run.num_microbatches))
+        seconds = {"none": 4.0, "minimal": 2.0, "full": 3.0}[run.model.remat] - 0.5 * (run.mesh["data"] == -1)
+        needed = {"none": 15 * 10**9, "minimal": 10**11, "full": 10**9}[run.model.remat] // run.num_microbatches
+        memory = dataclasses.replace(tiny_plan.memory, needed=needed)
+        return dataclasses.replace(tiny_plan, memory=memory, step_seconds=seconds, capacity=topology.chip.memory)
+
+    monkeypatch.setattr(suggest, "make", fake)
+    machines = functools.cache(
+        lambda mesh, parts: Machine(dataclasses.replace(tiny, mesh=dict(mesh), num_microbatches=parts))
+    )
+    monkeypatch.setattr(
+        suggest, "Machine", lambda run, devices: machines(tuple(run.mesh.items()), run.num_microbatches)
+    )
+    found = suggest.best(tiny, cpus(10e9))
+    # "minimal" never fits with the 2 micro-batches that 16 rows allow on 8 devices: "full" is what is tried elsewhere.
+    assert (found.model.remat, found.num_microbatches, found.mesh["data"]) == ("full", 1, -1)
+    fsdp, data, both = ({"data": d, "fsdp": f, "tensor": t} for d, f, t in ((1, -1, 1), (-1, 1, 1), (1, -1, 2)))
+    expected = [(fsdp, "none", 1), (fsdp, "none", 2), (fsdp, "minimal", 1), (fsdp, "minimal", 2)]
+    assert made == [*expected, (fsdp, "full", 1), (data, "full", 1), (both, "full", 1)]
+    assert "suggested: --gin_file=mesh/data.gin --gin.REMAT=\"'full'\"" in capsys.readouterr().out
+    made.clear()
+    with pytest.raises(ValueError, match="nothing fits cpu:8"):
+        suggest.best(tiny, cpus(1e3))
+    assert not made  # on paper already
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
+    model = dataclasses.replace(tiny.model, remat=remat, vocab_size=2048)
+    run = dataclasses.replace(tiny, model=model, task_feature_lengths={"inputs": 64, "targets": 48})
+    least = suggest.least_memory(run, Machine(run))
+    really = plan.make(run, cpus()).memory.needed
+    assert 0.2 * really < least < really
+
+
+# The command
+
+
+def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which the command adds to
+    arguments = ["run.py", "--mode=plan", "--topology=cpu:8", "--decode", *TINY, f"--gin.MODEL_DIR='{tmp_path}'"]
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1} and f"{found['parameters']:,}" in out
+    assert found["collectives"]["all-reduce"]["count"] > 0 and found["decode_memory"]["needed"] > 0
+    assert found["flops"] == found["executed_flops"] and found["fits"] is None
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_small_for_a_slice_that_is_not_there(tmp_path):
+    arguments = ["--mode=plan", "--topology=v5e:2x4", "--gin_file=models/t5_1_1/small.gin", "--gin_file=mesh/fsdp.gin"]
+    arguments += ["--gin.BATCH_SIZE=64", f"--gin.MODEL_DIR='{tmp_path}'"]
+    root = Path(command.__file__).parent
+    subprocess.run([sys.executable, "run.py", *arguments], cwd=root, check=True)
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["compiled_for"] == "v5e" and found["parameters"] == 76_961_152
+    assert found["parameter_bytes"] == pytest.approx(4 * 76_961_152 / 8, rel=0.01)
+    gathered = sum(found["collectives"][kind]["bytes"] for kind in ("all-gather", "collective-permute"))
+    assert gathered > 2 * 2 * 76_961_152 / 8 * 7 / 2  # each parameter in bfloat16, at least once each way
+    assert 0 < found["mfu"] < 1 and found["step_seconds"] == max(
+        seconds for seconds in found["times"].values() if seconds is not None
+    )
+    assert math.isclose(found["times"]["compute"], found["executed_flops"] / 8 / 197e12)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("shape", ["2xv5e:4x4", "v4:4x4x4", "v6e:1x1"])
+def test_devices_of_a_tpu_topology(shape, monkeypatch):
+    for name in ("XLA_FLAGS", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    found = topologies.find(shape)
+    assert len(found.devices) == {"2xv5e:4x4": 32, "v4:4x4x4": 64, "v6e:1x1": 1}[shape]
+    assert set(found.domain_of.values()) == ({0, 1} if shape.startswith("2x") else {0})
+    assert sharding.make_mesh(-1, 1, 1, devices=found.devices).size == len(found.devices)
