@@ -152,10 +152,10 @@ def _deliberate(error: BaseException) -> bool:
 @functools.cache
 def configurables() -> dict[str, Callable]:
     """What gin files can name: the parts that a run is made of."""
-    from t5x_lite import losses, model, optim, options
+    from t5x_lite import bert, losses, model, optim, options
 
     parts = (
-        *(options.Run, model.T5Config, losses.LossConfig),
+        *(options.Run, model.T5Config, bert.BertConfig, losses.LossConfig),
         *(optim.make_optimizer, optim.adafactor, optim.adamw),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
@@ -287,7 +287,8 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
                 raise Refusal(f"{said} = {value!r} is not of its type, {_type_name(hints[parameter])}")
         needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
         if unset := sorted(needed - bound.keys()):
-            models = " A model file sets them: --gin_file=models/t5_1_1/small.gin, say." if name == "T5Config" else ""
+            of_model = name in ("T5Config", "BertConfig")
+            models = " A model file sets them: --gin_file=models/t5_1_1/small.gin, say." if of_model else ""
             raise Refusal(f"{name} has no value for {', '.join(unset)}.{models}")
 
 

@@ -27,7 +27,13 @@ from t5x_lite import packing
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["encoder_decoder", "decoder"]  # of a model's batches
+# How a model's batch is laid out, and the features that it needs of a task. BERT's are those of tasks/bert.py.
+Layout = Literal["encoder_decoder", "decoder", "encoder"]
+FEATURES = {
+    "encoder_decoder": ("inputs", "targets"),
+    "decoder": ("targets",),
+    "encoder": ("inputs", "targets", "segments", "random"),
+}
 
 for _kind in ("GPU", "TPU"):  # before TensorFlow's first op: it would take the whole accelerator's memory
     if tf.config.get_visible_devices(_kind):
@@ -77,7 +83,8 @@ def tasks_with_split(name: str, split: str) -> list[str]:
 
 def check_vocabulary(name: str, model_vocab_size: int) -> None:
     """Raises ValueError where a feature of the task or mixture has ids that the model's embedding has not."""
-    for feature, spec in find_provider(name).output_features.items():
+    features = find_provider(name).output_features
+    for feature, spec in ((k, features[k]) for k in ("inputs", "targets") if k in features):
         size = spec.vocabulary.vocab_size
         padded = -(-size // 128) * 128
         if size > model_vocab_size:
@@ -97,16 +104,22 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
 def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encoder_decoder") -> None:
     """Raises ValueError where TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
     features = find_provider(name).output_features
-    needed = {"targets"} if layout == "decoder" else {"inputs", "targets"}
-    if not needed <= set(features):
+    if missing := [feature for feature in FEATURES[layout] if feature not in features]:
         raise ValueError(
-            f"{name} has the features {sorted(features)}; a model that is an {layout} needs {sorted(needed)}."
+            f"{name} has the features {', '.join(features)}; a model of layout {layout!r} also needs "
+            f"{', '.join(missing)}: see models/*.gin for which tasks go with which model."
         )
-    if not needed <= set(lengths) <= {"inputs", "targets"}:
+    needed, allowed = {
+        "encoder_decoder": ({"inputs", "targets"}, {"inputs", "targets"}),
+        "decoder": ({"targets"}, {"inputs", "targets"}),
+        "encoder": ({"inputs"}, {"inputs"}),
+    }[layout]
+    if not needed <= set(lengths) <= allowed:
         raise ValueError(
-            f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))}"
-            f"{' (and inputs, if there are any)' if layout == 'decoder' else ''} and nothing else, "
-            f"such as {{'inputs': 512, 'targets': 114}}; {name} has the features {sorted(features)}."
+            f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))} and nothing "
+            f"else{' but inputs' if allowed - needed else ''}, such as "
+            f"{ {feature: 512 if feature == 'inputs' else 114 for feature in sorted(needed)} }; {name} has the "
+            f"features {', '.join(features)}."
         )
     if not all(isinstance(n, int) and n > 0 for n in lengths.values()):
         raise ValueError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths are whole numbers of tokens above 0.")
@@ -145,7 +158,8 @@ class TrainBatches:
       batch_size: of all hosts together.
       seed: fixes the order, on the same number of hosts.
       layout: of the model: "decoder" has inputs and targets in one row of length S + T, and no encoder's arrays but
-        decoder_causal_attention; examples without inputs make rows of length T.
+        decoder_causal_attention; examples without inputs make rows of length T. "encoder" has the features of
+        tasks/bert.py as they are, padded, one example a row.
       pack: several examples in one row.
       use_cached: read SeqIO's offline cache.
     """
@@ -242,6 +256,10 @@ def _rows(
 ) -> tf.data.Dataset:
     """Blocks of rows as `packing` makes them. The number of examples packed together is SeqIO's."""
     spec: Any = examples.element_spec
+    if layout == "encoder":
+        widths = dict.fromkeys(FEATURES["encoder"], lengths["inputs"]) | {"random": 1}
+        cut = examples.map(lambda x: {k: tf.cast(x[k][:width], tf.int32) for k, width in widths.items()})
+        return cut.padded_batch(lengths["inputs"], widths)
     if "inputs" not in spec and layout != "decoder":
         raise ValueError(
             f"the examples of {name} have no inputs: they are for a decoder alone, such as models/decoder_only.gin"
@@ -335,6 +353,8 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
       vocabulary: of both inputs and targets.
     """
     batch = {k: np.asarray(v) for k, v in batch.items()}
+    if "segments" in batch:
+        return _describe_pairs(batch, vocabulary)
     if "encoder_input_tokens" not in batch:  # inputs are what a decoder alone reads without loss
         parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
         batch |= {f"{k}_input_tokens": batch["decoder_target_tokens"] * part for k, part in parts.items()}
@@ -369,6 +389,23 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
         f"packing efficiency: {share_S:.1%} of {segments_BS.size} input and {share_T:.1%} of {segments_BT.size} target "
         f"positions hold tokens; sum of loss weights {weights:g}"
     )
+    return "\n".join(lines)
+
+
+def _describe_pairs(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
+    lines = []
+    for row, (inputs, targets, segments, (is_random,)) in enumerate(
+        zip(batch["inputs"], batch["targets"], batch["segments"], batch["random"], strict=True)
+    ):
+        chosen = np.flatnonzero(targets)
+        tokens = inputs != 0
+        lines += [
+            f"row {row}: {np.count_nonzero(tokens)}/{len(inputs)} tokens, {len(chosen)} to be predicted, "
+            + ("the second part is of another text" if is_random else "the second part follows the first"),
+            f"  first:  {vocabulary.decode(inputs[tokens & (segments == 0)].tolist())}",
+            f"  second: {vocabulary.decode(inputs[tokens & (segments == 1)].tolist())}",
+            f"  to be predicted: {' | '.join(vocabulary.decode([token]) for token in targets[chosen].tolist())}",
+        ]
     return "\n".join(lines)
 
 

@@ -210,7 +210,7 @@ def train(run: Run, config: str) -> None:
     batches = _train_batches(run, name)
     evaluation = _evaluation(run, name, Functions(run, machine))
     lengths = run.task_feature_lengths
-    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths["targets"])
+    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     with (
         contextlib.closing(logs.MetricLogger(run.model_dir, last, flops)) as logger,
         contextlib.closing(_checkpointer(run)) as saver,
@@ -296,6 +296,8 @@ def score(run: Run) -> None:
 
 
 def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
+    if run.model.layout == "encoder":
+        raise ValueError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
     path, at_step = _checkpoint_to_read(run)
     machine = Machine(run)
     functions = Functions(run, machine)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from t5x_lite.bert import BertConfig
 from t5x_lite.model import T5Config
 
 log = logging.getLogger("t5x_lite")
@@ -51,7 +52,7 @@ def peak_flops(device: Any) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def flops_per_step(config: T5Config, batch_size: int, encoder_length: int, decoder_length: int) -> float:
+def flops_per_step(config: T5Config | BertConfig, batch_size: int, encoder_length: int, decoder_length: int) -> float:
     """FLOPs of the matrix products in one training step, padding included; what MFU counts as useful work.
 
     A multiplication and its addition are two; the backward pass is twice the forward one; what remat repeats does not
@@ -60,8 +61,12 @@ def flops_per_step(config: T5Config, batch_size: int, encoder_length: int, decod
     S, T = encoder_length, decoder_length
     joined = config.num_heads * config.head_dim
     projection = 2 * config.d_model * joined  # one of query, key, value, out, for one token
-    mlp = 2 * config.d_model * config.d_ff * (len(config.mlp_activations) + 1)
     attended = 4 * joined  # logits and weighted sum, for one query and one key
+    if isinstance(config, BertConfig):
+        layer = S * (4 * projection + 4 * config.d_model * config.d_ff + S * attended)
+        masked_lm = S * 2 * config.d_model * (config.d_model + config.vocab_size)
+        return 3.0 * batch_size * (config.num_layers * layer + masked_lm * ("mlm" in config.heads))
+    mlp = 2 * config.d_model * config.d_ff * (len(config.mlp_activations) + 1)
 
     encoder_layer = S * (4 * projection + mlp + S * attended)
     decoder_layer = T * (6 * projection + mlp + (T + S) * attended) + S * 2 * projection

@@ -1,13 +1,12 @@
 """Training loss: weighted cross entropy with z-loss and label smoothing, and what its sum is divided by.
 
 Everything here is a weighted *sum* over target tokens; the caller divides, so that micro-batches can be added up.
-Knows logits, targets, weights and the names of the batch's fields; must not know the model, the mesh or the optimizer.
+Knows logits, targets and weights; must not know the model, the mesh or the optimizer.
 Dimensions: B batch, T decoder length, V vocabulary.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 import jax
@@ -106,7 +105,7 @@ def cross_entropy_sums(
 
 
 def normalizer(
-    config: LossConfig, batch: Mapping[str, Num[Array, "B _"]]
+    config: LossConfig, weights_BT: Num[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
     """Loss weights of a batch and the number its summed loss is to be divided by.
 
@@ -116,16 +115,16 @@ def normalizer(
 
     Args:
       config: says which factor.
-      batch: `decoder_loss_weights`, and `decoder_segment_ids` (0 = padding) where examples are packed.
+      weights_BT: 0 for tokens that do not count.
+      segments_BT: the number of each token's example in its row (0 = padding), where examples are packed.
 
     Returns:
       float32 weights [B, T], with AVERAGE_PER_SEQUENCE divided by their sum within each sequence, and the factor.
     """
-    weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
+    weights_BT = weights_BT.astype(jnp.float32)
     factor = config.normalizing_factor
     if factor == "AVERAGE_PER_SEQUENCE":
-        if "decoder_segment_ids" in batch:
-            segments_BT = batch["decoder_segment_ids"]
+        if segments_BT is not None:
             same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, :, None] != 0)
             per_sequence_BT = jnp.sum(jnp.where(same_BTT, weights_BT[:, None, :], 0.0), axis=-1)
         else:

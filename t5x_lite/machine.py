@@ -51,12 +51,13 @@ class Functions:
     def __init__(self, run: Run, machine: Machine):
         self._machine, self._layout = machine, run.model.layout
         compiler, abstract = machine.compiler, machine.abstract
-        length = run.max_decode_length or run.task_feature_lengths["targets"]
-        logger.info("Decoding: %s, at most %d tokens", run.decoding, length)
-        self._generate = compiler.with_params(
-            _generate, abstract, config=run.model, max_length=length, seed=run.random_seed, decoding=run.decoding
-        )
-        self._score = compiler.with_params(decode.score, abstract, config=run.model)
+        if self._layout != "encoder":
+            length = run.max_decode_length or run.task_feature_lengths["targets"]
+            logger.info("Decoding: %s, at most %d tokens", run.decoding, length)
+            self._generate = compiler.with_params(
+                _generate, abstract, config=run.model, max_length=length, seed=run.random_seed, decoding=run.decoding
+            )
+            self._score = compiler.with_params(decode.score, abstract, config=run.model)
         self._sums = compiler.with_params(step.eval_step, abstract, config=run.model)
 
     def _spread(self, rows: Any) -> Any:
@@ -80,13 +81,17 @@ class Functions:
         return jax.device_get(self._score(params, self._spread(dict(rows))))
 
     def loss(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Mean cross entropy and accuracy of the target tokens; batches of this host's rows, in the model's layout."""
-        sums: dict[str, float] = {"loss": 0.0, "correct": 0.0, "weights": 0.0}
-        for batch in batches:
-            found = jax.device_get(self._sums(params, sharding.shard_batch(batch, self._machine.batch_sharding)))
-            sums = {name: total + float(found[name]) for name, total in sums.items()}
-        tokens = max(sums["weights"], 1.0)
-        return {"loss": sums["loss"] / tokens, "token_accuracy": sums["correct"] / tokens}
+        """Mean cross entropy and accuracy of the targets; batches of this host's rows, in the model's layout."""
+        found = [
+            jax.device_get(self._sums(params, sharding.shard_batch(batch, self._machine.batch_sharding)))
+            for batch in batches
+        ]
+        if not found:
+            return {}
+        means = step.means(jax.tree.map(lambda *sums: float(np.sum(sums, dtype=np.float64)), *found))
+        if "accuracy" in means:
+            means["token_accuracy"] = means.pop("accuracy")
+        return {name: float(x) for name, x in means.items() if not name.endswith(("z_loss", "cross_ent_loss"))}
 
 
 def _generate(

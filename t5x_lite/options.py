@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from t5x_lite import checkpoint, decode, sharding
+from t5x_lite.bert import BertConfig
 from t5x_lite.losses import LossConfig
 from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
@@ -20,7 +21,7 @@ Files = str | list[str]
 class Run:
     """One training, evaluation, inference or scoring run."""
 
-    model: T5Config
+    model: T5Config | BertConfig
     optimizer: Optimizer
     loss: LossConfig
     model_dir: str

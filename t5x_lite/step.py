@@ -14,15 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
-from t5x_lite import sharding
+from t5x_lite import bert, model, sharding
+from t5x_lite.bert import BertConfig
 from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer
-from t5x_lite.model import T5, T5Config, forward
+from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+
+Config = T5Config | BertConfig
 
 T5_LOSS = LossConfig()
 
@@ -36,18 +39,20 @@ class TrainState:
     opt_state: Any
 
 
-def _boxed_params(config: T5Config, key: Key[Array, ""]) -> Any:
+def _boxed_params(config: Config, key: Key[Array, ""]) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
-    return T5(config).init(key, None if config.decoder_only else token, token)["params"]
+    if isinstance(config, BertConfig):
+        return bert.Bert(config).init(key, token)["params"]
+    return model.T5(config).init(key, None if config.decoder_only else token, token)["params"]
 
 
-def _new_state(config: T5Config, optimizer: Optimizer, key: Key[Array, ""]) -> TrainState:
+def _new_state(config: Config, optimizer: Optimizer, key: Key[Array, ""]) -> TrainState:
     params = nn.unbox(_boxed_params(config, key))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(params))
 
 
 def abstract_state(
-    config: T5Config, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
+    config: Config, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing any of it (`jax.ShapeDtypeStruct` leaves)."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -56,7 +61,7 @@ def abstract_state(
     return sharding.shard_state(state, params, mesh, rules)
 
 
-def init_state(config: T5Config, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState) -> TrainState:
+def init_state(config: Config, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState) -> TrainState:
     """A fresh state, each leaf made where it will lie. The same numbers on every mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda key: _new_state(config, optimizer, key), out_shardings=shardings)(key)
@@ -66,12 +71,45 @@ def param_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+# What a model says and what is right are named by its heads: T5 has one, "", and BERT "mlm", "nsp" or "classify".
+
+
+def _logits(
+    config: Config, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None
+) -> Mapping[str, Float[Array, "..."]]:
+    if isinstance(config, BertConfig):
+        return bert.forward(config, params, batch, dropout_key)
+    return {"": model.forward(config, params, batch, dropout_key)}
+
+
+def _targets(config: Config, batch: Batch) -> Mapping[str, tuple[Int[Array, "B _"], Num[Array, "B _"]]]:
+    """Of each head that is trained: targets and loss weights."""
+    if isinstance(config, BertConfig):
+        return {head: asked for head, asked in bert.targets(batch).items() if head in config.heads}
+    return {"": (batch["decoder_target_tokens"], batch["decoder_loss_weights"])}
+
+
+def _sums(
+    logits: Mapping[str, Array], targets: Mapping[str, tuple[Array, Array]], loss: LossConfig
+) -> dict[str, Metrics]:
+    return {
+        head: cross_entropy_sums(
+            logits[head].reshape(*classes.shape, -1),
+            classes,
+            weights.astype(jnp.float32),
+            z_loss=loss.z_loss,
+            label_smoothing=loss.label_smoothing,
+        )
+        for head, (classes, weights) in targets.items()
+    }
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
     key: Key[Array, ""],
     *,
-    config: T5Config,
+    config: Config,
     optimizer: Optimizer,
     loss: LossConfig = T5_LOSS,
     num_microbatches: int = 1,
@@ -86,38 +124,37 @@ def train_step(
     Returns:
       The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats a
       target token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update);
-      `target_tokens` and `input_tokens`, without padding.
+      `target_tokens` and `input_tokens`, without padding. BERT has the first four of each head, and the sum as `loss`.
     """
-    weights_BT, factor = normalizer(loss, batch)
+    targets = _targets(config, batch)
+    normalized = {
+        head: normalizer(loss, weights, batch.get("decoder_segment_ids")) for head, (_, weights) in targets.items()
+    }
     key = jax.random.fold_in(key, state.step)
 
-    def loss_sums(params: Any, part: Batch, index: Int[Array, ""]) -> tuple[Array, Metrics]:
-        logits_BTV = forward(config, params, part, jax.random.fold_in(key, index))
+    def loss_sums(params: Any, part: dict[str, Any], index: Int[Array, ""]) -> tuple[Array, dict[str, Metrics]]:
+        logits = _logits(config, params, part["batch"], jax.random.fold_in(key, index))
         with jax.named_scope("loss"):
-            sums = cross_entropy_sums(
-                logits_BTV,
-                part["decoder_target_tokens"],
-                part["weights"],
-                z_loss=loss.z_loss,
-                label_smoothing=loss.label_smoothing,
-            )
-        return sums["loss"] / factor, sums
+            sums = _sums(logits, part["targets"], loss)
+        return sum((sums[head]["loss"] / normalized[head][1] for head in sums), jnp.float32(0.0)), sums
 
-    def gradient(part: Batch, index: Int[Array, ""] | int) -> tuple[Any, Metrics]:
+    def gradient(part: dict[str, Any], index: Int[Array, ""] | int) -> tuple[Any, dict[str, Metrics]]:
         (_, sums), grads = jax.value_and_grad(loss_sums, has_aux=True)(state.params, part, jnp.asarray(index))
         return grads, sums
 
-    batch = {**batch, "weights": weights_BT}
+    whole = {
+        "batch": dict(batch),
+        "targets": {head: (classes, normalized[head][0]) for head, (classes, _) in targets.items()},
+    }
     if num_microbatches == 1:
-        grads, sums = gradient(batch, 0)
+        grads, sums = gradient(whole, 0)
     else:
         # Part i takes rows i, i + n, ...: each device cuts up its own rows, and no row moves.
-        parts = {
-            name: sharding.constrain(
-                jnp.swapaxes(rows.reshape(-1, num_microbatches, *rows.shape[1:]), 0, 1), None, "batch"
-            )
-            for name, rows in batch.items()
-        }
+        def cut(rows: Array) -> Array:
+            parts = jnp.swapaxes(rows.reshape(-1, num_microbatches, *rows.shape[1:]), 0, 1)
+            return sharding.constrain(parts, None, "batch")
+
+        parts = jax.tree.map(cut, whole)
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), 0))
         (grads, sums), _ = jax.lax.scan(
             lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None),
@@ -132,39 +169,40 @@ def train_step(
         )
         params = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), state.params, direction)
 
-    targets = jnp.sum(batch["decoder_loss_weights"] != 0)
-    sides = ("encoder_input_tokens", "decoder_target_tokens")
+    sides = ("inputs", "encoder_input_tokens", "decoder_target_tokens")
     tokens = sum(jnp.sum(batch[side] != 0) for side in sides if side in batch)
-    metrics = _means(sums) | {
+    target_tokens = jnp.sum(next(iter(targets.values()))[1] != 0)
+    metrics = means(sums) | {
         "learning_rate": learning_rate,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(state.params),
-        "target_tokens": targets.astype(jnp.float32),
-        "input_tokens": jnp.asarray(tokens - targets, jnp.float32),
+        "target_tokens": target_tokens.astype(jnp.float32),
+        "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _means(sums: Metrics) -> Metrics:
-    tokens = jnp.maximum(sums["weights"], 1e-9)
-    return {
-        "loss": sums["loss"] / tokens,
-        "cross_ent_loss": (sums["loss"] - sums["z_loss"]) / tokens,
-        "z_loss": sums["z_loss"] / tokens,
-        "accuracy": sums["correct"] / tokens,
-    }
+def means(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of `eval_step`, perhaps added up over batches, as means over what counts: `train_step` says which."""
+    found: dict[str, Any] = {}
+    for head, of in sums.items():
+        count = jnp.maximum(of["weights"], 1e-9)
+        values = {
+            "loss": of["loss"] / count,
+            "cross_ent_loss": (of["loss"] - of["z_loss"]) / count,
+            "z_loss": of["z_loss"] / count,
+            "accuracy": of["correct"] / count,
+        }
+        found |= {f"{head}_{name}" if head else name: value for name, value in values.items()}
+    return found if "" in sums else {"loss": sum(found[f"{head}_loss"] for head in sums)} | found
 
 
-def eval_step(params: Any, batch: Batch, *, config: T5Config) -> Metrics:
-    """Sums over a batch of the plain cross entropy (no z-loss, no smoothing): `loss`, `correct`, `weights`."""
-    logits_BTV = forward(config, params, batch)
-    return cross_entropy_sums(
-        logits_BTV,
-        batch["decoder_target_tokens"],
-        batch["decoder_loss_weights"].astype(jnp.float32),
-        z_loss=0.0,
-        label_smoothing=0.0,
-    )
+def eval_step(params: Any, batch: Batch, *, config: Config) -> dict[str, Metrics]:
+    """Sums over a batch of the plain cross entropy (no z-loss, no smoothing), of each head ("" is T5's).
+
+    They are `loss`, `correct` and `weights`.
+    """
+    return _sums(_logits(config, params, batch), _targets(config, batch), LossConfig(z_loss=0.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from t5x_lite import logs, optim, sharding
-from t5x_lite.model import T5Config
-from t5x_lite.step import abstract_state, forward
+from t5x_lite.model import T5Config, forward
+from t5x_lite.step import abstract_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEP = {"loss": 2.5, "cross_ent_loss": 2.25, "input_tokens": 30.0, "target_tokens": 10.0}

@@ -38,6 +38,11 @@ def by_definition(logits, targets, weights, z_loss: float, smoothing: float) -> 
     return total
 
 
+def of(batch):
+    """The arguments of `normalizer` in a batch of SeqIO's fields."""
+    return batch["decoder_loss_weights"], batch.get("decoder_segment_ids")
+
+
 def test_golden_losses_and_gradients(golden_json):
     data = golden_json("training")["loss"]
     logits = jnp.asarray(data["logits"], jnp.float32)
@@ -46,7 +51,7 @@ def test_golden_losses_and_gradients(golden_json):
     for case in data["cases"]:
         settings = {"z_loss": float(case["z_loss"]), "label_smoothing": float(case["label_smoothing"])}
         config = LossConfig(normalizing_factor=case["loss_normalizing_factor"], **settings)
-        loss_weights, factor = normalizer(config, {"decoder_loss_weights": weights})
+        loss_weights, factor = normalizer(config, weights)
 
         def loss(logits, loss_weights=loss_weights, factor=factor, settings=settings):
             sums = cross_entropy_sums(logits, targets, loss_weights, **settings)
@@ -65,7 +70,7 @@ def test_golden_losses_and_gradients(golden_json):
 def test_golden_normalizing(golden_json, factor):
     data = golden_json("training")["loss"]["loss_normalizing"]
     batch = {name: jnp.asarray(value) for name, value in data["batch"].items()}
-    weights, value = normalizer(LossConfig(normalizing_factor=factor), batch)
+    weights, value = normalizer(LossConfig(normalizing_factor=factor), *of(batch))
     np.testing.assert_allclose(value, data[factor]["factor"], rtol=1e-6)
     np.testing.assert_allclose(weights, data[factor]["weights"], rtol=1e-6)
 
@@ -133,23 +138,23 @@ def test_average_per_sequence_packed_equals_unpacked():
         "decoder_segment_ids": jnp.asarray([[1, 1, 1, 2, 0]], jnp.int32),
     }
     rows = {"decoder_loss_weights": jnp.asarray([[1, 1, 1], [1, 0, 0]], jnp.int32)}
-    packed_weights, packed_factor = normalizer(config, packed)
-    rows_weights, rows_factor = normalizer(config, rows)
+    packed_weights, packed_factor = normalizer(config, *of(packed))
+    rows_weights, rows_factor = normalizer(config, *of(rows))
     third = np.float32(1 / 3)
     np.testing.assert_allclose(packed_weights, [[third, third, third, 1, 0]])
     np.testing.assert_allclose(rows_weights, [[third, third, third], [1, 0, 0]])
     assert packed_factor == rows_factor == 2
-    unsegmented, _ = normalizer(config, {"decoder_loss_weights": packed["decoder_loss_weights"]})
+    unsegmented, _ = normalizer(config, packed["decoder_loss_weights"])
     assert not np.allclose(unsegmented, packed_weights)
 
 
 def test_factor_none_number_and_empty_batch():
     batch = {"decoder_loss_weights": jnp.asarray([[2.0, 0.5, 0.0]])}
-    assert normalizer(LossConfig(), batch)[1] == 1
-    assert normalizer(LossConfig(normalizing_factor=64.0), batch)[1] == 64
+    assert normalizer(LossConfig(), *of(batch))[1] == 1
+    assert normalizer(LossConfig(normalizing_factor=64.0), *of(batch))[1] == 64
     empty = {"decoder_loss_weights": jnp.zeros((2, 3))}
     for factor in ("NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"):
-        weights, value = normalizer(LossConfig(normalizing_factor=factor), empty)
+        weights, value = normalizer(LossConfig(normalizing_factor=factor), *of(empty))
         assert value == 1
         assert not weights.any()
 

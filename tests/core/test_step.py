@@ -13,7 +13,7 @@ from core.conftest import stack_layers
 
 from t5x_lite import optim, sharding, step
 from t5x_lite.losses import LossConfig
-from t5x_lite.model import T5Config
+from t5x_lite.model import T5Config, forward
 
 # Both dimensions of the MLP kernels reach 128, so that Adafactor factors them.
 CONFIG = T5Config(
@@ -99,7 +99,7 @@ def test_gradients_of_the_mean_loss_agree_with_hugging_face(golden, golden_t5):
 
 def test_summed_loss_with_z_loss_agrees_with_t5x(golden_t5):
     io = golden_t5.io
-    logits = jax.jit(functools.partial(step.forward, golden_t5.config))(golden_t5.params, golden_t5.batch)
+    logits = jax.jit(functools.partial(forward, golden_t5.config))(golden_t5.params, golden_t5.batch)
     sums = step.cross_entropy_sums(
         logits,
         jnp.asarray(io["targets"]),
@@ -202,7 +202,7 @@ def test_metrics_are_what_they_say():
     assert got["input_tokens"] == np.count_nonzero(batch["encoder_input_tokens"])
     assert got["loss"] == pytest.approx(got["cross_ent_loss"] + got["z_loss"], rel=1e-5)
     assert got["z_loss"] > 0 and 0 <= got["accuracy"] <= 1 and got["grad_norm"] > 0
-    evaluated = jax.jit(functools.partial(step.eval_step, config=CONFIG))(state.params, batch)
+    evaluated = jax.jit(functools.partial(step.eval_step, config=CONFIG))(state.params, batch)[""]
     assert evaluated["weights"] == got["target_tokens"]
     assert int(state.step) == 1
 

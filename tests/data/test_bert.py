@@ -3,10 +3,15 @@
 import gzip
 import json
 
+import jax
 import numpy as np
 import pytest
 import seqio
 
+from t5x_lite import data, sharding, step
+from t5x_lite.bert import BertConfig
+from t5x_lite.losses import LossConfig
+from t5x_lite.optim import adamw, constant, make_optimizer
 from tasks import bert, vocabulary
 
 LENGTHS = {"inputs": 64}
@@ -90,3 +95,40 @@ def test_word_pieces_have_their_own_special_tokens(tmp_path):
     assert bert.special(seqio.BertWordPieceVocabulary(str(path))) == (2, 3, 4)
     with pytest.raises(ValueError, match="extra_ids=3"):
         bert.special(seqio.ByteVocabulary())
+
+
+def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
+    batches = data.TrainBatches("c4_v220_bert", LENGTHS, batch_size=8, seed=0, layout="encoder")
+    batch = next(batches)
+    assert {name: x.shape for name, x in batch.items()} == batches.shapes
+    assert batch["random"].shape == (8, 1) and batch["segments"].shape == (8, 64)
+    text = data.describe_batch(batch, vocabulary.default_vocabulary())
+    assert "says" in text and "the second part" in text
+
+    config = BertConfig(d_model=16, d_ff=24, num_heads=2, num_layers=2, vocab_size=384, max_length=64, dropout_rate=0.0)
+    optimizer = make_optimizer(adamw(rms_scaling=False), constant(0.02))
+    mesh = sharding.make_mesh(2, 2, 1, devices=jax.devices()[:4])
+    abstract = step.abstract_state(config, optimizer, mesh)
+    options = {"config": config, "optimizer": optimizer, "loss": LossConfig(0.0, 0.0, "NUM_REAL_TARGET_TOKENS")}
+    rows = sharding.shard_batch(batch, sharding.batch_sharding(mesh))
+    curves = []
+    for parts in (1, 2):
+        train = step.Compiler(mesh).train_step(abstract, num_microbatches=parts, **options)
+        state = step.init_state(config, optimizer, jax.random.key(0), abstract)
+        curves.append([])
+        for _ in range(15):
+            state, metrics = train(state, rows, jax.random.key(1))
+            curves[-1].append({name: float(x) for name, x in metrics.items()})
+    first, last = curves[0][0], curves[0][-1]
+    assert first["loss"] == pytest.approx(first["mlm_loss"] + first["nsp_loss"])
+    assert last["loss"] < 0.8 * first["loss"] and abs(first["nsp_loss"] - np.log(2)) < 0.1
+    assert first["target_tokens"] == np.count_nonzero(batch["targets"])
+    for whole, parted in zip(*curves, strict=True):
+        assert whole["loss"] == pytest.approx(parted["loss"], rel=1e-3)
+
+
+def test_a_task_for_another_kind_of_model_is_refused(examples):
+    with pytest.raises(ValueError, match="also needs segments, random"):
+        data.TrainBatches("c4_v220_lm", LENGTHS, batch_size=8, seed=0, layout="encoder")
+    with pytest.raises(ValueError, match="must give a length for inputs and nothing else"):
+        data.TrainBatches("c4_v220_bert", {**LENGTHS, "targets": 9}, batch_size=8, seed=0, layout="encoder")
