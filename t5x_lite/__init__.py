@@ -27,7 +27,7 @@ _PUBLIC = {
     "shard_state": "sharding",
     "load": "load",
     "LoadedModel": "load",
-    "Vocabulary": "load",
+    "Vocabulary": "tokenizer",
 }
 __all__ = list(_PUBLIC)
 

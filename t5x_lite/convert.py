@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from t5x_lite import checkpoint, huggingface, sharding, t5x, tensors
+from t5x_lite import checkpoint, huggingface, sharding, t5x, tensors, tokenizer
 from t5x_lite.bert import Bert, BertConfig
 from t5x_lite.model import T5, T5Config
 from t5x_lite.tensors import Source, Tensor
@@ -196,8 +196,10 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
         checkpoint.save_params(dest, params, info={"model": dataclasses.asdict(config)})
     else:
         huggingface.write(dest, config, params)
-    if (tokenizer := tokenizer_file(source)) is not None:
-        shutil.copyfile(tokenizer, dest / "spiece.model")
+    if (file := tokenizer_file(source)) is not None:
+        shutil.copyfile(file, dest / "spiece.model")
+    elif isinstance(config, T5Config) and (model := tokenizer.rebuilt(source)) is not None:
+        (dest / "spiece.model").write_bytes(model)  # which SeqIO needs
     for name in _HUB_TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, dest / name)

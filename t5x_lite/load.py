@@ -2,8 +2,7 @@
 
     python -m t5x_lite.load PATH        reads lines, writes the model's answers
 
-Knows the model, decoding and converters; a tokenizer only as a SentencePiece file beside the model, read here without
-TensorFlow as SeqIO reads it. It must not know tasks, runs or gin.
+Knows the model, decoding, converters, and the tokenizer beside a model. It must not know tasks, runs or gin.
 """
 
 import argparse
@@ -19,45 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import convert, decode, packing, sharding
+from t5x_lite import convert, decode, packing, sharding, tokenizer
 from t5x_lite.bert import BertConfig
 from t5x_lite.load_bert import LoadedBert
 from t5x_lite.model import T5, Dtype, T5Config
 
 Texts = Sequence[str]
 Tokens = Sequence[Sequence[int]] | np.ndarray | jax.Array
-
-
-class Vocabulary:
-    """A SentencePiece model with T5's sentinels after its own pieces: <extra_id_0> is the last id.
-
-    The same ids and text as seqio.SentencePieceVocabulary(file, 100). A model that has sentinels itself gets no others.
-    """
-
-    def __init__(self, file: str | Path, extra_ids: int = 100):
-        import sentencepiece
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
-
-        proto = ModelProto.FromString(Path(file).read_bytes())
-        if not any(piece.piece.endswith("<extra_id_0>") for piece in proto.pieces):
-            for i in reversed(range(extra_ids)):
-                proto.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        if self._model.pad_id() != 0 or self._model.eos_id() != decode.END:
-            raise ValueError(f"{file} has pad {self._model.pad_id()} and end {self._model.eos_id()}; T5's are 0 and 1")
-
-    def __len__(self) -> int:
-        return self._model.get_piece_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Without an end token."""
-        return self._model.encode(text)
-
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Up to the first end or padding. An id that the vocabulary has not (the table is larger) is unknown."""
-        ids = [int(token) for token in tokens]
-        ids = ids[: next((i for i, token in enumerate(ids) if token in (0, decode.END)), len(ids))]
-        return self._model.decode([token if token < len(self) else self._model.unk_id() for token in ids])
 
 
 class LoadedModel:
@@ -67,7 +34,7 @@ class LoadedModel:
         self,
         config: T5Config,
         params: Any,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: tokenizer.AnyVocabulary | None = None,
         mesh: sharding.AnyMesh | None = None,
     ):
         self.config, self.params, self.vocabulary = config, params, vocabulary
@@ -167,7 +134,7 @@ class LoadedModel:
                 scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))
         return scores
 
-    def _required_vocabulary(self) -> Vocabulary:
+    def _required_vocabulary(self) -> tokenizer.AnyVocabulary:
         if self.vocabulary is None:
             raise ValueError(
                 f"this model came without a tokenizer: put its {' or '.join(convert.TOKENIZER_FILES)} beside it, set "
@@ -215,7 +182,8 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | No
     if isinstance(config, BertConfig):
         return LoadedBert(config, params, mesh)
     file = convert.tokenizer_file(path)
-    return LoadedModel(config, params, None if file is None else Vocabulary(file), mesh)
+    vocabulary = tokenizer.beside(Path(path).expanduser()) if file is None else tokenizer.Vocabulary(file)
+    return LoadedModel(config, params, vocabulary, mesh)
 
 
 def main(arguments: list[str] | None = None) -> int:

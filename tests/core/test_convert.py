@@ -134,6 +134,26 @@ def test_a_cut_file_is_refused(hub):
         convert.read(hub)
 
 
+def test_pytorchs_own_format_needs_pytorch(hub, monkeypatch):
+    (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
+    monkeypatch.setattr(tensors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pytorch_model\.bin .* pip install torch, or get the .*safetensors"):
+        convert.read(hub)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorchs_own_format_of_today_and_before_2020(hub, golden_t5, zipped):
+    torch = pytest.importorskip("torch", reason="needs PyTorch, which is no dependency")
+    file = hub / "pytorch_model.bin"
+    found = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in load_file(hub / "model.safetensors").items()}
+    (hub / "model.safetensors").unlink()
+    torch.save(found, file, _use_new_zipfile_serialization=zipped)
+    assert_same(convert.read(hub)[1], golden_t5.params)
+    torch.save(found | {"more": slice(3)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="more than tensors"):
+        convert.read(hub)
+
+
 def test_halves_are_read_as_float32(hub, golden_t5):
     found = load_file(hub / "model.safetensors")
     halves = {name: jax.numpy.asarray(value, "bfloat16") for name, value in found.items()}

@@ -1,0 +1,103 @@
+"""Tokenizers without TensorFlow: a SentencePiece model back from tokenizer.json, and ByT5's bytes."""
+
+import base64
+import json
+import shutil
+
+import pytest
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+
+import t5x_lite
+from t5x_lite import convert, tokenizer
+
+
+def write(folder, proto, **changed):
+    """tokenizer.json as transformers writes it for a T5's SentencePiece model: with the sentinels as pieces."""
+    vocab = [[piece.piece, piece.score] for piece in proto.pieces]
+    vocab += [[f"<extra_id_{i}>", 0.0] for i in reversed(range(100))]
+    table = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
+    special = [*range(3), *range(len(vocab) - 100, len(vocab))]
+    said = {
+        "model": {"type": "Unigram", "unk_id": 2, "byte_fallback": False, "vocab": vocab},
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": table},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "Metaspace", "prepend_scheme": "always"}],
+        },
+        "added_tokens": [{"id": i, "content": vocab[i][0], "special": True} for i in special],
+    }
+    said["model"] |= changed.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(said | changed))
+
+
+@pytest.fixture
+def proto(golden):
+    return ModelProto.FromString(golden("spm/unigram.model").read_bytes())
+
+
+def test_the_sentencepiece_model_comes_back_from_tokenizer_json(proto, tmp_path, golden_json):
+    write(tmp_path, proto)
+    rebuilt = tokenizer.rebuilt(tmp_path)
+    assert rebuilt is not None
+    got = ModelProto.FromString(rebuilt)
+    assert list(got.pieces) == list(proto.pieces)
+    ours, true = tokenizer.beside(tmp_path), tokenizer.Vocabulary(proto.SerializeToString())
+    assert isinstance(ours, tokenizer.Vocabulary) and len(ours) == len(true) == len(proto.pieces) + 100
+    for case in golden_json("sentencepiece")["nfkc"]:
+        text = f"  {case if isinstance(case, str) else json.dumps(case, ensure_ascii=False)}  ﬁ ½ <extra_id_3> \t end"
+        assert ours.encode(text) == true.encode(text)
+        assert ours.decode(ours.encode(text)) == true.decode(true.encode(text))
+
+
+def test_a_converted_model_has_the_file_that_seqio_reads(proto, golden, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(golden("hf_t5_v11") / name, tmp_path / name)
+    write(tmp_path, proto)
+    convert.convert(tmp_path, tmp_path / "ours", "t5x_lite")
+    assert ModelProto.FromString((tmp_path / "ours" / "spiece.model").read_bytes()).pieces == proto.pieces
+    text = "some text <extra_id_0>"
+    assert t5x_lite.load(tmp_path).vocabulary.encode(text) == t5x_lite.load(tmp_path / "ours").vocabulary.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": {"type": "BPE"}}, "no SentencePiece unigram"),
+        ({"pre_tokenizer": {"type": "ByteLevel"}}, "no SentencePiece unigram"),
+        ({"normalizer": None}, "lacks SentencePiece's table"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}}, "lacks"),
+        ({"added_tokens": [{"id": 100_000, "content": "<new>"}]}, "no piece has id .* <new> has 100000"),
+    ],
+)
+def test_other_tokenizers_are_not_guessed_at(changed, said, proto, tmp_path, caplog):
+    write(tmp_path, proto, **changed)
+    with pytest.raises(ValueError, match=f"{said}.*spiece.model"):
+        tokenizer.sentencepiece_model(tmp_path / "tokenizer.json")
+    assert tokenizer.beside(tmp_path) is None and "no tokenizer" in caplog.text
+
+
+def test_an_added_token_is_a_piece_of_its_own(proto, tmp_path):
+    new = len(proto.pieces) + 100
+    write(tmp_path, proto)
+    said = json.loads((tmp_path / "tokenizer.json").read_text())
+    said["added_tokens"].append({"id": new, "content": "<new>", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said))
+    vocabulary = tokenizer.beside(tmp_path)
+    assert isinstance(vocabulary, tokenizer.Vocabulary) and len(vocabulary) == new + 1
+    assert vocabulary.encode("<new> <extra_id_0>")[-2:] == [new, new - 1]  # the sentinel where it was
+
+
+def test_byt5(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    vocabulary = tokenizer.beside(tmp_path)
+    assert isinstance(vocabulary, tokenizer.ByteVocabulary) and len(vocabulary) == 384
+    text = "hé <extra_id_0> x<extra_id_1>"
+    tokens = [107, 198, 172, 35, 259, 35, 123, 260]  # Hugging Face's
+    assert vocabulary.encode(text) == tokens
+    assert vocabulary.decode([*tokens, 1, 107]) == text
+    assert vocabulary.decode([198, 107, 2, 400]) == "h"  # half a letter, unknown, and no token at all
+    assert vocabulary.decode(vocabulary.encode("<extra_id_125>")) == "<extra_id_125>"
+
+
+def test_a_directory_with_nothing_has_no_tokenizer(tmp_path):
+    assert tokenizer.beside(tmp_path) is None
