@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.attention import Visibility, dot_product_attention
-from t5x_lite.layers import Embed, named_axes, project
+from t5x_lite.layers import PRODUCT, Embed, named_axes, project
 from t5x_lite.model import Dtype, Remat, stack
 from t5x_lite.sharding import constrain
 
@@ -109,7 +110,7 @@ class Affine(nn.Module):
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         kernel_IO = self.param("kernel", named_axes(_INIT, *self.axes), (x.shape[-1], self.features), jnp.float32)
         bias_O = self.param("bias", named_axes(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
-        return jnp.add(project(x, kernel_IO, self.dtype), bias_O.astype(self.dtype))
+        return checkpoint_name(project(x, kernel_IO, self.dtype), PRODUCT) + bias_O.astype(self.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -295,6 +295,16 @@ def test_scan_and_remat_change_the_program_but_not_the_gradients():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), plain, other)
 
 
+def test_minimal_remat_keeps_products():
+    def products(remat):
+        gradient = jax.grad(functools.partial(loss, dataclasses.replace(CONFIG, remat=remat)))
+        return str(jax.make_jaxpr(gradient)(init(CONFIG))).count("dot_general")
+
+    none, minimal, full = (products(remat) for remat in ("none", "minimal", "full"))
+    assert none < minimal < full  # minimal does attention's again, full those of the six dense layers too
+    assert full - minimal == 6
+
+
 def test_dropout_needs_a_key_and_depends_on_it():
     config = dataclasses.replace(CONFIG, dropout_rate=0.3)
     said = [forward(config, init(CONFIG), BATCH, key)["mlm"] for key in (None, *jax.random.split(jax.random.key(1)))]
