@@ -166,6 +166,8 @@ class Program:
             return 2 * _main_bytes(i.shape)
         if i.opcode == "dynamic-update-slice":
             return 2 * _main_bytes(operands[1])
+        if "__cublas" in i.attributes:
+            return _main_bytes(i.shape.partition(", s8[")[0]) + sum(map(_main_bytes, operands))  # without its workspace
         if i.opcode != "fusion":
             return _main_bytes(i.shape) + sum(map(_main_bytes, operands))
         inner = self.computations[_callees(i.attributes)[0]]

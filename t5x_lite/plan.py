@@ -107,7 +107,7 @@ def make(run: Run, topology: Topology, decode: bool = False) -> Plan:
     traced = train_step.trace(abstract, batch, key)
     memory, compiled, seconds = compile_within(traced.lower(), topology)
     lengths = dict(run.task_feature_lengths)
-    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths["targets"])
+    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     plan = Plan(
         topology=topology.name,
         devices=machine.mesh.size,
@@ -142,7 +142,7 @@ def make(run: Run, topology: Topology, decode: bool = False) -> Plan:
         plan.step_seconds = plan.times.bound
         if plan.step_seconds:
             plan.mfu = flops / plan.step_seconds / plan.devices / topology.chip.flops
-    if decode:
+    if decode and run.model.layout != "encoder":
         inputs = jax.ShapeDtypeStruct(
             (run.eval_batch_size, lengths.get("inputs", 1)), np.int32, sharding=machine.batch_sharding
         )
@@ -156,7 +156,9 @@ def abstract_batch(run: Run, machine: Machine) -> dict[str, jax.ShapeDtypeStruct
     """The shapes of a global training batch, of all that makes batches of this run."""
     lengths = run.task_feature_lengths
     inputs, targets = (np.ones((1, lengths.get(feature, 0)), np.int32) for feature in ("inputs", "targets"))
-    if run.model.decoder_only:
+    if run.model.layout == "encoder":
+        row = dict.fromkeys(("inputs", "targets", "segments"), inputs) | {"random": np.ones((1, 1), np.int32)}
+    elif run.model.layout == "decoder":
         length = sum(lengths.values())
         row = packing.pack_joined(inputs, targets, length) if run.pack else packing.joined(inputs, targets)
     else:
@@ -177,7 +179,7 @@ def compile_within(lowered: Any, topology: Topology) -> tuple[Memory, Any | None
     """Memory, the compiled program and the seconds that it took; None: it is larger than the chip's memory."""
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         # The TPU's compiler refuses what does not fit, which is an answer to what is asked here.
         said = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))

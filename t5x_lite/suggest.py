@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import get_args
 
+from t5x_lite.bert import BertConfig
 from t5x_lite.machine import Machine
 from t5x_lite.model import Remat
 from t5x_lite.options import Run
@@ -94,6 +95,9 @@ def least_memory(run: Run, machine: Machine) -> float:
     attention's weights, too.
     """
     c, lengths = run.model, run.task_feature_lengths
+    state = shard_bytes(machine.abstract) + shard_bytes(machine.abstract.params)
+    if isinstance(c, BertConfig):
+        return state
     S, T = lengths.get("inputs", 0), lengths["targets"]
     if c.decoder_only:
         S, T = 0, S + T
@@ -111,6 +115,4 @@ def least_memory(run: Run, machine: Machine) -> float:
         encoder += c.num_heads / tensor * S * S
         decoder += c.num_heads / tensor * T * (T + S)
     kept = rows * width * (c.num_encoder_layers * encoder + c.num_decoder_layers * decoder)
-    logits = rows * T * c.vocab_size / tensor * 4
-    state = shard_bytes(machine.abstract)
-    return state + shard_bytes(machine.abstract.params) + kept + logits
+    return state + kept + rows * T * c.vocab_size / tensor * 4  # the last: logits

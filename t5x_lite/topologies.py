@@ -29,6 +29,12 @@ class Topology:
     real: bool = True
 
     @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Without a GPU XLA cannot time its own kernels for products against cuBLAS's, so it is to take cuBLAS's."""
+        apart = self.chip.platform == "gpu" and self.real
+        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0} if apart else {}
+
+    @property
     def domain_of(self) -> dict[Any, int]:
         """The slice (TPU) or host (GPU) of each device: inside one, links are fast."""
         if self.chip.platform == "gpu":

@@ -112,7 +112,7 @@ def test_whether_it_fits_is_said(tiny_plan, memory, fits):
 )
 def test_a_compiler_that_refuses_for_size_is_an_answer_and_other_errors_are_not(tiny, message):
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(message)
 
     memory, compiled, _ = plan.compile_within(Lowered(), cpus())
