@@ -401,9 +401,9 @@ def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
     from t5x_lite import topologies
 
     place = topologies.find(topology)
-    if suggest:
-        run = search.best(run, place)
-    found = planning.make(run, place, decode)
+    run, found = search.best(run, place) if suggest else (run, planning.make(run, place))
+    if decode:
+        found.decode_memory = planning.decode_memory(run, place)
     print(planning.table(found))
     path = Path(run.model_dir, "plan.json")
     path.parent.mkdir(parents=True, exist_ok=True)

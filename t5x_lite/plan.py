@@ -91,8 +91,8 @@ class Plan:
         return None if self.capacity is None else self.memory.needed <= self.capacity
 
 
-def make(run: Run, topology: Topology, decode: bool = False) -> Plan:
-    """Compiles the training step of `run` for `topology`, and with `decode` its generation for a batch, too.
+def make(run: Run, topology: Topology) -> Plan:
+    """Compiles the training step of `run` for `topology`.
 
     Raises:
       ValueError: mesh, batch or model do not go with the devices; the same that a run would say.
@@ -142,14 +142,22 @@ def make(run: Run, topology: Topology, decode: bool = False) -> Plan:
         plan.step_seconds = plan.times.bound
         if plan.step_seconds:
             plan.mfu = flops / plan.step_seconds / plan.devices / topology.chip.flops
-    if decode and run.model.layout != "encoder":
-        inputs = jax.ShapeDtypeStruct(
-            (run.eval_batch_size, lengths.get("inputs", 1)), np.int32, sharding=machine.batch_sharding
-        )
-        plan.decode_memory, _, _ = compile_within(
-            Functions(run, machine)._generate.lower(abstract.params, inputs), topology
-        )
     return plan
+
+
+def decode_memory(run: Run, topology: Topology) -> Memory:
+    """What decoding a batch takes on each device, by the run's method.
+
+    Raises:
+      ValueError: the model does not decode.
+    """
+    if run.model.layout == "encoder":
+        raise ValueError("--decode: an encoder alone does not decode")
+    machine = Machine(run, topology.devices)
+    shape = (run.eval_batch_size, run.task_feature_lengths.get("inputs", 1))
+    inputs = jax.ShapeDtypeStruct(shape, np.int32, sharding=machine.batch_sharding)
+    lowered = Functions(run, machine)._generate.lower(machine.abstract.params, inputs)
+    return compile_within(lowered, topology)[0]
 
 
 def abstract_batch(run: Run, machine: Machine) -> dict[str, jax.ShapeDtypeStruct]:

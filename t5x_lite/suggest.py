@@ -27,8 +27,8 @@ MESHES: dict[str, Mapping[str, int]] = {
 }
 
 
-def best(run: Run, topology: Topology) -> Run:
-    """The run with what fits and has the best bound on the step's time; prints all that was compiled.
+def best(run: Run, topology: Topology) -> tuple[Run, Plan]:
+    """The run with what fits and has the best bound on the step's time, and its plan; prints all that was compiled.
 
     On the first mesh that can hold the model each remat policy is compiled, with the fewest micro-batches that fit; the
     best of these is then tried on the other meshes.
@@ -49,12 +49,12 @@ def best(run: Run, topology: Topology) -> Run:
             f"nothing fits {topology.name} on any of the meshes {', '.join(MESHES)}: take more or larger devices, "
             "or a smaller BATCH_SIZE"
         )
-    name, found, _ = min(fitting, key=_seconds)
+    name, found, plan = min(fitting, key=_seconds)
     print(
         f"suggested: --gin_file=mesh/{name}.gin --gin.REMAT=\"'{found.model.remat}'\" "
         f"--gin.NUM_MICROBATCHES={found.num_microbatches}\n"
     )
-    return found
+    return found, plan
 
 
 def _seconds(candidate: tuple[str, Run, Plan]) -> float:

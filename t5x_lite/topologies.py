@@ -63,6 +63,7 @@ def find(name: str) -> Topology:
                 f"--topology={name}: {chip.name} has no slice {shape!r}; its slices: {', '.join(chip.shapes)}"
             )
         _start_cpu_only(2)  # two, for a lone CPU device is given a program of its own
+        _keep_nothing()
         return Topology(name, chip, _tpus(name, chip, shape, slices))
     count = int(shape) if shape.isdecimal() else 0
     if count < 1 or slices > 1:
@@ -72,6 +73,7 @@ def find(name: str) -> Topology:
             raise ValueError(f"--topology={name}: more than {GPUS_PER_HOST} GPUs are whole hosts of {GPUS_PER_HOST}")
         if _has_cuda():
             _start_cpu_only(2)
+            _keep_nothing()
             return Topology(name, chip, _gpus(chip, count))
         return Topology(name, chip, _start_cpu_only(max(count, 2))[:count], real=False)
     return Topology(name, chip, _start_cpu_only(count)[:count])
@@ -84,6 +86,11 @@ def _start_cpu_only(count: int) -> tuple[Any, ...]:
     if devices[0].platform != "cpu" or len(devices) < count:
         raise ValueError(f"JAX has been started already, with {devices}: plan in a process of its own")
     return tuple(devices)
+
+
+def _keep_nothing() -> None:
+    """JAX's cache of compiled programs reads them back onto devices, and there are none."""
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _tpus(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:

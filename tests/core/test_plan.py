@@ -330,7 +330,8 @@ def test_the_quickest_of_what_fits_is_suggested(tiny, tiny_plan, monkeypatch, ca
     monkeypatch.setattr(
         suggest, "Machine", lambda run, devices: machines(tuple(run.mesh.items()), run.num_microbatches)
     )
-    found = suggest.best(tiny, cpus(10e9))
+    found, itself = suggest.best(tiny, cpus(10e9))
+    assert itself.step_seconds == 2.5
     # "minimal" never fits with the 2 micro-batches that 16 rows allow on 8 devices: "full" is what is tried elsewhere.
     assert (found.model.remat, found.num_microbatches, found.mesh["data"]) == ("full", 1, -1)
     fsdp, data, both = ({"data": d, "fsdp": f, "tensor": t} for d, f, t in ((1, -1, 1), (-1, 1, 1), (1, -1, 2)))
