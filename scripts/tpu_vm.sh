@@ -9,7 +9,8 @@
 #
 # create  rents the machine; --queued waits for it in Google's queue, --spot takes one that may be taken back.
 # setup   copies this repository as committed (HEAD), installs it with JAX for TPU, and mounts --bucket at ~/bucket.
-# run     starts `python run.py ARGUMENTS` on every host, in a tmux session that outlives this connection.
+# run     starts `python run.py ARGUMENTS` on every host, in a tmux session that outlives this connection, with
+#         --data=FOLDER as T5X_LITE_DATA_DIR, such as gs://my-bucket/data.
 # logs    follows what the first host prints. Stop with Ctrl-C; the run goes on.
 # stop    ends the run on every host.
 # resume  where the machine was taken back: create, setup and run again, with the same options and arguments as for
@@ -34,7 +35,7 @@ case $1 in -h | --help | help) usage; exit 0 ;; esac
 action=$1
 shift
 
-name="" zone="" type="" version="" bucket="" project=() spot=() queued="" every="" dry_run="" arguments=()
+name="" zone="" type="" version="" bucket="" data="" project=() spot=() queued="" every="" dry_run="" arguments=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -42,6 +43,7 @@ while [[ $# -gt 0 ]]; do
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --bucket=*) bucket=${1#*=} ;;
+    --data=*) data=${1#*=} ;;
     --project=*) project=("--project=${1#*=}") ;;
     --every=*) every=${1#*=} ;;
     --spot) spot=(--spot) ;;
@@ -134,6 +136,7 @@ run() {
   job=$(mktemp -d)/job.sh
   {
     echo 'cd ~/t5x_lite || exit'
+    [[ -z $data ]] || printf 'export T5X_LITE_DATA_DIR=%q\n' "$data"
     printf '.venv/bin/python run.py'
     printf ' %q' "${arguments[@]}"
     # The exit code of the last run, for `resume`; none while it is on.

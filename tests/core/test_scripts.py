@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import run
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ALL = sorted(path for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -42,7 +45,7 @@ class Cloud:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("gcloud", "xpk", "srun", "sleep"):
+        for name in ("gcloud", "xpk", "srun", "sleep", "curl", "pip", "python", "python3.12"):
             path = folder / "bin" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(RECORDER.format(python=sys.executable, folder=str(folder)))
@@ -126,7 +129,8 @@ def run_the_job(cloud: Cloud, exit_code: int) -> list[str]:
     home = cloud.folder / "home"
     python = home / "t5x_lite" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
-    python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit({exit_code})\n")
+    says = "import json, os, sys\nprint(json.dumps([*sys.argv[1:], os.environ['T5X_LITE_DATA_DIR']]))"
+    python.write_text(f"#!{sys.executable}\n{says}\nsys.exit({exit_code})\n")
     python.chmod(0o755)
     subprocess.run(["bash", cloud.folder / "job.sh"], env=os.environ | {"HOME": str(home)}, check=True)
     assert (home / "job.exit").read_text() == f"{exit_code}\n"
@@ -134,16 +138,16 @@ def run_the_job(cloud: Cloud, exit_code: int) -> list[str]:
 
 
 def test_run_starts_the_same_command_on_all_workers_word_for_word(cloud):
-    done = cloud.run("tpu_vm.sh", "run", *WHERE, "--", *ARGUMENTS)
+    done = cloud.run("tpu_vm.sh", "run", *WHERE, "--data=gs://mine/my data", "--", *ARGUMENTS)
     assert done.returncode == 0, done.stderr
     assert cloud.verbs == ["scp", "ssh"] and all("--worker=all" in call for call in cloud.calls)
     assert "tmux new-session -d" in cloud.calls[1][-1]
-    assert run_the_job(cloud, 0) == ["run.py", *ARGUMENTS]
-    assert run_the_job(cloud, 3) == ["run.py", *ARGUMENTS]
+    assert run_the_job(cloud, 0) == ["run.py", *ARGUMENTS, "gs://mine/my data"]
+    assert run_the_job(cloud, 3) == ["run.py", *ARGUMENTS, "gs://mine/my data"]
 
 
 def resume(cloud, *more, **answers):
-    arguments = [*WHERE, "--type=v5litepod-8", "--spot", *more, "--", *ARGUMENTS]
+    arguments = [*WHERE, "--type=v5litepod-8", "--spot", "--data=data", *more, "--", *ARGUMENTS]
     return cloud.run("tpu_vm.sh", "resume", *arguments, **answers)
 
 
@@ -152,7 +156,7 @@ def test_resume_makes_a_machine_that_was_taken_back_again(cloud):
     assert done.returncode == 0, done.stderr
     made = ["create", "scp", "ssh", "scp", "ssh"]
     assert cloud.verbs == ["describe", "delete", *made]
-    assert run_the_job(cloud, 0) == ["run.py", *ARGUMENTS]
+    assert run_the_job(cloud, 0) == ["run.py", *ARGUMENTS, "data"]
     resume(cloud, state=[""])  # it is gone altogether
     assert cloud.verbs == ["describe", *made]
 
@@ -228,3 +232,27 @@ def test_slurm_starts_one_process_a_gpu(cloud):
     assert options["ntasks-per-node"] == options["gpus-per-node"]  # as JAX finds them by SLURM's variables
     assert cloud.run("slurm.sbatch", *ARGUMENTS).returncode == 0
     assert cloud.calls == [["srun", "--kill-on-bad-exit=1", ".venv/bin/python", "run.py", *ARGUMENTS]]
+
+
+def test_the_commands_of_the_guide_are_sound_from_nothing_to_a_trained_model(cloud):
+    text = (SCRIPTS.parent / "docs" / "tpu.md").read_text()
+    commands = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    (cloud.folder / "scripts").symlink_to(SCRIPTS)
+    (cloud.folder / ".venv" / "bin").mkdir(parents=True)
+    (cloud.folder / ".venv" / "bin" / "activate").touch()
+    (cloud.folder / "state").write_text("READY")
+    (cloud.folder / "progress").write_text("0")
+    environment = os.environ | {"PATH": f"{cloud.folder / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-eu"], input=commands, env=environment, cwd=cloud.folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "the run has ended" in done.stdout, done.stderr
+
+    (planned,) = [call[2:] for call in cloud.calls if "--mode=plan" in call]
+    options = run.parse_flags(["run.py", *planned])
+    assert (options.topology, options.suggest, options.decode) == ("v5e:2x4", True, True)
+    assert run.configure(options.gin_file, options.gin_bindings).model.d_model == 768
+    options = run.parse_flags(run_the_job(cloud, 0)[:-1])
+    trained = run.configure(options.gin_file, options.gin_bindings)
+    assert (trained.mixture_or_task_name, trained.train_steps) == ("squad_v010_allanswers", 10_000)
+    assert trained.task_feature_lengths == {"inputs": 512, "targets": 97} and trained.model_dir == "../bucket/squad"
