@@ -67,7 +67,8 @@ class Decoding:
 
     def __str__(self) -> str:
         used = {"greedy": (), "beam": ("beam_size", "alpha"), "sample": ("temperature", "top_k", "top_p")}
-        return ", ".join([self.method, *(f"{name} {getattr(self, name)}" for name in used[self.method])])
+        said = [f"{name} {getattr(self, name)}" for name in used[self.method]]
+        return ", ".join([self.method, *said, *([f"{self.num_return} results"] if self.num_return > 1 else [])])
 
 
 def generate(
@@ -77,7 +78,7 @@ def generate(
     config: T5Config,
     max_length: int,
     decoding: Decoding = Decoding(),
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*B"] | None = None,
     max_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
     """Decodes `decoding.num_return` = N results for each row, the best first ("sample": in the order drawn).
@@ -85,7 +86,7 @@ def generate(
     The inputs, padded with 0 at the end, are the encoder's; a decoder alone reads them in one pass and goes on.
 
     Args:
-      key: for "sample".
+      key: for "sample": one, or one for each row, whose results then do not depend on the rows beside it.
       max_lengths: of each row, at most `max_length`; not for "beam".
 
     Returns:
@@ -114,10 +115,16 @@ def generate(
     if max_lengths is None:
         max_lengths = jnp.full((rows,), max_length)
     key = jax.random.key(0) if key is None else key
+    keys_B = _folded(key, jnp.arange(rows)) if key.ndim == 0 else key
+    keys_BN = jax.vmap(_folded, (0, None))(keys_B, jnp.arange(num_return))
     tokens, scores = _token_by_token(
-        params, encoder_input_tokens, config, max_length, num_return, choose, key, max_lengths
+        params, encoder_input_tokens, config, max_length, num_return, choose, keys_BN.reshape(-1), max_lengths
     )
     return tokens.reshape(rows, num_return, max_length), scores.reshape(rows, num_return)
+
+
+def _folded(key: Key[Array, ""], numbers: Int[Array, " N"]) -> Key[Array, " N"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 def _start(
@@ -144,11 +151,12 @@ def _start(
     else:
         cache = apply(apply(input_tokens, method=T5.encode), B, max_length, method=T5.start_cache)
         first_B, offset, inputs, keys = jnp.full((B,), START, jnp.int32), 0, input_tokens, {}
-    cache = jax.tree.map(lambda x_LBTHK: jnp.repeat(x_LBTHK, copies, axis=1), cache)
-    first_B, inputs, keys = jax.tree.map(lambda x_B: jnp.repeat(x_B, copies, axis=0), (first_B, inputs, keys))
+    copied = {name: jnp.repeat(getattr(cache, name), copies, axis=1) for name in ("self_key", "self_value")}
+    cache = dataclasses.replace(cache, **copied)  # the encoded inputs are the same for all copies of a row
+    first_B, keys = jax.tree.map(lambda x_B: jnp.repeat(x_B, copies, axis=0), (first_B, keys))
 
-    def step(last_B: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
-        found = apply(last_B[:, None], offset + index, cache, inputs, **keys, method=T5.decode_step)
+    def step(last_B: Array, index: Array, cache: Cache, parents_B: Array | None = None) -> tuple[Array, Cache]:
+        found = apply(last_B[:, None], offset + index, cache, inputs, **keys, parents=parents_B, method=T5.decode_step)
         return found[0][:, 0], found[1]
 
     return step, cache, first_B
@@ -161,7 +169,7 @@ def _token_by_token(
     max_length: int,
     copies: int,
     choose: Callable[[Array, Array], Array],
-    key: Key[Array, ""],
+    keys: Key[Array, " BN"],
     max_lengths: Int[Array, " B"],
 ) -> tuple[Int[Array, "BN T"], Float[Array, " BN"]]:
     decode, cache, first_B = _start(params, encoder_input_tokens, config, max_length, copies)
@@ -171,7 +179,7 @@ def _token_by_token(
     def step(carry: tuple) -> tuple:
         index, last_B, tokens_BT, scores_B, ended_B, cache = carry
         logits_BV, cache = decode(last_B, index, cache)
-        token_B = choose(logits_BV, jax.random.fold_in(key, index))
+        token_B = choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys, index))
         log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
         token_B = jnp.where(ended_B, 0, token_B).astype(jnp.int32)
         tokens_BT = tokens_BT.at[:, index].set(token_B)
@@ -195,11 +203,11 @@ def _token_by_token(
     return tokens_BT, scores_B
 
 
-def _most_likely(logits_BV: Array, key: Array) -> Array:
+def _most_likely(logits_BV: Array, keys_B: Array) -> Array:
     return jnp.argmax(logits_BV, axis=-1)
 
 
-def _draw(logits_BV: Array, key: Array, *, decoding: Decoding) -> Array:
+def _draw(logits_BV: Array, keys_B: Array, *, decoding: Decoding) -> Array:
     logits_BV = logits_BV / decoding.temperature
     if 0 < decoding.top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, decoding.top_k)[0][:, -1:]
@@ -210,7 +218,7 @@ def _draw(logits_BV: Array, key: Array, *, decoding: Decoding) -> Array:
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # the probability of all that are more likely
         least_B1 = jnp.min(jnp.where(before_BV < decoding.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    return jax.random.categorical(key, logits_BV, axis=-1)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
 def _penalty(length: Array | int, alpha: float) -> Array:
@@ -229,9 +237,9 @@ def _beam(
         return jnp.take_along_axis(x, beams.reshape(*beams.shape, *[1] * (x.ndim - 2)), axis=1)
 
     def step(carry: tuple) -> tuple:
-        index, live_BKT, live_BK, ended_BKT, ended_BK, cache = carry
+        index, live_BKT, live_BK, ended_BKT, ended_BK, parents, cache = carry
         last_BK = jnp.where(index == 0, first.reshape(B, K), live_BKT[:, :, index - 1])
-        logits, cache = decode(last_BK.reshape(-1), index, cache)
+        logits, cache = decode(last_BK.reshape(-1), index, cache, parents)
         V = logits.shape[-1]
         totals_BKV = jax.nn.log_softmax(logits).reshape(B, K, V) + live_BK[:, :, None]
         # Twice as many as there are beams: even if K of them end here, K are left to go on with.
@@ -242,27 +250,31 @@ def _beam(
 
         live_BK, kept_BK = jax.lax.top_k(best_BJ + ends_BJ * NEVER, K)
         live_BKT = pick(grown_BJT, kept_BK)
-        rows_BK = jnp.arange(B)[:, None] * K + pick(beams_BJ, kept_BK)
-        moved = {
-            name: getattr(cache, name)[:, rows_BK.reshape(-1)] for name in ("self_key", "self_value")
-        }  # what was decoded goes with its beam; the encoded inputs are the same for all beams of a row
-        cache = dataclasses.replace(cache, **moved)
+        parents = (jnp.arange(B)[:, None] * K + pick(beams_BJ, kept_BK)).reshape(-1)
 
         scores_BJ = best_BJ / _penalty(index + 1, alpha) + ~ends_BJ * NEVER
         ended_BK, kept_BK = jax.lax.top_k(jnp.concatenate([ended_BK, scores_BJ], axis=1), K)
         ended_BKT = pick(jnp.concatenate([ended_BKT, grown_BJT], axis=1), kept_BK)
         ended_BKT = jnp.where((ended_BK > NEVER / 2)[..., None], ended_BKT, 0)
-        return index + 1, live_BKT, live_BK, ended_BKT, jnp.maximum(ended_BK, NEVER), cache
+        return index + 1, live_BKT, live_BK, ended_BKT, jnp.maximum(ended_BK, NEVER), parents, cache
 
     def unfinished(carry: tuple) -> Array:
-        index, _, live_BK, _, ended_BK, _ = carry
+        index, _, live_BK, _, ended_BK, *_ = carry
         hopes_B = live_BK[:, 0] / _penalty(max_length, alpha)  # no live sequence can end with more
         return (index < max_length) & ~jnp.all(jnp.min(ended_BK, axis=1) > hopes_B)
 
     none_BKT = jnp.zeros((B, K, max_length), jnp.int32)
     never_BK = jnp.full((B, K), NEVER, jnp.float32)
-    start = (jnp.zeros((), jnp.int32), none_BKT, never_BK.at[:, 0].set(0.0), none_BKT, never_BK, cache)
-    _, live_BKT, live_BK, ended_BKT, ended_BK, _ = jax.lax.while_loop(unfinished, step, start)
+    start = (
+        jnp.zeros((), jnp.int32),
+        none_BKT,
+        never_BK.at[:, 0].set(0.0),
+        none_BKT,
+        never_BK,
+        jnp.arange(B * K),
+        cache,
+    )
+    _, live_BKT, live_BK, ended_BKT, ended_BK, *_ = jax.lax.while_loop(unfinished, step, start)
     any_B = jnp.any(ended_BK > NEVER / 2, axis=1)
     return jnp.where(any_B[:, None, None], ended_BKT, live_BKT), jnp.where(any_B[:, None], ended_BK, live_BK)
 

@@ -105,13 +105,34 @@ class Cache:
     """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
 
     self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start, or
-    None without an encoder. Inside a layer the leading axis is gone.
+    None without an encoder; several rows, one behind the other, may share one of these: the beams or samples of an
+    input. The length comes last: a product with one query would else move it there, at each step.
     """
 
-    self_key: Float[Array, "*L B T H K"]
-    self_value: Float[Array, "*L B T H K"]
-    cross_key: Float[Array, "*L B S H K"] | None = None
-    cross_value: Float[Array, "*L B S H K"] | None = None
+    self_key: Float[Array, "L B H K T"]
+    self_value: Float[Array, "L B H K T"]
+    cross_key: Float[Array, "L _ H K S"] | None = None
+    cross_value: Float[Array, "L _ H K S"] | None = None
+
+
+def _extended(
+    x_LBHKT: Float[Array, "L B H K T"],
+    new_BTHK: Float[Array, "B _ H K"],
+    layer: Int[Array, ""],
+    index: Int[Array, ""] | int,
+    parents_B: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "L B H K T"], Float[Array, "B T H K"]]:
+    """A cache with new tokens of a layer at `index`, written in place where XLA can; and that layer's part of it."""
+    new_BHKT = jnp.moveaxis(new_BTHK, 1, -1)
+    if parents_B is None:
+        x_LBHKT = jax.lax.dynamic_update_slice(x_LBHKT, new_BHKT[None], (layer, 0, 0, 0, index))
+        return x_LBHKT, _of_layer(x_LBHKT, layer)
+    x_BHKT = jax.lax.dynamic_update_slice(x_LBHKT[layer][parents_B], new_BHKT, (0, 0, 0, index))
+    return jax.lax.dynamic_update_slice(x_LBHKT, x_BHKT[None], (layer, 0, 0, 0, 0)), jnp.moveaxis(x_BHKT, -1, 1)
+
+
+def _of_layer(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> Float[Array, "B T H K"]:
+    return jnp.moveaxis(x_LBHKT[layer], -1, 1)
 
 
 class Attention(nn.Module):
@@ -214,21 +235,22 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
-        cache: Cache | None,
+        state: tuple[Float[Array, "B T D"], Cache | None],
+        layer: Int[Array, ""],
         encoded_BSD: Float[Array, "B S D"] | None,
         bias_HTS: Float[Array, "H T _"] | None,
         self_visibility: Visibility,
         cross_visibility: Visibility,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """With a cache (this layer's slice): also returns the keys and values of the new tokens, for it."""
+        parents_B: Int[Array, " B"] | None,
+    ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
+        x_BTD, cache = state
         h_BTD = self.pre_self_attention_layer_norm(x_BTD)
-        new_keys_values = None
         key, value = self.self_attention.keys_values(h_BTD)
         if cache is not None:
-            new_keys_values = (key, value)
-            key = jax.lax.dynamic_update_slice_in_dim(cache.self_key, key, self_visibility.offset, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache.self_value, value, self_visibility.offset, axis=1)
+            where = (layer, self_visibility.offset, parents_B)
+            self_key, key = _extended(cache.self_key, key, *where)
+            self_value, value = _extended(cache.self_value, value, *where)
+            cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
         if bias_HTS is None:
             positions_T = self_visibility.offset + jnp.arange(x_BTD.shape[1])
             bias_HTS = self.relpos_bias(positions_T, jnp.arange(key.shape[1]))
@@ -241,14 +263,17 @@ class DecoderLayer(nn.Module):
                 key, value = cross.keys_values(encoded_BSD)
             else:
                 assert cache is not None and cache.cross_key is not None and cache.cross_value is not None
-                key, value = cache.cross_key, cache.cross_value
-            x_BTD += self.dropout(cross(h_BTD, key, value, None, cross_visibility))
+                key, value = _of_layer(cache.cross_key, layer), _of_layer(cache.cross_value, layer)
+            # Rows that are decoded from the same inputs, one behind the other, are queries of one row: all see all.
+            h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_visibility)
+            x_BTD += self.dropout(h_BTD.reshape(x_BTD.shape))
 
         x_BTD += self.dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
-        return constrain(x_BTD, "batch", "length", "embed"), new_keys_values
+        return (constrain(x_BTD, "batch", "length", "embed"), cache), None
 
     def cross_keys_values(self, carry: None, encoded_BSD: Float[Array, "B S D"]) -> tuple[None, tuple[Array, Array]]:
-        return carry, self.encoder_decoder_attention.keys_values(encoded_BSD)
+        key, value = self.encoder_decoder_attention.keys_values(encoded_BSD)
+        return carry, (jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -1))
 
 
 def _remat(layer: type[nn.Module], config: Any) -> type[nn.Module]:
@@ -312,7 +337,7 @@ class Decoder(nn.Module):
             DecoderLayer,
             c,
             c.num_decoder_layers,
-            __call__=(0, everywhere, everywhere, everywhere, everywhere),
+            __call__=(0, everywhere, everywhere, everywhere, everywhere, everywhere),
             cross_keys_values=(everywhere,),
         )(c, self.train)
         self.decoder_norm = RMSNorm(c.compute_dtype)
@@ -330,28 +355,25 @@ class Decoder(nn.Module):
         self_visibility: Visibility,
         cross_visibility: Visibility,
         cache: Cache | None = None,
+        parents_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         bias_HTS = None
         if self.config.relative_bias == "shared":
             length = x_BTD.shape[1]
-            keys = length if cache is None else cache.self_key.shape[2]
+            keys = length if cache is None else cache.self_key.shape[-1]
             bias_HTS = self.relpos_bias(self_visibility.offset + jnp.arange(length), jnp.arange(keys))
         x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
-        x_BTD, new = self.layers(x_BTD, cache, encoded_BSD, bias_HTS, self_visibility, cross_visibility)
-        if cache is not None:
-            start = (0, 0, self_visibility.offset, 0, 0)
-            cache = dataclasses.replace(
-                cache,
-                self_key=jax.lax.dynamic_update_slice(cache.self_key, new[0], start),
-                self_value=jax.lax.dynamic_update_slice(cache.self_value, new[1], start),
-            )
+        layers = jnp.arange(self.config.num_decoder_layers)
+        (x_BTD, cache), _ = self.layers(
+            (x_BTD, cache), layers, encoded_BSD, bias_HTS, self_visibility, cross_visibility, parents_B
+        )
         return self.dropout(self.decoder_norm(x_BTD)), cache
 
     def start_cache(self, encoded_BSD: Float[Array, "B S D"] | None, rows: int, max_length: int) -> Cache:
         c = self.config
         cross = (None, None) if encoded_BSD is None else self.layers.cross_keys_values(None, encoded_BSD)[1]
-        empty_LBTHK = jnp.zeros((c.num_decoder_layers, rows, max_length, c.num_heads, c.head_dim), c.compute_dtype)
-        return Cache(empty_LBTHK, empty_LBTHK, *cross)
+        empty_LBHKT = jnp.zeros((c.num_decoder_layers, rows, c.num_heads, c.head_dim, max_length), c.compute_dtype)
+        return Cache(empty_LBHKT, empty_LBHKT, *cross)
 
 
 class T5(nn.Module):
@@ -432,13 +454,15 @@ class T5(nn.Module):
         decoder_input_tokens: Int[Array, "B T"],
         index: Int[Array, ""] | int,
         cache: Cache,
-        encoder_input_tokens: Int[Array, "B S"] | None,
+        encoder_input_tokens: Int[Array, "_ S"] | None,
         decoder_segment_ids: Int[Array, "B M"] | None = None,
         decoder_causal_attention: Int[Array, "B M"] | None = None,
+        parents: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Logits of the next tokens (usually one), at positions index, index + 1, ...; and the new cache.
 
         Args:
+          parents: row b goes on from what row parents[b] of the cache has decoded; None: each from its own.
           decoder_segment_ids, decoder_causal_attention: of all M places of the cache: segment 0 is never seen, which
             lets rows of different lengths end at the same place.
         """
@@ -448,6 +472,7 @@ class T5(nn.Module):
             Visibility(None, decoder_segment_ids, self._prefix(decoder_causal_attention), offset=index, causal=True),
             Visibility(None, _segments(encoder_input_tokens, None)),
             cache,
+            parents,
         )
         assert new_cache is not None
         return self._logits(x_BTD), new_cache

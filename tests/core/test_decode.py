@@ -134,6 +134,10 @@ def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
     assert np.any(first[:, 0] != first[:, 1])
+    keys = jax.random.split(jax.random.key(2), 4)
+    together, _ = sample(golden_t5.params, inputs, key=keys)
+    alone, _ = sample(golden_t5.params, np.pad(inputs[2:3], [(0, 0), (0, 5)]), key=keys[2:3])
+    np.testing.assert_array_equal(alone[0], together[2])  # whatever the rows beside it, and their width
     limits = np.array([1, 2, 3, 4])
     limited, _ = decoder(golden_t5)(golden_t5.params, inputs, max_lengths=limits)
     whole, _ = decoder(golden_t5)(golden_t5.params, inputs)
