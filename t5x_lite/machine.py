@@ -97,8 +97,9 @@ class Functions:
 def _generate(
     params: Any, inputs_BS: jax.Array, *, seed: int, decoding: decode.Decoding, **settings: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """`decode.generate` with a key that follows from the seed and the inputs: the same batch, the same samples."""
-    places = jnp.arange(1, inputs_BS.size + 1, dtype=jnp.uint32).reshape(inputs_BS.shape)
-    key = jax.random.fold_in(jax.random.key(seed), jnp.sum(inputs_BS.astype(jnp.uint32) * places))
-    tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=key, decoding=decoding, **settings)
+    """`decode.generate` with keys that follow from the seed and each row's tokens: the same input, the same samples."""
+    places_S = jnp.arange(1, inputs_BS.shape[1] + 1, dtype=jnp.uint32)
+    sums_B = jnp.sum(inputs_BS.astype(jnp.uint32) * places_S, axis=1)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sums_B)
+    tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=keys_B, decoding=decoding, **settings)
     return tokens_BNT, decode.log_likelihoods(tokens_BNT, scores_BN, decoding)
