@@ -51,9 +51,11 @@ def main(argv: Sequence[str]) -> int:
             print(__doc__, options.get_help(), sep="\n")
             return 0
         run = configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
-        from t5x_lite import jobs, logs
+        from t5x_lite import hosts, jobs, logs
 
-        logs.setup_logging()
+        if options.mode != "plan":
+            hosts.connect(options.coordinator_address, options.process_count, options.process_index)
+        logs.setup_logging(info=hosts.is_first())
         keep_compiled()
         if options.dry_run:
             jobs.dry_run(run, options.mode)
@@ -65,11 +67,18 @@ def main(argv: Sequence[str]) -> int:
             getattr(jobs, options.mode)(run)
     except Exception as error:
         if not isinstance(error, Refusal) and not _deliberate(error):
+            _end_if_one_of_several(1, error)
             raise
         message = str(error).split("\n  In call to configurable")[0].strip()
         print(f"run.py: {message}", file=sys.stderr)
+        _end_if_one_of_several(2)
         return 2
     return 0
+
+
+def _end_if_one_of_several(code: int, error: BaseException | None = None) -> None:
+    if hosts := sys.modules.get("t5x_lite.hosts"):  # else JAX has not even been loaded
+        hosts.end_if_one_of_several(code, error)
 
 
 def keep_compiled() -> None:
@@ -98,6 +107,9 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     )
     flags.DEFINE_boolean("decode", False, "--mode=plan: of decoding, too.", **module)
     flags.DEFINE_boolean("suggest", False, "--mode=plan: find mesh, REMAT and NUM_MICROBATCHES that fit.", **module)
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it.", **module)
+    flags.DEFINE_integer("process_count", None, "Number of processes; with --coordinator_address.", **module)
+    flags.DEFINE_integer("process_index", None, "Of this process, from 0; with --coordinator_address.", **module)
     flags.DEFINE_boolean("help", False, "Show this.", short_name="h", **module)
     arguments = []
     for argument in argv:

@@ -1,7 +1,7 @@
 """Checkpoints: the training state and the data position, written as one, restored onto any mesh.
 
 A run's checkpoints lie in ``MODEL_DIR/checkpoints/<step>/``, each with four parts: ``params`` (the parameter tree),
-``optimizer`` (step and optimizer state), ``data`` (one folder a process with the position in the data) and ``info``
+``optimizer`` (step and optimizer state), ``data`` (the position in the data) and ``info``
 (JSON: step, model config and what else explains a mismatch). Orbax writes them in the background and renames the whole
 folder into place at the end, so a checkpoint is there with all its parts or not at all.
 
@@ -46,7 +46,11 @@ logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
 
 @runtime_checkable
 class DataIterator(Protocol):
-    """What can be saved beside the state: writes its position as files into an empty local folder, reads it back."""
+    """What can be saved beside the state: writes its position as files into an empty local folder, reads it back.
+
+    Each process writes what is its own, under names that no other process uses; when it is read, all is in one folder,
+    local or not.
+    """
 
     def save(self, path: str) -> None: ...
 
@@ -61,7 +65,7 @@ State = Any
 
 
 class DataPositionHandler(ocp.handlers.AsyncCheckpointHandler):
-    """Writes ``data/process_<i>/`` for each process.
+    """Writes ``data/``, to which every process adds its files.
 
     The position is taken while `save` still holds up the caller, for it must belong to the same moment as the arrays;
     the files then go out in the background together with them.
@@ -71,12 +75,11 @@ class DataPositionHandler(ocp.handlers.AsyncCheckpointHandler):
         with tempfile.TemporaryDirectory() as folder:
             args.iterator.save(folder)
             files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
-        target = directory / _process_folder()
 
         async def write() -> None:
-            target.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                (target / name).write_bytes(content)
+                (directory / name).write_bytes(content)
 
         return [future.CommitFutureAwaitingContractedSignals(write(), name="data_position_save")]
 
@@ -84,18 +87,7 @@ class DataPositionHandler(ocp.handlers.AsyncCheckpointHandler):
         raise NotImplementedError("The data position is only written through Orbax's asynchronous checkpointer.")
 
     def restore(self, directory: epath.Path, args: "DataPositionRestore") -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = sorted(p.name for p in directory.iterdir() if p.name.startswith("process_"))
-        if len(saved) != jax.process_count():
-            raise ValueError(
-                f"{directory} holds the data position of {len(saved)} processes, this run has {jax.process_count()}. "
-                f"Start it on {len(saved)} processes, or begin a new MODEL_DIR with this checkpoint as "
-                "INITIAL_CHECKPOINT_PATH."
-            )
-        source = directory / _process_folder()
-        with tempfile.TemporaryDirectory() as folder:  # so that an iterator never meets a remote path
-            for path in source.iterdir():
-                Path(folder, path.name).write_bytes(path.read_bytes())
-            args.iterator.restore(folder)
+        args.iterator.restore(str(directory))
 
 
 @ocp.args.register_with_handler(DataPositionHandler, for_save=True)
@@ -108,10 +100,6 @@ class DataPositionSave(ocp.args.CheckpointArgs):
 @dataclasses.dataclass
 class DataPositionRestore(ocp.args.CheckpointArgs):
     iterator: DataIterator
-
-
-def _process_folder() -> str:
-    return f"process_{jax.process_index()}"
 
 
 # Which checkpoints stay.
@@ -239,8 +227,7 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: no such step, or an iterator is given and no data position was saved.
-          ValueError: parameters or optimizer state differ (all differences are listed; no array is read then), or
-            the position was saved by another number of processes.
+          ValueError: parameters or optimizer state differ (all differences are listed; no array is read then).
         """
         self.wait()
         folder = self.directory / str(step)

@@ -1,8 +1,7 @@
 """From a SeqIO task or mixture to numpy batches of this host's share, in an order that one seed fixes.
 
 `TrainBatches` is endless, packed and shuffled, and can save its position and go on from it. `EvalBatches` is one task's
-split in its fixed order, unpacked, its last batch filled up with rows of weight 0. `describe_batch` turns a batch back
-into text.
+split in its fixed order, unpacked, its last batch filled up with rows of weight 0.
 
 This module knows SeqIO and TensorFlow, which it keeps off the accelerators. It must not know JAX, the model (beyond the
 size of its vocabulary) or gin. SeqIO is pinned down as follows [seqio 0.0.20]: one seed goes to the source (order of
@@ -15,7 +14,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,32 +135,39 @@ def check_split(name: str, split: str) -> None:
             raise ValueError(f"The mixture {name} has rate 0 for every task with the split {split!r}: {rates}.")
 
 
-def _host_batch_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"BATCH_SIZE={batch_size} must be a positive multiple of the {process_count} hosts.")
-    return batch_size // process_count
+def _shard_size(batch_size: int, shards: int) -> int:
+    if batch_size < 1 or shards < 1 or batch_size % shards:
+        raise ValueError(
+            f"BATCH_SIZE={batch_size} must be a positive multiple of DATA_SHARDS={shards} (by default the number of "
+            "hosts that read different rows)."
+        )
+    return batch_size // shards
 
 
 # Training.
 
 
 class TrainBatches:
-    """Endless iterator of one host's batches, int32 arrays named as by seqio.EncDecFeatureConverter.
+    """Endless iterator of one host's rows of global batches, int32 arrays named as by seqio.EncDecFeatureConverter.
 
     encoder_input_tokens [B, S], decoder_input_tokens, decoder_target_tokens, decoder_loss_weights [B, T] and, if
-    packed, encoder_segment_ids, encoder_positions [B, S], decoder_segment_ids, decoder_positions [B, T], where B is
-    batch_size / process_count. 0 is padding throughout.
+    packed, encoder_segment_ids, encoder_positions [B, S], decoder_segment_ids, decoder_positions [B, T]. 0 is padding.
+
+    The data is cut into `shards`, each of which gives its share of every batch's rows and has a position of its own. A
+    host reads the shards that its rows come from, so the same global batches come on any number of hosts.
 
     Args:
       name: task or mixture.
       lengths: {"inputs": S, "targets": T} in tokens; longer examples are cut.
       batch_size: of all hosts together.
-      seed: fixes the order, on the same number of hosts.
+      seed: fixes the order, for the same number of shards.
       layout: of the model: "decoder" has inputs and targets in one row of length S + T, and no encoder's arrays but
         decoder_causal_attention; examples without inputs make rows of length T. "encoder" has the features of
         tasks/bert.py as they are, padded, one example a row.
       pack: several examples in one row.
       use_cached: read SeqIO's offline cache.
+      rows: first and last + 1 of this host's rows in the global batch; None: all.
+      shards: None: as many as there are hosts with other rows; after `restore`, as many as there were.
     """
 
     def __init__(
@@ -176,8 +182,8 @@ class TrainBatches:
         pack: bool = True,
         shuffle: bool = True,
         use_cached: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: tuple[int, int] | None = None,
+        shards: int | None = None,
     ):
         check_lengths(name, lengths, layout)
         check_split(name, split)
@@ -193,62 +199,95 @@ class TrainBatches:
             "PACK": pack,
             "SHUFFLE_TRAIN_EXAMPLES": shuffle,
             "USE_CACHED_TASKS": use_cached,
-            "process": [process_index, process_count],
         }
-        examples = find_provider(name).get_dataset(
+        self._layout: Layout = layout
+        self._range = rows or (0, batch_size)
+        self._asked = shards
+        self._open(shards or max(batch_size // (self._range[1] - self._range[0]), 1))
+        spec: Any = self._datasets[0].element_spec
+        count = self._range[1] - self._range[0]
+        self.shapes = {k: (count, *v.shape[1:]) for k, v in spec.items()}
+
+    def _open(self, shards: int) -> None:
+        """The datasets of the shards that this host's rows come from; of each, where its rows are in a batch."""
+        self.shards = shards
+        size = _shard_size(self._stream["BATCH_SIZE"], shards)
+        first, last = self._range
+        self._mine = {
+            i: (i * size, (i + 1) * size) for i in range(shards) if i * size < last and first < (i + 1) * size
+        }
+        self._datasets = [self._dataset(shard, size) for shard in self._mine]
+        self._iterators: list[Any] | None = None  # opened when first asked: opening starts to read ahead
+
+    def _dataset(self, shard: int, size: int) -> tf.data.Dataset:
+        lengths, options = self._stream["TASK_FEATURE_LENGTHS"], tf.data.Options()
+        examples = find_provider(self._name).get_dataset(
             sequence_length=lengths,
-            split=split,
-            use_cached=use_cached,
-            shuffle=shuffle,
-            seed=seed,
-            shard_info=seqio.ShardInfo(process_index, process_count),
+            split=self._stream["split"],
+            use_cached=self._stream["USE_CACHED_TASKS"],
+            shuffle=self._stream["SHUFFLE_TRAIN_EXAMPLES"],
+            seed=self._stream["seed"],
+            shard_info=seqio.ShardInfo(shard, self.shards),
             num_epochs=None,
             try_in_mem_cache=False,  # the cache would be written into every position saved
             trim_output_features=False,  # done below
         )
-        dataset = _rows(name, examples, lengths, layout, pack)
-        options = tf.data.Options()
         options.deterministic = True
         # Maps that are meant to be sequential stay so: handing each example to another thread costs more than they do.
         options.experimental_optimization.map_parallelization = False
-        dataset = dataset.rebatch(_host_batch_size(batch_size, process_count), drop_remainder=True)
-        self._iterator = iter(dataset.prefetch(tf.data.AUTOTUNE).with_options(options))
-        spec: Any = dataset.element_spec
-        self.shapes = {k: tuple(v.shape) for k, v in spec.items()}
+        dataset = _rows(self._name, examples, lengths, self._layout, self._stream["PACK"])
+        return dataset.rebatch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def __iter__(self) -> "TrainBatches":
         return self
 
+    def _opened(self) -> list[Any]:
+        if self._iterators is None:
+            self._iterators = [iter(dataset) for dataset in self._datasets]
+        return self._iterators
+
     def __next__(self) -> Batch:
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            raise ValueError(
-                f"{self._name} ran out of examples although it repeats: a task of it has none in the split "
-                f"{self._stream['split']!r}, or its preprocessors leave none. Look at it with --mode=inspect."
-            ) from None
-        return {k: v.numpy() for k, v in batch.items()}
+        parts, (first, last) = [], self._range
+        for iterator, (start, end) in zip(self._opened(), self._mine.values(), strict=True):
+            batch = next(iterator, None)
+            if batch is None:
+                raise ValueError(
+                    f"{self._name} ran out of examples although it repeats: a task of it has none in the split "
+                    f"{self._stream['split']!r}, or its preprocessors leave none. Look at it with --mode=inspect."
+                )
+            wanted = slice(max(first - start, 0), min(last, end) - start)
+            parts.append({k: v.numpy()[wanted] for k, v in batch.items()})
+        return parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     def save(self, path: str) -> None:
-        """Writes the position after the last batch handed out (what is prefetched is written with it) into `path`."""
-        tf.train.Checkpoint(iterator=self._iterator).write(os.path.join(path, "position"))
-        Path(path, "stream.json").write_text(json.dumps(self._stream))
+        """Writes the position after the last batch handed out (what is prefetched is written with it) into `path`.
+
+        Of each shard only the host with its first row writes; all of them write into the same folder in the end.
+        """
+        for iterator, (shard, (start, _)) in zip(self._opened(), self._mine.items(), strict=True):
+            if start >= self._range[0]:
+                tf.train.Checkpoint(iterator=iterator).write(os.path.join(path, f"shard_{shard}"))
+        if self._range[0] == 0:
+            Path(path, "stream.json").write_text(json.dumps({**self._stream, "DATA_SHARDS": self.shards}))
 
     def restore(self, path: str) -> None:
-        """Goes to the position saved in `path`.
+        """Goes to the position saved in `path`, a folder or gs://..., by as many hosts or any other number of them.
 
         Raises:
           ValueError: it is the position in another stream; the differing settings are listed.
         """
-        saved = json.loads(Path(path, "stream.json").read_text())
-        differing = [f"{k}: was {saved.get(k)!r}, is {v!r}" for k, v in self._stream.items() if saved.get(k) != v]
+        saved = json.loads(tf.io.gfile.GFile(os.path.join(path, "stream.json")).read())
+        asked = self._stream | ({"DATA_SHARDS": self._asked} if self._asked else {})
+        differing = [f"{k}: was {saved.get(k)!r}, is {v!r}" for k, v in asked.items() if saved.get(k) != v]
         if differing:
             raise ValueError(
                 "The saved data position belongs to other data:\n  "
                 + "\n  ".join(differing)
                 + "\nSet these back, or begin a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
             )
-        tf.train.Checkpoint(iterator=self._iterator).read(os.path.join(path, "position")).assert_consumed()
+        self._open(saved["DATA_SHARDS"])
+        for iterator, shard in zip(self._opened(), self._mine, strict=True):
+            tf.train.Checkpoint(iterator=iterator).read(os.path.join(path, f"shard_{shard}")).assert_consumed()
 
 
 def _rows(
@@ -297,6 +336,7 @@ class EvalBatches:
 
     Args:
       num_batches: stop after so many; they are then kept in memory, for evaluation comes back to them.
+      rows: of this host, as in `TrainBatches`.
     """
 
     def __init__(
@@ -310,13 +350,11 @@ class EvalBatches:
         num_batches: int | None = None,
         seed: int = 0,
         use_cached: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: tuple[int, int] | None = None,
     ):
         check_lengths(task_name, lengths, layout)
         check_split(task_name, split)
-        rows = _host_batch_size(batch_size, process_count)
-        self._rows = slice(process_index * rows, (process_index + 1) * rows)
+        self._rows = slice(*(rows or (0, batch_size)))
         self._batch_size = batch_size
         self._kept: list[Batch] | None = None
         self._keep = num_batches is not None
@@ -340,92 +378,3 @@ class EvalBatches:
 def fill_up(batch: Mapping[str, np.ndarray], rows: int) -> Batch:
     """`batch` with rows of 0 added to make `rows`."""
     return {k: np.pad(v, [(0, rows - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
-
-
-# Back to text.
-
-
-def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
-    """The batch as text, row by row and segment by segment, with spans and the packing efficiency.
-
-    Args:
-      batch: as `TrainBatches` or `EvalBatches` make it.
-      vocabulary: of both inputs and targets.
-    """
-    batch = {k: np.asarray(v) for k, v in batch.items()}
-    if "segments" in batch:
-        return _describe_pairs(batch, vocabulary)
-    if "encoder_input_tokens" not in batch:  # inputs are what a decoder alone reads without loss
-        parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
-        batch |= {f"{k}_input_tokens": batch["decoder_target_tokens"] * part for k, part in parts.items()}
-        batch["decoder_target_tokens"] = batch["decoder_input_tokens"]
-        if "decoder_segment_ids" in batch:
-            batch |= {f"{k}_segment_ids": batch["decoder_segment_ids"] * part for k, part in parts.items()}
-            batch["encoder_positions"] = batch["decoder_positions"]
-    inputs_BS, targets_BT = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
-    packed = "encoder_segment_ids" in batch
-    segments_BS = batch["encoder_segment_ids"] if packed else (inputs_BS > 0).astype(int)
-    segments_BT = batch["decoder_segment_ids"] if packed else (targets_BT > 0).astype(int)
-    lines = []
-    for row in range(len(inputs_BS)):
-        count = max(segments_BS[row].max(), segments_BT[row].max())
-        filled = f"inputs {np.count_nonzero(segments_BS[row])}/{inputs_BS.shape[1]} tokens, "
-        filled += f"targets {np.count_nonzero(segments_BT[row])}/{targets_BT.shape[1]}"
-        lines.append(f"row {row}: {filled}, {count} segment{'s' if count != 1 else ''}")
-        for segment in range(1, count + 1):
-            at_S, at_T = np.flatnonzero(segments_BS[row] == segment), np.flatnonzero(segments_BT[row] == segment)
-            inputs, targets = inputs_BS[row, at_S].tolist(), targets_BT[row, at_T].tolist()
-            where = f"inputs {_extent(at_S)}{_positions(batch, 'encoder', row, at_S)}, "
-            where += f"targets {_extent(at_T)}{_positions(batch, 'decoder', row, at_T)}"
-            lines += [
-                f"  segment {segment}: {where}",
-                f"    inputs:  {vocabulary.decode(inputs)}",
-                f"    targets: {vocabulary.decode(targets)}",
-            ]
-            lines += [f"    span {name}: {text!r}" for name, text in _spans(targets, vocabulary)]
-    share_S, share_T = np.mean(segments_BS > 0), np.mean(segments_BT > 0)
-    weights = float(np.sum(batch["decoder_loss_weights"]))
-    lines.append(
-        f"packing efficiency: {share_S:.1%} of {segments_BS.size} input and {share_T:.1%} of {segments_BT.size} target "
-        f"positions hold tokens; sum of loss weights {weights:g}"
-    )
-    return "\n".join(lines)
-
-
-def _describe_pairs(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
-    lines = []
-    for row, (inputs, targets, segments, (is_random,)) in enumerate(
-        zip(batch["inputs"], batch["targets"], batch["segments"], batch["random"], strict=True)
-    ):
-        chosen = np.flatnonzero(targets)
-        tokens = inputs != 0
-        lines += [
-            f"row {row}: {np.count_nonzero(tokens)}/{len(inputs)} tokens, {len(chosen)} to be predicted, "
-            + ("the second part is of another text" if is_random else "the second part follows the first"),
-            f"  first:  {vocabulary.decode(inputs[tokens & (segments == 0)].tolist())}",
-            f"  second: {vocabulary.decode(inputs[tokens & (segments == 1)].tolist())}",
-            f"  to be predicted: {' | '.join(vocabulary.decode([token]) for token in targets[chosen].tolist())}",
-        ]
-    return "\n".join(lines)
-
-
-def _extent(at: np.ndarray) -> str:
-    return f"[{at[0]}:{at[-1] + 1}]" if len(at) else "none"
-
-
-def _positions(batch: Mapping[str, np.ndarray], side: str, row: int, at: np.ndarray) -> str:
-    if f"{side}_positions" not in batch or not len(at):
-        return ""
-    positions = batch[f"{side}_positions"][row, at]
-    return f" (positions {positions[0]}..{positions[-1]})"
-
-
-def _spans(targets: Sequence[int], vocabulary: seqio.Vocabulary) -> list[tuple[str, Any]]:
-    """What follows each sentinel in the targets; sentinel 0 is the last id [t5 span corruption]."""
-    first = vocabulary.vocab_size - vocabulary.extra_ids
-    starts = [i for i, token in enumerate(targets) if token >= first]
-    ends = [*starts, len(targets)][1:]
-    return [
-        (f"<extra_id_{vocabulary.vocab_size - 1 - targets[i]}>", vocabulary.decode(targets[i + 1 : end]))
-        for i, end in zip(starts, ends, strict=True)
-    ]

@@ -116,7 +116,7 @@ def _register_files(run: Run) -> str:
     return name
 
 
-def _train_batches(run: Run, name: str) -> Any:
+def _train_batches(run: Run, name: str, rows: tuple[int, int] | None = None) -> Any:
     from t5x_lite import data
 
     return data.TrainBatches(
@@ -128,8 +128,8 @@ def _train_batches(run: Run, name: str) -> Any:
         pack=run.pack,
         shuffle=run.shuffle_train_examples,
         use_cached=run.use_cached_tasks,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
+        shards=run.data_shards,
     )
 
 
@@ -146,7 +146,7 @@ def _checkpoint_to_read(run: Run) -> tuple[str, int]:
     return start.path, int(step_name) if step_name.isdecimal() else 0
 
 
-def _evaluation(run: Run, name: str, functions: Functions) -> Callable[[Any, int], Scores]:
+def _evaluation(run: Run, name: str, machine: Machine, functions: Functions) -> Callable[[Any, int], Scores]:
     """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
     from t5x_lite import data, evaluate
 
@@ -160,8 +160,7 @@ def _evaluation(run: Run, name: str, functions: Functions) -> Callable[[Any, int
             num_batches=run.eval_steps,
             seed=run.random_seed,
             use_cached=run.use_cached_tasks,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=machine.local_rows(run.eval_batch_size),
         )
         for task in data.tasks_with_split(name, run.eval_split)
     }
@@ -207,8 +206,8 @@ def train(run: Run, config: str) -> None:
     name = _prepare_tasks(run)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
     log.info("%s parameters on %s", f"{step.param_count(machine.abstract.params):,}", machine)
-    batches = _train_batches(run, name)
-    evaluation = _evaluation(run, name, Functions(run, machine))
+    batches = _train_batches(run, name, machine.local_rows(run.batch_size))
+    evaluation = _evaluation(run, name, machine, Functions(run, machine))
     lengths = run.task_feature_lengths
     flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     with (
@@ -219,7 +218,11 @@ def train(run: Run, config: str) -> None:
             Path(run.model_dir, "config.gin").write_text(config)
 
         log.info(start.reason)
-        parameter_key, dropout_key = jax.random.split(jax.random.key(run.random_seed, impl=run.rng_impl))
+        keys = jax.jit(  # compiled, so that they lie on all hosts
+            lambda: jax.random.split(jax.random.key(run.random_seed, impl=run.rng_impl)),
+            out_shardings=machine.compiler.replicated(),
+        )
+        parameter_key, dropout_key = keys()
         if start.step is not None:
             state = saver.restore(start.step, machine.abstract, batches)
             logger.resume(start.step)
@@ -248,7 +251,7 @@ def train(run: Run, config: str) -> None:
                 num_microbatches=run.num_microbatches,
             ),
             batches,
-            jax.device_put(dropout_key, machine.compiler.replicated()),
+            dropout_key,
             rows=machine.batch_sharding,
             schedule=loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period),
             logger=logger,
@@ -275,7 +278,7 @@ def eval(run: Run) -> None:
     path, at_step = _checkpoint_to_read(run)
     machine = Machine(run)
     name = _prepare_tasks(run)
-    evaluation = _evaluation(run, name, Functions(run, machine))
+    evaluation = _evaluation(run, name, machine, Functions(run, machine))
     scores = evaluation(checkpoint.restore_params(path, machine.abstract.params), at_step)
     logger = logs.MetricLogger(run.model_dir, at_step)
     logger.evaluation(at_step, scores)
@@ -361,10 +364,10 @@ def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["
 def inspect(run: Run) -> None:
     """Prints one training batch as the model gets it, decoded back to text."""
     name = _prepare_tasks(run)
-    from t5x_lite import data
+    from t5x_lite import data, describe
 
     batch = next(_train_batches(run, name))
-    print(data.describe_batch(batch, data.find_provider(name).output_features["targets"].vocabulary))
+    print(describe.describe_batch(batch, data.find_provider(name).output_features["targets"].vocabulary))
 
 
 def dry_run(run: Run, mode: str) -> None:
@@ -382,7 +385,7 @@ def dry_run(run: Run, mode: str) -> None:
     name = _prepare_tasks(run)
     if mode in ("train", "inspect"):
         print(f"data        {name}, this host's batches:")
-        for feature, shape in _train_batches(run, name).shapes.items():
+        for feature, shape in _train_batches(run, name, machine.local_rows(run.batch_size)).shapes.items():
             print(f"            {feature} {list(shape)}")
     for task, rate in _rates(name).items():
         print(f"            {rate:7.3%} {task}")

@@ -39,6 +39,21 @@ class Machine:
         self.abstract = step.abstract_state(run.model, run.optimizer, self.mesh, self.rules)
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
 
+    def local_rows(self, batch_size: int) -> tuple[int, int]:
+        """First and last + 1 of the rows of a global batch that lie on this host's devices.
+
+        Raises ValueError: they do not follow one another.
+        """
+        held = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
+        parts = {rows[0].indices(batch_size)[:2] for rows in held if rows is not None}
+        first, last = min(start for start, _ in parts), max(end for _, end in parts)
+        if sum(end - start for start, end in parts) != last - first:
+            raise ValueError(
+                f"the devices of this host hold the rows {sorted(parts)} of a batch, which do not follow one another; "
+                f"MESH = {dict(self.mesh.shape)} over {jax.process_count()} hosts: give data and fsdp whole hosts"
+            )
+        return first, last
+
     def __str__(self) -> str:
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         device = self.mesh.devices.flat[0]

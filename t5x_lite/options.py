@@ -34,6 +34,7 @@ class Run:
     seqio_additional_cache_dirs: Files | None
     shuffle_train_examples: bool
     pack: bool
+    data_shards: int | None
     random_seed: int
     train_files: Files | None
     eval_files: Files | None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import seqio
 
-from t5x_lite import data, sharding, step
+from t5x_lite import data, describe, sharding, step
 from t5x_lite.bert import BertConfig
 from t5x_lite.losses import LossConfig
 from t5x_lite.optim import adamw, constant, make_optimizer
@@ -102,7 +102,7 @@ def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
     batch = next(batches)
     assert {name: x.shape for name, x in batch.items()} == batches.shapes
     assert batch["random"].shape == (8, 1) and batch["segments"].shape == (8, 64)
-    text = data.describe_batch(batch, vocabulary.default_vocabulary())
+    text = describe.describe_batch(batch, vocabulary.default_vocabulary())
     assert "says" in text and "the second part" in text
 
     config = BertConfig(d_model=16, d_ff=24, num_heads=2, num_layers=2, vocab_size=384, max_length=64, dropout_rate=0.0)

@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite import data
+from t5x_lite import data, describe
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=10)
 LENGTHS = {"inputs": 24, "targets": 12}
@@ -89,7 +89,7 @@ def reference(registered):
 def test_the_seed_fixes_the_order(reference):
     assert equal(take(batches(), 30), reference[:30])
     assert not equal(take(batches(seed=6), 30), reference[:30])
-    text = data.describe_batch(reference[0], VOCABULARY) + data.describe_batch(reference[1], VOCABULARY)
+    text = describe.describe_batch(reference[0], VOCABULARY) + describe.describe_batch(reference[1], VOCABULARY)
     assert "long" in text
     assert "short" in text
 
@@ -113,18 +113,57 @@ def test_a_position_in_other_data_is_refused(tmp_path):
         batches(seed=6, batch_size=8).restore(str(tmp_path))
 
 
+def of_host(host, hosts, **options) -> data.TrainBatches:
+    rows = 8 // hosts
+    options = {"batch_size": 8, "rows": (host * rows, (host + 1) * rows), **options}
+    return batches(**options)
+
+
 def test_hosts_share_the_batch_and_see_different_examples():
     seen = []
     for host in range(2):
-        options = {"pack": False, "process_index": host, "process_count": 2}
-        stream = data.TrainBatches("data_test_short", LENGTHS, batch_size=4, seed=1, **options)
+        stream = data.TrainBatches(
+            "data_test_short", LENGTHS, batch_size=4, seed=1, pack=False, rows=(2 * host, 2 * host + 2)
+        )
         rows = [row for batch in take(stream, 30) for row in batch["decoder_target_tokens"]]
         assert len(rows) == 60
         seen.append({VOCABULARY.decode(row.tolist()) for row in rows})
     assert seen[0] | seen[1] == {str(i) for i in range(30)}
     assert not seen[0] & seen[1]
-    with pytest.raises(ValueError, match="BATCH_SIZE=4 must be a positive multiple of the 3 hosts"):
-        batches(process_count=3)
+    with pytest.raises(ValueError, match="BATCH_SIZE=4 must be a positive multiple of DATA_SHARDS=3"):
+        batches(shards=3)
+
+
+def joined(streams, count):
+    """Global batches, from the hosts' rows."""
+    parts = [take(stream, count) for stream in streams]
+    return [{k: np.concatenate([rows[k] for rows in of]) for k in of[0]} for of in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_any_number_of_hosts_goes_on_with_the_same_global_batches(tmp_path, hosts):
+    started = [of_host(host, 2) for host in range(2)]
+    assert [stream.shards for stream in started] == [2, 2]
+    first = joined(started, 3)
+    for stream in started:
+        stream.save(str(tmp_path))
+    expected = joined(started, 5)
+    resumed = [of_host(host, hosts) for host in range(hosts)]
+    for stream in resumed:
+        stream.restore(str(tmp_path))
+    assert equal(joined(resumed, 5), expected)
+    again = tmp_path / "again"
+    again.mkdir()
+    for stream in resumed:
+        stream.save(str(again))
+    assert sorted(p.name for p in again.glob("*.index")) == ["shard_0.index", "shard_1.index"]
+    assert equal(joined([of_host(host, hosts, shards=2) for host in range(hosts)], 3), first)
+    if hosts != 2:
+        assert not equal(joined([of_host(host, hosts) for host in range(hosts)], 3), first), (
+            "other shards, other batches"
+        )
+    with pytest.raises(ValueError, match="DATA_SHARDS: was 2, is 4"):
+        of_host(0, 2, shards=4).restore(str(tmp_path))
 
 
 def test_examples_that_run_out_are_said_not_waited_for():
@@ -157,10 +196,7 @@ def test_eval_batches_are_whole_in_order_and_weigh_what_fills_up_as_nothing():
 
 def test_eval_batches_of_two_hosts_are_those_of_one_cut_in_two():
     whole = list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4))
-    parts = [
-        list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4, process_index=i, process_count=2))
-        for i in (0, 1)
-    ]
+    parts = [list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4, rows=rows)) for rows in ((0, 2), (2, 4))]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
     assert equal(joined, whole)
 
@@ -215,7 +251,7 @@ def test_describe_batch_shows_segments_positions_spans_and_efficiency():
         "decoder_positions": [[*range(6), *range(2)]],
         "decoder_loss_weights": [[1] * 8],
     }
-    assert data.describe_batch({k: np.array(v) for k, v in batch.items()}, VOCABULARY).splitlines() == [
+    assert describe.describe_batch({k: np.array(v) for k, v in batch.items()}, VOCABULARY).splitlines() == [
         "row 0: inputs 8/10 tokens, targets 8/8, 2 segments",
         "  segment 1: inputs [0:5] (positions 0..4), targets [0:6] (positions 0..5)",
         "    inputs:  abc",
@@ -273,7 +309,7 @@ def test_examples_without_inputs_are_for_a_decoder_alone():
 def test_a_batch_of_a_decoder_alone_is_read_back_as_text():
     batch = next(batches(layout="decoder"))
     assert batch["decoder_target_tokens"].shape == (4, 36)
-    text = data.describe_batch(batch, VOCABULARY)
-    plain = data.describe_batch(next(batches()), VOCABULARY)
+    text = describe.describe_batch(batch, VOCABULARY)
+    plain = describe.describe_batch(next(batches()), VOCABULARY)
     line = next(line for line in plain.splitlines() if "inputs:  " in line)
     assert line in text and "segment 2" in text

@@ -1,0 +1,96 @@
+"""A batch as the model gets it, back to text: segments, spans, positions, packing efficiency.
+
+Knows the arrays of a batch and a vocabulary; not where they come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+
+
+def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
+    """The batch as text, row by row and segment by segment, with spans and the packing efficiency.
+
+    Args:
+      batch: as `TrainBatches` or `EvalBatches` make it.
+      vocabulary: of both inputs and targets.
+    """
+    batch = {k: np.asarray(v) for k, v in batch.items()}
+    if "segments" in batch:
+        return _describe_pairs(batch, vocabulary)
+    if "encoder_input_tokens" not in batch:  # inputs are what a decoder alone reads without loss
+        parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
+        batch |= {f"{k}_input_tokens": batch["decoder_target_tokens"] * part for k, part in parts.items()}
+        batch["decoder_target_tokens"] = batch["decoder_input_tokens"]
+        if "decoder_segment_ids" in batch:
+            batch |= {f"{k}_segment_ids": batch["decoder_segment_ids"] * part for k, part in parts.items()}
+            batch["encoder_positions"] = batch["decoder_positions"]
+    inputs_BS, targets_BT = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
+    packed = "encoder_segment_ids" in batch
+    segments_BS = batch["encoder_segment_ids"] if packed else (inputs_BS > 0).astype(int)
+    segments_BT = batch["decoder_segment_ids"] if packed else (targets_BT > 0).astype(int)
+    lines = []
+    for row in range(len(inputs_BS)):
+        count = max(segments_BS[row].max(), segments_BT[row].max())
+        filled = f"inputs {np.count_nonzero(segments_BS[row])}/{inputs_BS.shape[1]} tokens, "
+        filled += f"targets {np.count_nonzero(segments_BT[row])}/{targets_BT.shape[1]}"
+        lines.append(f"row {row}: {filled}, {count} segment{'s' if count != 1 else ''}")
+        for segment in range(1, count + 1):
+            at_S, at_T = np.flatnonzero(segments_BS[row] == segment), np.flatnonzero(segments_BT[row] == segment)
+            inputs, targets = inputs_BS[row, at_S].tolist(), targets_BT[row, at_T].tolist()
+            where = f"inputs {_extent(at_S)}{_positions(batch, 'encoder', row, at_S)}, "
+            where += f"targets {_extent(at_T)}{_positions(batch, 'decoder', row, at_T)}"
+            lines += [
+                f"  segment {segment}: {where}",
+                f"    inputs:  {vocabulary.decode(inputs)}",
+                f"    targets: {vocabulary.decode(targets)}",
+            ]
+            lines += [f"    span {name}: {text!r}" for name, text in _spans(targets, vocabulary)]
+    share_S, share_T = np.mean(segments_BS > 0), np.mean(segments_BT > 0)
+    weights = float(np.sum(batch["decoder_loss_weights"]))
+    lines.append(
+        f"packing efficiency: {share_S:.1%} of {segments_BS.size} input and {share_T:.1%} of {segments_BT.size} target "
+        f"positions hold tokens; sum of loss weights {weights:g}"
+    )
+    return "\n".join(lines)
+
+
+def _describe_pairs(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
+    lines = []
+    for row, (inputs, targets, segments, (is_random,)) in enumerate(
+        zip(batch["inputs"], batch["targets"], batch["segments"], batch["random"], strict=True)
+    ):
+        chosen = np.flatnonzero(targets)
+        tokens = inputs != 0
+        lines += [
+            f"row {row}: {np.count_nonzero(tokens)}/{len(inputs)} tokens, {len(chosen)} to be predicted, "
+            + ("the second part is of another text" if is_random else "the second part follows the first"),
+            f"  first:  {vocabulary.decode(inputs[tokens & (segments == 0)].tolist())}",
+            f"  second: {vocabulary.decode(inputs[tokens & (segments == 1)].tolist())}",
+            f"  to be predicted: {' | '.join(vocabulary.decode([token]) for token in targets[chosen].tolist())}",
+        ]
+    return "\n".join(lines)
+
+
+def _extent(at: np.ndarray) -> str:
+    return f"[{at[0]}:{at[-1] + 1}]" if len(at) else "none"
+
+
+def _positions(batch: Mapping[str, np.ndarray], side: str, row: int, at: np.ndarray) -> str:
+    if f"{side}_positions" not in batch or not len(at):
+        return ""
+    positions = batch[f"{side}_positions"][row, at]
+    return f" (positions {positions[0]}..{positions[-1]})"
+
+
+def _spans(targets: Sequence[int], vocabulary: seqio.Vocabulary) -> list[tuple[str, Any]]:
+    """What follows each sentinel in the targets; sentinel 0 is the last id [t5 span corruption]."""
+    first = vocabulary.vocab_size - vocabulary.extra_ids
+    starts = [i for i, token in enumerate(targets) if token >= first]
+    ends = [*starts, len(targets)][1:]
+    return [
+        (f"<extra_id_{vocabulary.vocab_size - 1 - targets[i]}>", vocabulary.decode(targets[i + 1 : end]))
+        for i, end in zip(starts, ends, strict=True)
+    ]
