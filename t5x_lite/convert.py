@@ -196,6 +196,12 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
         checkpoint.save_params(dest, params, info={"model": dataclasses.asdict(config)})
     else:
         huggingface.write(dest, config, params)
+    copy_tokenizer(source, dest, config)
+    return config
+
+
+def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
+    """The files of a model's tokenizer, those that there are."""
     if (file := tokenizer_file(source)) is not None:
         shutil.copyfile(file, dest / "spiece.model")
     elif isinstance(config, T5Config) and (model := tokenizer.rebuilt(source)) is not None:
@@ -203,7 +209,6 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     for name in _HUB_TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, dest / name)
-    return config
 
 
 def main(arguments: list[str] | None = None) -> int:

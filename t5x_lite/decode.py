@@ -146,8 +146,9 @@ def _start(
             "decoder_causal_attention": prefix_BM.astype(jnp.int32),
         }
         cache = apply(None, B, S + max_length, method=T5.start_cache)
-        _, cache = apply(tokens_BM[:, : S + 1], 0, cache, None, **keys, method=T5.decode_step)
-        first_B, offset, inputs = tokens_BM[:, S], S, None
+        prompt = tokens_BM[:, : S + 1]
+        _, cache = apply(prompt, 0, cache, None, **keys, method=T5.decode_step)
+        first_B, offset, inputs = prompt[:, -1], S, None
     else:
         cache = apply(apply(input_tokens, method=T5.encode), B, max_length, method=T5.start_cache)
         first_B, offset, inputs, keys = jnp.full((B,), START, jnp.int32), 0, input_tokens, {}
