@@ -81,7 +81,8 @@ def dot_product_attention(
     key_length = key_BSHK.shape[1]
     if implementation is None:
         lone_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-        large = rows * heads * query_length * key_length > CACHED_LOGITS
+        exported = not isinstance(rows, int)  # for batches of any size on any platform
+        large = not exported and rows * heads * query_length * key_length > CACHED_LOGITS
         implementation = "rows" if lone_cpu and large else "batch"
     with jax.named_scope("attention"):
         mask_B1TS = visibility.dense(query_length, key_length)
