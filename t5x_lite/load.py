@@ -87,19 +87,28 @@ class LoadedModel:
         top_k: int = 0,
         top_p: float = 1.0,
         num_return: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] | np.ndarray = 0,
+        max_lengths: Int[Array | np.ndarray, " B"] | None = None,
     ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
-        """`num_return` = N results for each row and their scores: see decode.Decoding and decode.generate."""
+        """`num_return` = N results for each row and their scores: see decode.Decoding and decode.generate.
+
+        Args:
+          seed: one, or one for each row, whose samples then do not depend on the rows beside it.
+          max_lengths: of each row, where it is less than `max_length`; not for "beam".
+        """
         decoding = decode.Decoding(method, num_return, beam_size, alpha, temperature, top_k, top_p)
         with sharding.layout(self._mesh):
             return self._generate(
                 *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
-                key=jax.random.key(seed),
+                key=jax.random.key(seed)
+                if np.ndim(seed) == 0
+                else jax.vmap(jax.random.key)(np.asarray(seed, np.uint32)),
+                max_lengths=max_lengths,
                 max_length=max_length,
                 decoding=decoding,
             )
 
-    def predict(self, texts: Texts, *, batch_size: int = 16, **options: Any) -> list[str]:
+    def predict(self, texts: Texts, *, batch_size: int = 16, seed: int = 0, **options: Any) -> list[str]:
         """The model's answer to each text.
 
         Args:
@@ -111,9 +120,11 @@ class LoadedModel:
         vocabulary = self._required_vocabulary()
         inputs = self._tokens(texts)
         answers: list[list[str]] = [[] for _ in inputs]
+        seeds = np.random.SeedSequence(seed).generate_state(len(inputs))
         for rows in _batches([len(row) for row in inputs], batch_size):
-            tokens_BNT, _ = self.generate(_padded([inputs[i] for i in rows]), **options)
-            for i, results_NT in zip(rows, jax.device_get(tokens_BNT), strict=True):
+            filled = self._filled_up(rows)
+            tokens_BNT, _ = self.generate(_padded([inputs[i] for i in filled]), seed=seeds[filled], **options)
+            for i, results_NT in zip(rows, jax.device_get(tokens_BNT), strict=False):
                 answers[i] = [vocabulary.decode(result) for result in results_NT]
         return [answer for results in answers for answer in results]
 
@@ -129,10 +140,15 @@ class LoadedModel:
         scores = np.zeros(len(inputs), np.float32)
         for rows in _batches([len(a) + len(b) for a, b in zip(inputs, targets, strict=True)], batch_size):
             arrange = packing.joined if self.config.decoder_only else packing.unpacked
-            batch = arrange(_padded([inputs[i] for i in rows]), _padded([targets[i] for i in rows]))
+            filled = self._filled_up(rows)
+            batch = arrange(_padded([inputs[i] for i in filled]), _padded([targets[i] for i in filled]))
             with sharding.layout(self._mesh):
-                scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))
+                scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))[: len(rows)]
         return scores
+
+    def _filled_up(self, rows: list[int]) -> list[int]:
+        """The last again, until they divide over the mesh."""
+        return rows + [rows[-1]] * (-len(rows) % sharding.batch_parts(self._mesh))
 
     def _required_vocabulary(self) -> tokenizer.AnyVocabulary:
         if self.vocabulary is None:

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import t5x_lite
-from t5x_lite import convert
+from t5x_lite import convert, sharding, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,28 @@ def test_greedy_tokens_and_scores_agree(model, golden_t5):
     np.testing.assert_allclose(found, -np.sum(io["token_nll"] * (io["targets"] != 0), axis=-1), rtol=1e-5)
     # Of its own greedy answers the model's score is what decoding said.
     np.testing.assert_allclose(model.score(inputs, tokens[:, 0]), scores[:, 0], rtol=1e-4)
+
+
+def test_rows_need_not_divide_over_a_mesh(model, golden, golden_t5):
+    inputs, targets = golden_t5.batch["encoder_input_tokens"], golden_t5.io["targets"]
+    spread = t5x_lite.load(golden("hf_t5_v11"), mesh=sharding.make_mesh(4, devices=jax.devices()[:4]))
+    expected = model.score(inputs, targets)
+    np.testing.assert_allclose(spread.score(inputs, targets, batch_size=3), expected, rtol=1e-4)
+    spread.vocabulary = tokenizer.ByteVocabulary()
+    model = t5x_lite.LoadedModel(model.config, model.params, spread.vocabulary)
+    texts = ["one", "two", "three", "four", "five"]
+    answers = model.predict(texts, max_length=5)
+    assert spread.predict(texts, max_length=5, batch_size=3) == answers
+    assert len(set(answers)) > 1
+
+
+def test_samples_and_limits_of_each_row(model, golden_t5):
+    inputs = golden_t5.batch["encoder_input_tokens"]
+    together, _ = model.generate(inputs, "sample", 9, seed=[5, 6, 7, 8], max_lengths=np.array([9, 9, 9, 2]))
+    alone, _ = model.generate(inputs[2:3], "sample", 9, seed=[7])
+    np.testing.assert_array_equal(alone[0], together[2])
+    assert not np.any(together[3, 0, 2:])
+    assert np.all(together[3, 0, :2])
 
 
 def test_bfloat16_is_near(model, golden, golden_t5):
