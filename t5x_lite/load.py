@@ -100,9 +100,7 @@ class LoadedModel:
         with sharding.layout(self._mesh):
             return self._generate(
                 *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
-                key=jax.random.key(seed)
-                if np.ndim(seed) == 0
-                else jax.vmap(jax.random.key)(np.asarray(seed, np.uint32)),
+                key=jax.random.key(seed) if isinstance(seed, int) else jax.vmap(jax.random.key)(jnp.asarray(seed)),
                 max_lengths=max_lengths,
                 max_length=max_length,
                 decoding=decoding,
