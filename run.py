@@ -148,7 +148,8 @@ def _deliberate(error: BaseException) -> bool:
 
     Whatever comes out of a library or out of the user's modules, or is a slip of ours, keeps its traceback.
     """
-    if not isinstance(error, (ValueError, OSError, KeyError)) or error.__traceback__ is None:
+    messages = (ValueError, OSError, KeyError, FloatingPointError)
+    if not isinstance(error, messages) or error.__traceback__ is None:
         return False
     frames = error.__traceback__
     while frames.tb_next:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from t5x_lite import checkpoint, logs, report, step
+from t5x_lite import checkpoint, logs, report, step, watch
 from t5x_lite import train as loop
 from t5x_lite.machine import Functions, Machine
 from t5x_lite.options import Run, last_step
@@ -213,6 +214,7 @@ def train(run: Run, config: str) -> None:
     with (
         contextlib.closing(logs.MetricLogger(run.model_dir, last, flops)) as logger,
         contextlib.closing(_checkpointer(run)) as saver,
+        watch.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
             Path(run.model_dir, "config.gin").write_text(config)
@@ -257,9 +259,19 @@ def train(run: Run, config: str) -> None:
             logger=logger,
             saver=saver,
             evaluate=evaluate,
+            stop=stop,
+            max_skipped_steps=run.max_skipped_steps,
+            dump=partial(_dump, run.model_dir),
         )
     if jax.process_index() == 0:
         report.after_training(run.model_dir, scores, int(state.step), _baselines(name), _vocabulary_file(run, name))
+
+
+def _dump(model_dir: str, step_number: int, batch: Mapping[str, Any]) -> str:
+    """Keeps this host's rows of the batch of a step."""
+    path = Path(model_dir, f"batch-{step_number}.{jax.process_index()}.npz")
+    np.savez(path, **batch)
+    return str(path)
 
 
 def _checkpointer(run: Run) -> checkpoint.Checkpointer:
@@ -362,11 +374,15 @@ def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["
 
 
 def inspect(run: Run) -> None:
-    """Prints one training batch as the model gets it, decoded back to text."""
+    """Prints one training batch as the model gets it, or that in the .npz INFER_INPUT, decoded back to text."""
     name = _prepare_tasks(run)
     from t5x_lite import data, describe
 
-    batch = next(_train_batches(run, name))
+    if run.infer_input is not None:
+        with np.load(run.infer_input, allow_pickle=False) as arrays:
+            batch = dict(arrays)
+    else:
+        batch = next(_train_batches(run, name))
     print(describe.describe_batch(batch, data.find_provider(name).output_features["targets"].vocabulary))
 
 

@@ -46,6 +46,7 @@ class Run:
     total_train_steps: int | None
     batch_size: int
     num_microbatches: int
+    max_skipped_steps: int
     initial_checkpoint_path: str | None
     rng_impl: Literal["threefry2x32", "rbg", "unsafe_rbg"]
     eval_period: int
@@ -77,6 +78,8 @@ class Run:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.upper()} = {getattr(self, name)} must be at least 1")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"MAX_SKIPPED_STEPS = {self.max_skipped_steps} must be at least 0")
         if self.batch_size % self.num_microbatches:
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size} does not divide into NUM_MICROBATCHES = {self.num_microbatches} parts"

@@ -124,7 +124,8 @@ def train_step(
     Returns:
       The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats a
       target token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update);
-      `target_tokens` and `input_tokens`, without padding. BERT has the first four of each head, and the sum as `loss`.
+      `target_tokens` and `input_tokens`, without padding; `skipped`, 1 where loss, gradients or update are not finite:
+      the step is then counted, and changes nothing else. BERT has the first four of each head, and the sum as `loss`.
     """
     targets = _targets(config, batch)
     normalized = {
@@ -168,16 +169,23 @@ def train_step(
             grads, state.opt_state, state.params, learning_rate=learning_rate
         )
         params = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), state.params, direction)
+        found = means(sums)
+        grad_norm = optax.tree.norm(grads)
+        sound = jnp.isfinite(found["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
 
     sides = ("inputs", "encoder_input_tokens", "decoder_target_tokens")
     tokens = sum(jnp.sum(batch[side] != 0) for side in sides if side in batch)
     target_tokens = jnp.sum(next(iter(targets.values()))[1] != 0)
-    metrics = means(sums) | {
+    metrics = found | {
         "learning_rate": learning_rate,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(state.params),
         "target_tokens": target_tokens.astype(jnp.float32),
         "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
+        "skipped": 1.0 - sound,
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -6,7 +6,6 @@ device is not waited for: what step n-1 measured is fetched after step n has bee
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from t5x_lite import sharding
+from t5x_lite import sharding, watch
 from t5x_lite.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -33,6 +32,8 @@ class Logger(Protocol):
 @runtime_checkable
 class Saver(Protocol):
     def save(self, step: int, state: Any, iterator: Any, metrics: Any) -> object: ...
+
+    def latest_step(self) -> int | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,9 @@ def train(
     logger: Logger,
     saver: Saver | None = None,
     evaluate: Callable[[TrainState], Scores] | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
+    max_skipped_steps: int = 0,
+    dump: Callable[[int, Mapping[str, np.ndarray]], str] | None = None,
 ) -> TrainState:
     """Runs from `state.step` to `schedule.last_step`, or until the data ends.
 
@@ -68,56 +72,80 @@ def train(
       key: of the run, on the mesh.
       rows: how the rows of a batch lie on the mesh.
       evaluate: scores a state; what it returns goes to the log, and to the saver as "task/metric".
+      stop: asked after each step: True saves at once, and raises watch.Preempted.
+      max_skipped_steps: how many steps in a row may be skipped because they were not finite.
+      dump: keeps the batch of a step somewhere, and says where.
 
     Raises:
-      FloatingPointError: the loss is not finite; says at which step.
+      FloatingPointError: one step more has been skipped.
+      watch.Preempted: `stop` said so.
     """
     step = int(state.step)
-    launched: tuple[int, Mapping[str, jax.Array]] | None = None
+    launched: tuple[int, Mapping[str, jax.Array], Mapping[str, np.ndarray]] | None = None
     clock: float | None = None  # when the step before the launched one was done; None: the next one is not timed
     times: list[float] = []  # of the steps since the last log record
+    skipped = 0  # in a row
+    spikes = watch.Spikes()
 
     def report() -> None:
         """Waits for the launched step, and logs it if it is due."""
-        nonlocal launched, clock
+        nonlocal launched, clock, skipped
         if launched is None:
             return
         number, metrics = launched[0], {name: float(x) for name, x in jax.device_get(launched[1]).items()}
-        launched, done = None, time.perf_counter()
+        batch, launched, done = launched[2], None, time.perf_counter()
+        progress.step(number)
         if clock is not None:
             times.append(done - clock)
         clock = done
         if schedule.due(schedule.log, number):
             logger.train(number, metrics, sum(times) / len(times) if times else 0.0)
             times.clear()
-        if not math.isfinite(metrics["loss"]):
+        if not metrics.get("skipped"):
+            skipped = 0
+            spikes(number, metrics["loss"])
+            return
+        skipped += 1
+        said = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "param_norm"))
+        if skipped > max_skipped_steps:
+            where = f" Its batch is in {dump(number, batch)}: --mode=inspect shows it." if dump is not None else ""
             raise FloatingPointError(
-                f"the loss of step {number} is {metrics['loss']}; earlier checkpoints are untouched"
+                f"step {number} is not finite ({said}), and so were the {max_skipped_steps} before it that "
+                f"MAX_SKIPPED_STEPS allows; none of them changed the parameters. The last checkpoint is of step "
+                f"{saver and saver.latest_step()}.{where}"
             )
+        log.warning("Step %d is skipped, for it is not finite: %s.", number, said)
 
-    while step < schedule.last_step:
-        batch = next(batches, None)
-        if batch is None:
-            log.warning("The data ended after step %d of %d.", step, schedule.last_step)
-            schedule = dataclasses.replace(schedule, last_step=step)
-        else:
-            on_mesh = sharding.shard_batch(batch, rows)
-            with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, on_mesh, key)
-            report()
-            step += 1
-            launched = step, metrics
-        scores: Scores = {}
-        if evaluate is not None and schedule.due(schedule.evaluate, step):
-            report()
-            scores = evaluate(state)
-            logger.evaluation(step, scores)
-        if saver is not None and schedule.due(schedule.save, step):
-            report()
-            saver.save(
-                step, state, batches, {f"{task}/{name}": x for task, of in scores.items() for name, x in of.items()}
-            )
-        if launched is None:
-            clock = time.perf_counter()  # what evaluating and saving took is not the steps'
-    report()
+    with watch.Progress().watched() as progress:
+        while step < schedule.last_step:
+            batch = next(batches, None)
+            if batch is None:
+                log.warning("The data ended after step %d of %d.", step, schedule.last_step)
+                schedule = dataclasses.replace(schedule, last_step=step)
+            else:
+                on_mesh = sharding.shard_batch(batch, rows)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, on_mesh, key)
+                report()
+                step += 1
+                launched = step, metrics, batch
+            scores: Scores = {}
+            told = stop(step)
+            if evaluate is not None and schedule.due(schedule.evaluate, step) and not told:
+                report()
+                scores = evaluate(state)
+                progress.step(step)
+                logger.evaluation(step, scores)
+            if saver is not None and (told or schedule.due(schedule.save, step)):
+                report()
+                named = {f"{task}/{name}": x for task, of in scores.items() for name, x in of.items()}
+                saver.save(step, state, batches, None if told else named)
+                progress.step(step)
+            if told:
+                report()
+                log.warning("Told to stop: step %d is saved. The same command goes on from there.", step)
+                raise watch.Preempted()
+            if launched is None:
+                clock = time.perf_counter()  # what evaluating and saving took is not the steps'
+        report()
     return state

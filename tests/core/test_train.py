@@ -1,0 +1,130 @@
+"""The loop: steps that are not finite, notices to stop, and what is watched."""
+
+import logging
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import optim, sharding, step, train, watch
+from t5x_lite.model import T5Config
+
+CONFIG = T5Config(
+    d_model=8, d_ff=12, num_heads=2, head_dim=4, num_encoder_layers=1, num_decoder_layers=1, vocab_size=29
+)
+OPTIMIZER = optim.make_optimizer(optim.adafactor(), optim.constant(0.01))
+BAD = 99  # no token of the vocabulary: the loss is NaN
+
+
+def batch(token):
+    targets = np.array([[5, 6, 1], [token, 1, 0]])
+    return {
+        "encoder_input_tokens": np.array([[3, 4, 1, 0], [7, 8, 9, 1]]),
+        "decoder_target_tokens": targets,
+        "decoder_input_tokens": np.pad(targets, [(0, 0), (1, 0)])[:, :-1],
+        "decoder_loss_weights": (targets > 0).astype(np.int32),
+    }
+
+
+class Kept:
+    """A logger and saver that keeps what it is given."""
+
+    def __init__(self):
+        self.metrics, self.saved, self.scores = {}, [], {}
+
+    def train(self, step, metrics, seconds):
+        self.metrics[step] = dict(metrics)
+
+    def evaluation(self, step, scores):
+        self.scores[step] = scores
+
+    def save(self, step, state, iterator, metrics):
+        self.saved.append((step, int(state.step), jax.device_get(state.params)))
+
+    def latest_step(self):
+        return self.saved[-1][0] if self.saved else None
+
+
+def run(tokens, **options):
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    compiler = step.Compiler(mesh)
+    abstract = step.abstract_state(CONFIG, OPTIMIZER, mesh)
+    state = step.init_state(CONFIG, OPTIMIZER, jax.random.key(0), abstract)
+    kept = options.pop("kept", None) or Kept()
+    trained = train.train(
+        state,
+        compiler.train_step(abstract, config=CONFIG, optimizer=OPTIMIZER),
+        iter([batch(token) for token in tokens]),
+        jax.device_put(jax.random.key(1), compiler.replicated()),
+        rows=sharding.batch_sharding(mesh),
+        logger=kept,
+        saver=kept,
+        **{"schedule": train.Schedule(len(tokens), save=1), **options},
+    )
+    return trained, kept
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(caplog):
+    trained, kept = run([4, BAD, 5], max_skipped_steps=1)
+    assert int(trained.step) == 3
+    assert [kept.metrics[n]["skipped"] for n in (1, 2, 3)] == [0, 1, 0]
+    assert not np.isfinite(kept.metrics[2]["loss"]) and np.isfinite(kept.metrics[3]["loss"])
+    first, second, third = (params["decoder"] for _, _, params in kept.saved)
+    for a, b, c in zip(*(jax.tree.leaves(x) for x in (first, second, third)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(b, c)
+    assert "Step 2 is skipped" in caplog.text
+
+
+def test_too_many_such_steps_stop_the_run_and_keep_the_batch():
+    dumped = {}
+
+    def dump(number, rows):
+        dumped[number] = rows
+        return "batch.npz"
+
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite .*last checkpoint is of step 3.*in batch.npz"):
+        run([4, BAD, BAD, BAD, 5], max_skipped_steps=2, dump=dump)
+    assert list(dumped) == [4] and dumped[4]["decoder_target_tokens"][1, 0] == BAD
+    run([BAD, BAD, 4, BAD, BAD, 4], max_skipped_steps=2)  # in a row is what counts
+
+
+def test_told_to_stop_it_saves_at_the_next_step():
+    kept = Kept()
+    with pytest.raises(watch.Preempted) as stopped:
+        run([4] * 9, stop=lambda number: number == 5, schedule=train.Schedule(9, save=100), kept=kept)
+    assert stopped.value.code == 75
+    assert [(number, at) for number, at, _ in kept.saved] == [(5, 5)]
+
+
+def test_sigterm_is_heard_once_and_again():
+    before = signal.getsignal(signal.SIGTERM)
+    with watch.StopNotice().listening() as stop:
+        assert not stop(1)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2) and stop(3)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_stands_still_says_where(caplog, capfd):
+    with watch.Progress(seconds=0.2).watched() as progress:
+        progress.step(7)
+        deadline = time.monotonic() + 10
+        while "No progress" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert "since step 7" in caplog.text
+    assert "test_a_run_that_stands_still_says_where" in capfd.readouterr().err  # this thread's stack
+
+
+def test_a_jump_of_the_loss_is_warned_of(caplog):
+    caplog.set_level(logging.WARNING)
+    random = np.random.default_rng(0)
+    spikes = watch.Spikes(window=50)
+    falling = 6.0 - np.linspace(0, 1, 400) + random.normal(0, 0.05, 400)
+    assert not any(spikes(n, float(x)) for n, x in enumerate(falling))
+    assert spikes(400, 7.0) and "step 400 is 7" in caplog.text
+    assert not watch.Spikes()(0, 1e9)
