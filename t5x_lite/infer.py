@@ -8,11 +8,11 @@ The model comes as two functions on numpy batches. This module knows SeqIO and t
 decodes or where it runs. Every process goes through all examples with the same calls; only the first one writes.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ class Example(NamedTuple):
     target_tokens: np.ndarray | None  # [<= T]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Examples that come in the same order each time.
 
@@ -70,8 +70,7 @@ def task_source(
     use_cached: bool = False,
     seed: int = 0,
 ) -> Source:
-    """The examples of one task in the order of its split."""
-    data.check_lengths(task_name, lengths)
+    """The examples of one task in the order of its split; those of a language model's task have no inputs."""
     data.check_split(task_name, split)
     task = seqio.TaskRegistry.get(task_name)
     features = task.output_features
@@ -80,8 +79,9 @@ def task_source(
         dataset = task.get_dataset(lengths, split=split, shuffle=False, use_cached=use_cached, seed=seed, num_epochs=1)
         dataset = dataset.take(-1 if num_examples is None else num_examples).skip(start)
         for i, row in enumerate(dataset.as_numpy_iterator(), start):
-            inputs, targets = (text_of(row, k, features[k]) for k in ("inputs", "targets"))
-            yield Example(f"{task_name}[{i}]", inputs, targets, row["inputs"], row["targets"])
+            texts = {k: text_of(row, k, features[k]) for k in ("inputs", "targets") if k in row}
+            tokens = row.get("inputs", np.zeros(0, np.int32))
+            yield Example(f"{task_name}[{i}]", texts.get("inputs", ""), texts["targets"], tokens, row["targets"])
 
     total = min((n for n in (num_examples, task.num_input_examples(split)) if n is not None), default=None)
     about = {"task": task_name, "split": split, "examples": num_examples, "cached": use_cached, "seed": seed}
@@ -103,14 +103,17 @@ def file_source(
     now and not after hours of work.
 
     Args:
-      features: a task's output_features, for the vocabulary and whether an EOS is added; what `lengths` do not hold is
-        cut.
+      features: a task's output_features, for the vocabulary and whether an EOS is added (not to a language model's
+        inputs); what `lengths` do not hold is cut.
       with_targets: refuse lines without.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that is not as said; the message has its number.
+      ValueError: a line that is not as said; the message has its number. Or there is no length of inputs.
     """
+    if "inputs" not in lengths:
+        raise ValueError(f"TASK_FEATURE_LENGTHS={dict(lengths)} has no length for the inputs of {path}")
+    features = {"inputs": dataclasses.replace(features["targets"], add_eos=False), **features}
     if not tf.io.gfile.exists(path):
         raise FileNotFoundError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
     is_json = path.removesuffix(".gz").endswith(".jsonl")
@@ -264,9 +267,10 @@ def _length(example: Example) -> int:
 
 def _width(group: list[Example], lengths: Mapping[str, int], feature: str) -> int:
     """The longest example's length, rounded up to one of eight widths: each is compiled by itself."""
-    limit = lengths[feature]
+    limit = lengths.get(feature, 1)
     step = -(-limit // 512) * 64
-    return min(limit, -(-max(len(getattr(example, f"{feature[:-1]}_tokens")) for example in group) // step) * step)
+    longest = max(1, *(len(getattr(example, f"{feature[:-1]}_tokens")) for example in group))
+    return min(limit, -(-longest // step) * step)
 
 
 def _padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:

@@ -160,6 +160,34 @@ def test_a_bad_row_is_named_before_anything_is_computed(tmp_path, row, message):
         infer.file_source("nowhere.txt", FEATURES, LENGTHS)
 
 
+def test_a_language_models_task_has_no_inputs_and_its_file_none_that_end(tmp_path):
+    def read(split, shuffle_files, seed=None):
+        return tf.data.Dataset.from_tensor_slices({"targets": WORDS})
+
+    seqio.TaskRegistry.add(
+        "infer_test_lm",
+        source=seqio.FunctionDataSource(read, splits=("validation",)),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features={"targets": FEATURES["targets"]},
+    )
+    model, path = Model(), tmp_path / "scores.jsonl"
+    try:
+        infer.write_scores(
+            *(infer.task_source("infer_test_lm", {"targets": 6}), model.score, path),
+            lengths={"targets": 6}, batch_size=2, about={},
+        )  # fmt: skip
+    finally:
+        seqio.TaskRegistry.remove("infer_test_lm")
+    assert lines(path)[2] == {"inputs": "", "targets": "three", "score": -6.0}
+    assert set(model.shapes) == {(2, 1)}
+    (tmp_path / "in.txt").write_text("one\n")
+    features = {"targets": FEATURES["targets"]}
+    (example,) = infer.file_source(str(tmp_path / "in.txt"), features, LENGTHS).read(0)
+    assert example.input_tokens.tolist() == VOCABULARY.encode("one")
+    with pytest.raises(ValueError, match="no length for the inputs"):
+        infer.file_source(str(tmp_path / "in.txt"), features, {"targets": 6})
+
+
 def long_file(path, count):
     texts = ["x" * (i * 37 % 250) for i in range(count)]
     path.write_text("".join(f"{text}\n" for text in texts))
