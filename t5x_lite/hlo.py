@@ -38,10 +38,11 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass
 class Collectives:
-    """Of one kind: how many run, and the bytes that one device sends for them."""
+    """Of one kind: how many run, and the bytes that one device sends for them, in its domain and to others."""
 
     count: int = 0
     bytes: float = 0.0
+    network_bytes: float = 0.0
 
 
 class Program:
@@ -105,13 +106,14 @@ class Program:
         return max(-(-(end - start) // (step or 1)), 0)
 
     def collectives(self, devices: int, domain: Sequence[int] | None = None) -> dict[str, Collectives]:
-        """By kind; those that join devices of several domains are called "KIND between slices".
+        """By kind. Bytes are the fewest that algorithms with rings inside each domain, and then between them, send.
 
-        Bytes are those of ring algorithms: for n devices with x bytes each, all-gather sends (n - 1) x, reduce-scatter
-        and all-to-all (n - 1)/n x, all-reduce twice that, collective-permute x.
+        For n devices of d domains, m = n / d in each, with x bytes on each device: inside, all-gather sends (n - d) x,
+        reduce-scatter (m - 1)/m x, all-to-all (m - 1)/n x; to other domains (d - 1) x, (d - 1)/d x/m and (n - m)/n x;
+        all-reduce twice what reduce-scatter does; collective-permute x, on the one way or on the other.
 
         Args:
-          domain: the slice (or host) of each device, in the order of the mesh.
+          domain: the slice (or host) of each device, in the order of the mesh; None: all in one.
         """
         # A collective that is spread over several fusions, to overlap with them, stands in each: it runs as often as
         # the rarest of them.
@@ -130,15 +132,20 @@ class Program:
         result: dict[str, Collectives] = collections.defaultdict(Collectives)
         for key, kind, instruction, computation in found:
             held = sum(_bytes(computation[o].shape) for o in instruction.operands)
-            groups = _groups(instruction.attributes, devices)
-            n = groups.shape[1]
+            members = [domain[device] if domain else 0 for device in _groups(instruction.attributes, devices)[0]]
+            n, d = len(members), len(set(members))
             if n == 1:
                 continue
-            sent = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
-            if domain is not None and len({domain[device] for device in groups[0]}) > 1:
-                kind += " between slices"
+            m = n / d
+            inside, between = {
+                "all-gather": (n - d, d - 1),
+                "all-to-all": ((m - 1) / n, (n - m) / n),
+                "collective-permute": (float(d == 1), float(d > 1)),
+            }.get(kind, ((m - 1) / m, (d - 1) / d / m))
+            passes = spread[key] * (2 if kind == "all-reduce" else 1)
             result[kind].count += spread[key]
-            result[kind].bytes += spread[key] * held * sent
+            result[kind].bytes += passes * held * inside
+            result[kind].network_bytes += passes * held * between
         return dict(result)
 
     def memory_traffic(self) -> float:

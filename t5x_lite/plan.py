@@ -233,14 +233,13 @@ def bounds(plan: Plan, topology: Topology) -> Times:
     chip = topology.chip
     if not chip.flops:
         return Times()
-    sent: dict[bool, float] = {False: 0.0, True: 0.0}
-    for kind, found in plan.collectives.items():
-        sent[kind.endswith("between slices")] += found.bytes
+    inside = sum(found.bytes for found in plan.collectives.values())
+    between = sum(found.network_bytes for found in plan.collectives.values())
     return Times(
         compute=plan.executed_flops / plan.devices / chip.flops,
         memory=None if plan.traffic is None else plan.traffic / chip.memory_bandwidth,
-        links=sent[False] / chip.link_bandwidth,
-        network=sent[True] / chip.network_bandwidth if chip.network_bandwidth else None,
+        links=inside / chip.link_bandwidth,
+        network=between / chip.network_bandwidth if chip.network_bandwidth else None,
     )
 
 
@@ -274,7 +273,8 @@ def table(plan: Plan) -> str:
     extra = plan.executed_flops / plan.flops - 1
     lines.append(("FLOPs a step", f"{plan.flops:.3e} (and {extra:.0%} more are computed: remat and such)"))
     for kind, found in sorted(plan.collectives.items()):
-        lines.append((kind, f"{found.count:,} a step, each device sends {gib(found.bytes)}"))
+        further = f", and {gib(found.network_bytes)} to other slices or hosts" if found.network_bytes else ""
+        lines.append((kind, f"{found.count:,} a step, each device sends {gib(found.bytes)}{further}"))
     if plan.traffic is not None:
         lines.append(("traffic with memory", f"{gib(plan.traffic)} a device and step"))
     if plan.step_seconds and plan.mfu:

@@ -104,7 +104,10 @@ def _tpus(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     alone |= {"TPU_ACCELERATOR_TYPE": "v5e-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for variable, value in (quiet | alone).items():
         os.environ.setdefault(variable, value)  # or it asks Google's metadata server, and wants to be the only one
-    options: dict[str, Any] = {}
+    # Where links close to rings: in whole cubes of 4x4x4, and along the 16 chips of a v5e's or v6e's side.
+    sides = [int(side) for side in shape.split("x")]
+    cubes = len(sides) == 3 and all(side % 4 == 0 for side in sides)
+    options: dict[str, Any] = {"wrap": (True,) * 3 if cubes else tuple(side == 16 for side in (*sides, 1)[:3])}
     if chip.name == "v4":
         options["chip_config_name"] = "megacore"  # a chip's two cores are one device, as Cloud TPU VMs have it
     if shape == "1x1":
