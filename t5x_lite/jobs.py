@@ -20,8 +20,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, logs, report, step, watch
+from t5x_lite import checkpoint, lock, logs, report, saving, step, watch
 from t5x_lite import train as loop
+from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
 from t5x_lite.options import Run, last_step
 
@@ -136,7 +137,9 @@ def _train_batches(run: Run, name: str, rows: tuple[int, int] | None = None) -> 
 
 def _checkpoint_to_read(run: Run) -> tuple[str, int]:
     """The checkpoint that eval, infer and score read, and its step."""
-    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path)
+    start = checkpoint.choose_start(
+        run.model_dir, run.initial_checkpoint_path, parts=("params", "info"), strict=run.strict
+    )
     if start.path is None:
         raise FileNotFoundError(
             f"no checkpoint to read: MODEL_DIR = {run.model_dir!r} holds none, and INITIAL_CHECKPOINT_PATH is not set"
@@ -147,7 +150,9 @@ def _checkpoint_to_read(run: Run) -> tuple[str, int]:
     return start.path, int(step_name) if step_name.isdecimal() else 0
 
 
-def _evaluation(run: Run, name: str, machine: Machine, functions: Functions) -> Callable[[Any, int], Scores]:
+def _evaluation(
+    run: Run, name: str, machine: Machine, functions: Functions, folder: Folder
+) -> Callable[[Any, int], Scores]:
     """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
     from t5x_lite import data, evaluate
 
@@ -175,7 +180,7 @@ def _evaluation(run: Run, name: str, machine: Machine, functions: Functions) -> 
         num_examples=run.eval_examples,
         use_cached=run.use_cached_tasks,
         seed=run.random_seed,
-        predictions=_only_first(Path(run.model_dir, "predictions")),
+        predictions=_only_first(folder.path / "predictions"),
     )
 
     def evaluated(params: Any, at_step: int) -> Scores:
@@ -201,23 +206,30 @@ def train(run: Run, config: str) -> None:
     Args:
       config: what is written to MODEL_DIR/config.gin, to do the same again.
     """
-    last = last_step(run)
+    last_step(run)  # refuses what is not set
     machine = Machine(run)
-    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path)
+    with lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+        _train(run, config, machine)
+
+
+def _train(run: Run, config: str, machine: Machine) -> None:
+    last = last_step(run)
+    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
     name = _prepare_tasks(run)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
     log.info("%s parameters on %s", f"{step.param_count(machine.abstract.params):,}", machine)
     batches = _train_batches(run, name, machine.local_rows(run.batch_size))
-    evaluation = _evaluation(run, name, machine, Functions(run, machine))
+    folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
+    evaluation = _evaluation(run, name, machine, Functions(run, machine), folder)
     lengths = run.task_feature_lengths
     flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     with (
-        contextlib.closing(logs.MetricLogger(run.model_dir, last, flops)) as logger,
-        contextlib.closing(_checkpointer(run)) as saver,
+        contextlib.closing(logs.MetricLogger(folder.path, last, flops, folder.publish)) as logger,
+        _checkpointer(run, start) as saver,
         watch.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
-            Path(run.model_dir, "config.gin").write_text(config)
+            (folder.path / "config.gin").write_text(config)
 
         log.info(start.reason)
         keys = jax.jit(  # compiled, so that they lie on all hosts
@@ -227,13 +239,13 @@ def train(run: Run, config: str) -> None:
         parameter_key, dropout_key = keys()
         if start.step is not None:
             state = saver.restore(start.step, machine.abstract, batches)
-            logger.resume(start.step)
         else:
             state = step.init_state(run.model, run.optimizer, parameter_key, machine.abstract)
             if start.path is not None:
                 state = dataclasses.replace(
                     state, params=checkpoint.restore_params(start.path, machine.abstract.params)
                 )
+        logger.resume(start.step or 0)
         scores: Scores = {}
 
         def evaluate(state: step.TrainState) -> Scores:
@@ -261,27 +273,30 @@ def train(run: Run, config: str) -> None:
             evaluate=evaluate,
             stop=stop,
             max_skipped_steps=run.max_skipped_steps,
-            dump=partial(_dump, run.model_dir),
+            dump=partial(_dump, folder),
         )
     if jax.process_index() == 0:
-        report.after_training(run.model_dir, scores, int(state.step), _baselines(name), _vocabulary_file(run, name))
+        report.after_training(folder.path, scores, int(state.step), _baselines(name), _vocabulary_file(run, name))
+        folder.publish()
 
 
-def _dump(model_dir: str, step_number: int, batch: Mapping[str, Any]) -> str:
+def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:
     """Keeps this host's rows of the batch of a step."""
-    path = Path(model_dir, f"batch-{step_number}.{jax.process_index()}.npz")
-    np.savez(path, **batch)
-    return str(path)
+    name = f"batch-{step_number}.{jax.process_index()}.npz"
+    np.savez(folder.path / name, **batch)
+    folder.publish()
+    return f"{folder}/{name}"
 
 
-def _checkpointer(run: Run) -> checkpoint.Checkpointer:
-    return checkpoint.Checkpointer(
+def _checkpointer(run: Run, start: checkpoint.Start) -> saving.Checkpointer:
+    return saving.Checkpointer(
         run.model_dir,
         keep_last=run.keep_last,
         keep_best_metric=run.keep_best_metric,
         keep_best=run.keep_best,
         best_mode=run.keep_best_mode,
         info={"model": dataclasses.asdict(run.model)},
+        damaged=start.damaged,
     )
 
 
@@ -290,14 +305,15 @@ def eval(run: Run) -> None:
     path, at_step = _checkpoint_to_read(run)
     machine = Machine(run)
     name = _prepare_tasks(run)
-    evaluation = _evaluation(run, name, machine, Functions(run, machine))
+    folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
+    evaluation = _evaluation(run, name, machine, Functions(run, machine), folder)
     scores = evaluation(checkpoint.restore_params(path, machine.abstract.params), at_step)
-    logger = logs.MetricLogger(run.model_dir, at_step)
+    logger = logs.MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
     logger.close()
     if jax.process_index() == 0:
         print(report.table(scores, _baselines(name)))
-        print(f"predictions: {Path(run.model_dir, 'predictions')}/*-{at_step}.jsonl")
+        print(f"predictions: {folder}/predictions/*-{at_step}.jsonl")
 
 
 def infer(run: Run) -> None:
@@ -337,8 +353,9 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
         sources = {task: infer.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
     params = checkpoint.restore_params(path, machine.abstract.params)
     about = _made_from(run, path, features, mode)
+    folder = Folder(run.model_dir)
     for task, source in sources.items():
-        output = run.infer_output or Path(run.model_dir, mode, f"{task}-{at_step}.jsonl")
+        output = run.infer_output or folder.path / mode / f"{task}-{at_step}.jsonl"
         if mode == "score":
             answer = partial(functions.score, params)
             written = infer.write_scores(source, answer, output, lengths=lengths, batch_size=size, about=about)
@@ -347,7 +364,9 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
             written = infer.write_predictions(
                 *(source, generate, output), vocabulary=vocabulary_of, lengths=lengths, batch_size=size, about=about
             )
-        log.info("%d lines in %s", written, output)
+        log.info("%d lines in %s", written, run.infer_output or f"{folder}/{mode}/{task}-{at_step}.jsonl")
+    if jax.process_index() == 0:
+        folder.publish()
 
 
 def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["infer", "score"]) -> dict[str, Any]:
@@ -391,7 +410,7 @@ def dry_run(run: Run, mode: str) -> None:
     machine = Machine(run)
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
-        reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path).reason
+        reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict).reason
     print(f"model       {step.param_count(machine.abstract.params):,} parameters: {run.model}")
     print(f"mesh        {machine}")
     if mode == "train":

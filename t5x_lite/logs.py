@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ log = logging.getLogger("t5x_lite")
 
 METRICS_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal to draw a progress bar on
+SECONDS_BETWEEN_COPIES = 60.0  # of metrics to a bucket
 
 Record = dict[str, Any]
 
@@ -86,21 +87,21 @@ class MetricLogger:
     split/[task/]name, through the tensorboard package's own record writer and without TensorFlow.
 
     Args:
-      model_dir: a local (or mounted) folder; made if absent.
+      model_dir: a local folder; made if absent.
       total_steps: the step at which training ends.
       flops_per_step: of all devices together; gives MFU where the devices' peak is known.
-
-    Raises:
-      ValueError: model_dir is a URL.
+      publish: `Folder.publish`, called after evaluations, at the end, and once a minute.
     """
 
-    def __init__(self, model_dir: str | os.PathLike, total_steps: int, flops_per_step: float | None = None):
-        if "://" in str(model_dir):
-            raise ValueError(
-                f"metrics are appended line by line, which {model_dir} does not allow: "
-                "give a local folder as MODEL_DIR, or mount the bucket (gcsfuse)"
-            )
+    def __init__(
+        self,
+        model_dir: str | os.PathLike,
+        total_steps: int,
+        flops_per_step: float | None = None,
+        publish: Callable[..., None] = lambda every=0.0: None,
+    ):
         self._dir = Path(model_dir)
+        self._publish = publish
         self._total_steps = total_steps
         self._flops = flops_per_step
         self._peak = (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count()
@@ -151,6 +152,7 @@ class MetricLogger:
             self._seconds = seconds if math.isnan(self._seconds) else 0.9 * self._seconds + 0.1 * seconds
         self._write(step, "train", None, {**metrics, **rates})
         self._show(step, metrics, rates)
+        self._publish(every=SECONDS_BETWEEN_COPIES)
 
     def evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Records validation metrics, {task: {name: value}}, of the model after `step` updates."""
@@ -159,12 +161,15 @@ class MetricLogger:
         for task, metrics in scores.items():
             self._write(step, "validation", task, metrics)
             log.info("step %d  %s: %s", step, task, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        self._publish()
 
     def close(self) -> None:
         for part in (self._bar, self._lines, self._events):
             if part is not None:
                 part.close()
         self._lines = self._events = self._bar = None
+        if self._writes:
+            self._publish()
 
     def _write(self, step: int, split: str, task: str | None, metrics: Mapping[str, float]) -> None:
         if self._lines is None:

@@ -69,6 +69,7 @@ class Run:
     keep_best_metric: str | None
     keep_best: int
     keep_best_mode: Literal["max", "min"]
+    strict: bool
     log_period: int
     mesh: Mapping[str, int]
     logical_axis_rules: sharding.Rules | None
@@ -86,6 +87,8 @@ class Run:
             )
         if self.bad_rows not in ("refuse", "skip"):
             raise ValueError(f"BAD_ROWS = {self.bad_rows!r}: use 'refuse' or 'skip'")
+        if self.infer_output and "://" in self.infer_output:
+            raise ValueError(f"INFER_OUTPUT = {self.infer_output!r} must be a local file, to be added to line by line")
         _ = self.decoding  # refuses settings out of range
         if self.eval_files and not self.train_files:
             raise ValueError(

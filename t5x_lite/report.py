@@ -33,15 +33,14 @@ def table(scores: Scores, baselines: Baselines) -> str:
     return "\n".join(lines + notes)
 
 
-def after_training(model_dir: str, scores: Scores, step: int, baselines: Baselines, vocabulary: str | None) -> None:
+def after_training(folder: Path, scores: Scores, step: int, baselines: Baselines, vocabulary: str | None) -> None:
     """Draws loss.png and prints the report of a training run that ended at `step`.
 
     Args:
       vocabulary: the value of VOCABULARY that the model goes with, where it is not the default.
     """
     losses = {f"{task}: baseline": metrics["loss"] for task, metrics in baselines.items() if "loss" in metrics}
-    picture = logs.plot_losses(model_dir, {label: float(loss) for label, loss in losses.items()})
-    folder = Path(model_dir)
+    picture = logs.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
     if scores:
         print(f"\nAfter {step} steps, on validation data:\n{table(scores, baselines)}")
     for task in scores:

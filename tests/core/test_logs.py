@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from t5x_lite import logs, optim, sharding
+from t5x_lite import folder, logs, optim, sharding
 from t5x_lite.model import T5Config, forward
 from t5x_lite.step import abstract_state
 
@@ -166,9 +166,27 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_url_is_refused():
-    with pytest.raises(ValueError, match=r"gs://bucket/run .*mount"):
-        logs.MetricLogger("gs://bucket/run", total_steps=3)
+def test_a_bucket_gets_what_is_written_and_gives_it_back(tmp_path, monkeypatch):
+    # The bucket is a folder: only the way there is not the real one.
+    monkeypatch.setattr(folder.epath, "Path", lambda url: pathlib.Path(str(url).replace("gs://", f"{tmp_path}/")))
+    first = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
+    logger = logs.MetricLogger(first.path, 3, publish=first.publish)
+    logger.train(1, STEP, 0.0)
+    assert not (tmp_path / "bucket").exists(), "once a minute, and not at each step"
+    logger.evaluation(1, {"a": {"loss": 2.0}})
+    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 2
+    logger.train(2, STEP, 0.5)
+    logger.close()
+    events = sorted(path.name for path in (tmp_path / "bucket/run").glob("events*"))
+    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 3 and len(events) == 1
+
+    second = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
+    assert second.path != first.path and str(second) != str(second.path)
+    logger = logs.MetricLogger(second.path, 3, publish=second.publish)
+    logger.resume(1)
+    logger.close()
+    assert [record["step"] for record in logs.read_metrics(tmp_path / "bucket/run")] == [1, 1]
+    assert folder.Folder(tmp_path / "local").path == tmp_path / "local"
 
 
 def test_plain_lines_come_at_intervals(tmp_path, monkeypatch, caplog):
