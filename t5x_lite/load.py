@@ -46,8 +46,8 @@ class LoadedModel:
 
     def logits(
         self,
-        encoder_input_tokens: Int[Array | np.ndarray, "B S"] | None,
-        decoder_input_tokens: Int[Array | np.ndarray, "B T"],
+        encoder_input_tokens: Int[Array | np.ndarray, "B S"] | None = None,
+        decoder_input_tokens: Int[Array | np.ndarray, "B T"] | None = None,
         encoder_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
         decoder_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
         decoder_causal_attention: Int[Array | np.ndarray, "B T"] | None = None,
@@ -55,10 +55,14 @@ class LoadedModel:
         """Logits at every target position, float32. The decoder's inputs are the targets after a start token, 0.
 
         Segment ids are for rows of several packed examples. A decoder alone that is given inputs reads them before the
-        targets; without (None), rows are its own, as SeqIO's LM and prefix LM converters make them.
+        targets; if one array is given, it is its rows, as SeqIO's LM and prefix LM converters make them.
         """
         first_B1 = None
-        if self.config.decoder_only and encoder_input_tokens is not None:
+        if decoder_input_tokens is None:
+            if not self.config.decoder_only or encoder_input_tokens is None:
+                raise ValueError("logits of an encoder-decoder need encoder_input_tokens and decoder_input_tokens")
+            encoder_input_tokens, decoder_input_tokens = None, encoder_input_tokens
+        elif self.config.decoder_only and encoder_input_tokens is not None:
             inputs_BS, targets_BT = np.asarray(encoder_input_tokens), np.asarray(decoder_input_tokens)
             last_BT = np.pad(targets_BT[:, 1:], [(0, 0), (0, 1)], constant_values=decode.END)  # so that all are read
             rows = packing.joined(inputs_BS, last_BT)

@@ -99,6 +99,9 @@ def test_loaded_models_read_inputs_before_targets():
     got = model.logits(INPUTS, start)
     rows = packing.joined(INPUTS, TARGETS)
     whole = model.logits(None, rows["decoder_input_tokens"], decoder_causal_attention=rows["decoder_causal_attention"])
+    causal = [model.logits(rows["decoder_input_tokens"]), model.logits(None, rows["decoder_input_tokens"])]
+    np.testing.assert_array_equal(*causal)
+    assert np.abs(causal[0] - whole).max() > 1e-3
     for row, size in enumerate(np.count_nonzero(INPUTS, axis=1)):
         count = np.count_nonzero(TARGETS[row])
         np.testing.assert_allclose(got[row, :count], whole[row, size : size + count], atol=1e-5)
