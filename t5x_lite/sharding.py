@@ -7,7 +7,7 @@ and vocabulary. Rules are data: a run may give others. This module knows arrays,
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -89,6 +89,52 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if current is None else jax.lax.with_sharding_constraint(x, named_sharding(*current, axes))
 
 
+def device() -> Any:
+    """One of the devices that a function is traced for."""
+    current = _layout.get()
+    mesh = None if current is None else current[0]
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+
+
+def part_shape(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...] | None:
+    """The shape of each device's part of an array with these logical axes; None: it is not cut into equal parts."""
+    current = _layout.get()
+    if current is None:
+        return tuple(shape)
+    spec = named_sharding(*current, axes).spec
+    parts = [_parts(current[0], on) for on in (*spec, *(None for _ in shape[len(spec) :]))]
+    whole = all(size % n == 0 for size, n in zip(shape, parts, strict=True))
+    return tuple(size // n for size, n in zip(shape, parts, strict=True)) if whole else None
+
+
+def on_parts(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array | None],
+    axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[str | None],
+) -> jax.Array:
+    """`function(*arrays)`, each device calling it with its parts alone: for kernels that XLA cannot split by itself.
+
+    Args:
+      axes: the logical axes of each array; parts must be equal, see `part_shape`.
+      out_axes: of the result.
+    """
+    current = _layout.get()
+    if current is None or current[0].size == 1:
+        return function(*arrays)
+    given = {n: x for n, x in enumerate(arrays) if x is not None}
+
+    def local(*parts: jax.Array) -> jax.Array:
+        part_of = dict(zip(given, parts, strict=True))
+        return function(*map(part_of.get, range(len(arrays))))
+
+    specs = tuple(named_sharding(*current, axes[n]).spec for n in given)
+    out_specs = named_sharding(*current, out_axes).spec
+    # Unchecked, for a Pallas kernel does not say on which axes its results differ.
+    mapped = jax.shard_map(local, mesh=current[0], in_specs=specs, out_specs=out_specs, check_vma=False)
+    return mapped(*given.values())
+
+
 def named_sharding(mesh: AnyMesh, rules: Rules, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, nn.logical_to_mesh_axes(tuple(axes), tuple(rules)) or PartitionSpec())
 
@@ -133,8 +179,7 @@ def _check(name: str, leaf: jax.ShapeDtypeStruct, axes: Sequence[str | None], sh
     mesh, spec = sharding.mesh, sharding.spec
     for size, axis, mesh_axes in zip(leaf.shape, axes, spec, strict=False):
         mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-        parts = math.prod(mesh.shape[a] for a in mesh_axes)
-        if size % parts:
+        if size % (parts := _parts(mesh, mesh_axes)):
             fits = [n for n in range(1, size + 1) if size % n == 0 and n <= mesh.size]
             raise ValueError(
                 f"{name} of shape {leaf.shape}: axis {axis!r} of size {size} does not divide over mesh axis "
@@ -156,7 +201,10 @@ def batch_sharding(mesh: AnyMesh, rules: Rules = RULES) -> NamedSharding:
 def batch_parts(mesh: AnyMesh, rules: Rules = RULES) -> int:
     """Into how many equal parts the rows of a batch are split."""
     spec = batch_sharding(mesh, rules).spec
-    axes = spec[0] if spec else ()
+    return _parts(mesh, spec[0] if spec else None)
+
+
+def _parts(mesh: AnyMesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 

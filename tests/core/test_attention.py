@@ -1,56 +1,302 @@
 """The implementations of attention against one another: outputs and every gradient."""
 
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_lite import attention, flash, sharding
 from t5x_lite.attention import Visibility, dot_product_attention
 
 B, T, S, H, K = 3, 5, 7, 2, 4
 
 
-def arrays():
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = (B, T, H, K), (B, S, H, K), (B, S, H, K), (H, T, S)
-    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+def arrays(dtype=jnp.float32, rows=B, queries=T, keys=S, heads=H, width=K) -> tuple[jax.Array, ...]:
+    random = jax.random.split(jax.random.key(0), 4)
+    shapes = (rows, queries, heads, width), *[(rows, keys, heads, width)] * 2, (heads, queries, keys)
+    made = [jax.random.normal(key, shape) for key, shape in zip(random, shapes, strict=True)]
+    made[0] *= width**-0.5
+    return *(x.astype(dtype) for x in made[:3]), made[3]
 
 
-SEGMENTS = Visibility(
-    jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1], [1, 2, 3, 0, 0]]),
-    jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0], [1, 2, 2, 3, 3, 0, 0]]),
-)
+OF_QUERIES = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1], [1, 2, 3, 0, 0]])
+OF_KEYS = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0], [1, 2, 2, 3, 3, 0, 0]])
+SEGMENTS = Visibility(OF_QUERIES, OF_KEYS)
+PREFIX = jnp.array([[1, 1, 0, 1, 0, 0, 0], [0] * 7, [1, 1, 1, 1, 0, 0, 0]])
 CASES = {
     "everything visible": (Visibility(), True, 0.0),
+    "causal": (Visibility(causal=True), True, 0.0),
     "causal, later queries": (Visibility(offset=2, causal=True), True, 0.0),
+    "prefix": (dataclasses.replace(SEGMENTS, key_prefix=PREFIX, causal=True), True, 0.0),
     "segments": (SEGMENTS, True, 0.0),
+    "padding": (Visibility(None, OF_KEYS), True, 0.0),
     "no bias": (SEGMENTS, False, 0.0),
     "dropout": (SEGMENTS, True, 0.4),
 }
 
 
+def program(case, implementation, inputs, mesh=None):
+    """(outputs and gradients of query, key, value and bias) of them. Queries that are padding are read by nothing."""
+    visibility, with_bias, rate = case
+    segments = visibility.query_segments
+    real = 1.0 if segments is None else (segments != 0)[:, :, None, None]
+
+    def loss(query, key, value, bias):
+        out = dot_product_attention(
+            *(query, key, value, bias if with_bias else None, visibility),
+            dropout_rate=rate,
+            dropout_key=jax.random.key(1) if rate else None,
+            implementation=implementation,
+        ).astype(jnp.float32)
+        return jnp.sum((out * real) ** 2), out * real
+
+    with sharding.layout(mesh) if mesh else contextlib.nullcontext():
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)).lower(*inputs)
+
+
+def assert_equal(a, b, inputs, atol):
+    for x, y in zip(*(jax.tree.leaves(p.compile()(*inputs)) for p in (a, b)), strict=True):
+        np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), atol=atol, rtol=atol)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_rows_equal_batch_in_outputs_and_gradients(case):
+@pytest.mark.parametrize("implementation", ["rows", "flash"])
+def test_outputs_and_gradients_are_those_of_batch(case, implementation):
+    inputs = arrays()
+    batch, other = (program(CASES[case], i, inputs) for i in ("batch", implementation))
+    assert other.as_text().count("stablehlo.while") > batch.as_text().count("stablehlo.while")  # it is another program
+    assert_equal(batch, other, inputs, 1e-5)
+
+
+@pytest.mark.parametrize("case", [CASES["prefix"], (SEGMENTS, False, 0.0)], ids=["prefix", "no bias"])
+def test_flash_in_blocks_of_queries_and_groups_of_heads(case, monkeypatch):
+    # Queries: two blocks of 16 and an incomplete one. Heads: two groups of two, 128 lanes each.
+    visibility, with_bias, rate = case
+    queries, keys, heads, width = 37, 40, 4, 64
+    segments = [jnp.sort(jax.random.randint(jax.random.key(n), (B, n), 1, 4)) for n in (queries, keys)]
+    prefix = None if visibility.key_prefix is None else jax.random.randint(jax.random.key(2), (B, keys), 0, 2)
+    visibility = dataclasses.replace(
+        visibility, query_segments=segments[0], key_segments=segments[1], key_prefix=prefix
+    )
+    case = visibility, with_bias, rate
+    inputs = arrays(queries=queries, keys=keys, heads=heads, width=width)
+    whole = program(case, "flash", inputs)
+    monkeypatch.setattr(flash, "BLOCK_LOGITS", 2 * 16 * keys)
+    blocks = program(case, "flash", inputs)
+    passes = [p.as_text().count("stablehlo.while") for p in (whole, blocks)]
+    assert passes[0] < passes[1]  # the backward pass goes over the logits in two orders
+    batch = program(case, "batch", inputs)
+    assert_equal(batch, whole, inputs, 1e-4)
+    assert_equal(batch, blocks, inputs, 1e-4)
+
+
+def test_flash_in_bfloat16_is_as_near_to_float32_as_batch_is():
+    case = SEGMENTS, True, 0.0
+    exact = jax.tree.leaves(program(case, "batch", arrays()).compile()(*arrays()))
+    inputs = arrays(jnp.bfloat16)
+    error = {}
+    for implementation in ("batch", "flash"):
+        found = jax.tree.leaves(program(case, implementation, inputs).compile()(*inputs))
+        error[implementation] = [np.linalg.norm(a - b.astype(np.float32)) for a, b in zip(exact, found, strict=True)]
+    assert max(error["batch"]) > 1e-3
+    np.testing.assert_array_less(error["flash"], np.multiply(error["batch"], 1.5))
+
+
+def on_xla(monkeypatch):
+    """cuDNN's place is taken by XLA's implementation of the same JAX function, at the same arguments."""
+    function = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return function(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(attention, "choose", lambda wanted, *_: wanted)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("prefix", "causal, later queries")])
+def test_what_cudnn_is_asked_for_is_what_batch_gives(case, monkeypatch):
+    inputs = arrays(width=8)
+    batch = program(CASES[case], "batch", inputs)
+    on_xla(monkeypatch)
+    assert_equal(batch, program(CASES[case], "cudnn", inputs), inputs, 1e-4)
+
+
+def test_cudnn_tells_as_many_segments_apart_as_there_are_keys(monkeypatch):
+    # Each token is a segment of its own, so each query sees its own key alone, and gives its value.
+    on_xla(monkeypatch)
+    segments = jnp.arange(1, 17)[None]
+    query, key, value, _ = arrays(jnp.bfloat16, rows=1, queries=16, keys=16, width=8)
+    found = dot_product_attention(query, key, value, None, Visibility(segments, segments), implementation="cudnn")
+    np.testing.assert_array_equal(found, value)
+
+
+@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+def test_on_a_mesh_each_device_has_its_rows_and_heads_and_the_bias_gradient_is_summed(implementation, monkeypatch):
+    rows, heads = 4, 6
+    inputs = arrays(rows=rows, heads=heads, width=8)
+    segments = [jnp.concatenate([s, s[:1]]) for s in (OF_QUERIES, OF_KEYS)]
+    case = Visibility(segments[0], segments[1]), True, 0.0
+    batch = program(case, "batch", inputs)
+    if implementation == "cudnn":
+        on_xla(monkeypatch)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
+    spread = program(case, implementation, inputs, mesh)
+    assert (
+        "manual_computation" in spread.as_text() and "tensor<1x5x3x8xf32>" in spread.as_text()
+    )  # rows, heads a device
+    assert_equal(batch, spread, inputs, 1e-4)
+
+
+def device(platform, **fields):
+    return types.SimpleNamespace(platform=platform, **fields)
+
+
+A100, TPU = device("gpu", compute_capability="8.0"), device("tpu")
+LONG = {"queries": 512, "keys": 512, "width": 64}
+
+
+@pytest.mark.parametrize(
+    "on, shape, options, visibility, expected",
+    [
+        (TPU, LONG, {}, Visibility(), "flash"),
+        (TPU, {**LONG, "queries": 114}, {}, Visibility(), "flash"),
+        (TPU, {"queries": 114, "keys": 114, "width": 64}, {}, Visibility(causal=True), "batch"),  # little to gain
+        (TPU, {**LONG, "queries": 1}, {}, Visibility(offset=5, causal=True), "batch"),  # decoding
+        (TPU, {**LONG, "keys": 8192}, {}, Visibility(), "batch"),  # more than VMEM holds
+        (TPU, LONG, {"wanted": "batch"}, Visibility(), "batch"),
+        (TPU, LONG, {"wanted": "cudnn"}, Visibility(), "batch"),
+        (A100, LONG, {}, SEGMENTS, "cudnn"),
+        (A100, LONG, {}, Visibility(causal=True), "cudnn"),
+        (A100, LONG, {"dtype": jnp.float32}, SEGMENTS, "batch"),
+        (A100, {**LONG, "queries": 1}, {}, Visibility(offset=5, causal=True), "batch"),
+        (A100, LONG, {}, Visibility(offset=5, causal=True), "batch"),
+        (A100, LONG, {}, dataclasses.replace(SEGMENTS, key_prefix=PREFIX, causal=True), "batch"),
+        (A100, {**LONG, "keys": 511}, {}, SEGMENTS, "batch"),  # odd, with a bias
+        (A100, {**LONG, "width": 128}, {}, SEGMENTS, "batch"),  # no room for the segments
+        (A100, {**LONG, "width": 128}, {}, Visibility(), "cudnn"),
+        (device("gpu", compute_capability="7.0"), LONG, {}, SEGMENTS, "batch"),
+        (device("gpu", compute_capability="gfx942"), LONG, {}, SEGMENTS, "batch"),
+        (device("cpu"), LONG, {}, Visibility(), "batch"),
+        (device("cpu"), LONG, {"wanted": "flash"}, Visibility(), "flash"),
+    ],
+)
+def test_implementation_is_chosen_by_platform_and_shape(on, shape, options, visibility, expected, monkeypatch):
+    monkeypatch.setattr(sharding, "device", lambda: on)
+    chosen = []
+
+    def trace():
+        query, key, _, bias = arrays(options.get("dtype", jnp.bfloat16), **shape)
+        chosen.append(attention.choose(options.get("wanted"), query, key, bias, visibility))
+
+    jax.eval_shape(trace)
+    assert chosen == [expected]
+
+
+def test_heads_that_do_not_divide_over_the_mesh_fall_to_batch():
+    mesh = sharding.make_mesh(data=1, tensor=4, devices=jax.devices()[:4])
+    query, key, _, bias = arrays(heads=6)
+    assert attention.choose("flash", query, key, bias, Visibility()) == "flash"
+    with sharding.layout(mesh):
+        assert attention.choose("flash", query, key, bias, Visibility()) == "batch"
+
+
+COMPILED = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from t5x_lite import sharding, topologies
+from t5x_lite.attention import Visibility, choose, dot_product_attention
+
+topology = topologies.find(sys.argv[1])
+mesh = sharding.make_mesh(data=1, devices=topology.devices[:1])
+rows, heads, width, found = 32, 12, 64, {}
+for queries, keys, causal, segments, with_bias in (
+    (512, 512, False, True, True), (512, 512, True, True, True), (114, 512, False, True, False),
+    (600, 1000, True, False, True), (2048, 2048, True, True, True),
+):
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(topology.devices[0]))
+
+    def loss(query, key, value, bias, query_segments, key_segments, implementation):
+        visibility = Visibility(query_segments, key_segments, causal=causal)
+        with sharding.layout(mesh):
+            chosen.append(choose(implementation, query, key, bias, visibility))
+            y = dot_product_attention(query, key, value, bias, visibility, implementation=implementation)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    arrays = [
+        array(rows, queries, heads, width), *[array(rows, keys, heads, width)] * 2,
+        array(heads, queries, keys, dtype=jnp.float32) if with_bias else None,
+        *([array(rows, n, dtype=jnp.int32) for n in (queries, keys)] if segments else (None, None)),
+    ]
+    of = (0, 1, 2, 3) if with_bias else (0, 1, 2)
+    for implementation in (None, "batch"):
+        chosen = []
+        function = jax.jit(jax.grad(loss, argnums=of), static_argnums=6)
+        compiled = function.lower(*arrays, implementation).compile(compiler_options=topology.compiler_options)
+        logits = rows * heads * queries * keys
+        found.setdefault(f"{queries} x {keys}, {causal=}", {})[implementation or "default"] = [
+            chosen[0], compiled.memory_analysis().temp_size_in_bytes / logits,
+            compiled.as_text().count(f"{rows},{heads},{queries},{keys}]"),
+        ]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology, fused, module",
+    [("v5e:1x1", "flash", "libtpu"), ("v4:2x2x1", "flash", "libtpu"), ("h100:1", "cudnn", "jax_plugins.xla_cuda13")],
+)
+def test_compiled_for_a_chip_the_fused_form_has_no_array_of_the_logits(topology, fused, module):
+    """Compiled, not run: neither chip is here."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {module} to compile for {topology}")
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, topology], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 5
+    for shape, of in found.items():
+        (chosen, temporaries, arrays_of_logits), (_, in_batch, arrays_in_batch) = of["default"], of["batch"]
+        assert chosen == fused and not arrays_of_logits and arrays_in_batch, shape
+        assert temporaries < 0.6 * in_batch, shape  # bytes a logit
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda")
+@pytest.mark.parametrize("case", ["everything visible", "causal", "segments", "padding", "no bias", "dropout"])
+def test_on_a_gpu_cudnn_is_as_near_to_float32_as_batch_is(case):
+    query_segments, key_segments = (jnp.pad(s, ((0, 0), (0, 1)), mode="edge") for s in (OF_QUERIES, OF_KEYS))
     visibility, with_bias, rate = CASES[case]
-    query, key, value, bias = arrays()
-
-    def program(implementation):
-        def loss(query, key, value, bias):
-            out = dot_product_attention(
-                *(query, key, value, bias if with_bias else None, visibility),
-                dropout_rate=rate,
-                dropout_key=jax.random.key(1) if rate else None,
-                implementation=implementation,
-            )
-            return jnp.sum(out**2), out
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)).lower(query, key, value, bias)
-
-    batch, rows = program("batch"), program("rows")
-    assert rows.as_text().count("stablehlo.while") > batch.as_text().count("stablehlo.while")
-    results = [jax.tree.leaves(p.compile()(query, key, value, bias)) for p in (batch, rows)]
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    if visibility.key_segments is not None:
+        visibility = Visibility(query_segments if visibility.query_segments is not None else None, key_segments)
+    shape = {"queries": 6, "keys": 8, "width": 64}
+    in_float32, inputs = arrays(**shape), arrays(jnp.bfloat16, **shape)
+    fused = program((visibility, with_bias, rate), "cudnn", inputs)
+    assert "cudnn$fmha" in fused.as_text()
+    exact, found, of_batch = (
+        jax.tree.leaves(p.compile()(*x))
+        for p, x in (
+            (program((visibility, with_bias, rate), "batch", in_float32), in_float32),
+            (fused, inputs),
+            (program((visibility, with_bias, rate), "batch", inputs), inputs),
+        )
+    )
+    for a, b, c in zip(exact, found, of_batch, strict=True):
+        error = np.abs(np.asarray(a) - np.asarray(c, np.float32)).max()
+        np.testing.assert_allclose(a, np.asarray(b, np.float32), atol=4 * error + 1e-2)
 
 
 def test_attention_is_softmax_of_unscaled_products_and_bias():
@@ -58,4 +304,4 @@ def test_attention_is_softmax_of_unscaled_products_and_bias():
     logits = np.einsum("bthk,bshk->bhts", query, key) + bias
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshk->bthk", weights, value)
-    np.testing.assert_allclose(dot_product_attention(*arrays(), Visibility()), expected, atol=1e-5)
+    np.testing.assert_allclose(dot_product_attention(*arrays()[:4], visibility=Visibility()), expected, atol=1e-5)
