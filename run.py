@@ -102,6 +102,7 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in.", **module)
     flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.", **module)
     flags.DEFINE_boolean("dry_run", False, "Build config, data shapes, mesh and parameter count, and stop.", **module)
+    flags.DEFINE_boolean("strict", False, "Refuse where the newest checkpoint is damaged (STRICT).", **module)
     flags.DEFINE_string(
         "topology", None, "--mode=plan: of what, such as v5e:4x4, 2xv5e:16x16, h100:8, cpu:8.", **module
     )
@@ -125,6 +126,8 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
         raise Refusal(f"unknown flag --{error.flagname}.{nearest(f'--{error.flagname}', known)}") from None
     except flags.Error as error:
         raise Refusal(str(error)) from None
+    if values.strict:
+        values.gin_bindings = [*values.gin_bindings, "STRICT = True"]
     if rest:
         raise Refusal(f"unexpected argument {rest[0]!r}: every option is a flag, --NAME=VALUE")
     if values.mode not in MODES:

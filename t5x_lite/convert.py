@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from t5x_lite import checkpoint, huggingface, sharding, t5x, tensors, tokenizer
+from t5x_lite import checkpoint, huggingface, saving, sharding, t5x, tensors, tokenizer
 from t5x_lite.bert import Bert, BertConfig
 from t5x_lite.model import T5, T5Config
 from t5x_lite.tensors import Source, Tensor
@@ -193,7 +193,7 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     config, params = read(source, host)
     if to == "t5x_lite":
-        checkpoint.save_params(dest, params, info={"model": dataclasses.asdict(config)})
+        saving.save_params(dest, params, info={"model": dataclasses.asdict(config)})
     else:
         huggingface.write(dest, config, params)
     copy_tokenizer(source, dest, config)

@@ -1,10 +1,16 @@
 """Checkpoints: bit for bit, whole or not there, kept by age and by score, and clear about what does not fit."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import checkpoint
+from t5x_lite import checkpoint, checksums, lock, saving
 
 
 @flax.struct.dataclass
@@ -74,14 +81,14 @@ def identical(a: Any, b: Any) -> bool:
 def saved(tmp_path_factory):
     """A MODEL_DIR with one checkpoint, of step 3; tests only read it."""
     model_dir = tmp_path_factory.mktemp("model")
-    checkpointer = checkpoint.Checkpointer(model_dir, info={"model": {"vocab_size": 7, "mlp_activations": ("relu",)}})
+    checkpointer = saving.Checkpointer(model_dir, info={"model": {"vocab_size": 7, "mlp_activations": ("relu",)}})
     checkpointer.save(3, make_state(), Position(42))
     checkpointer.close()
     return model_dir
 
 
 def test_state_and_data_position_come_back_bit_for_bit(saved):
-    checkpointer = checkpoint.Checkpointer(saved)
+    checkpointer = saving.Checkpointer(saved)
     position = Position()
     other = make_state(seed=1)
     restored = checkpointer.restore(checkpointer.latest_step(), abstract(other), position)
@@ -94,7 +101,7 @@ def test_state_and_data_position_come_back_bit_for_bit(saved):
 
 def test_saved_state_is_that_of_the_call_though_donated_and_the_position_moves_on(tmp_path):
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 2 + 1, state), donate_argnums=0)
-    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer = saving.Checkpointer(tmp_path)
     state, position = make_state(), Position(1)
     assert checkpointer.save(5, state, position)
     state = overwrite(state)
@@ -114,7 +121,7 @@ def test_restores_onto_another_mesh(tmp_path):
     columns, rows = NamedSharding(mesh, P(None, "fsdp")), NamedSharding(mesh, P("fsdp"))
     kernel = jnp.arange(6.0 * count**2).reshape(2 * count, 3 * count)
     state = State(jnp.int32(1), {"kernel": jax.device_put(kernel, columns)}, {})
-    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer = saving.Checkpointer(tmp_path)
     checkpointer.save(1, state)
     wanted = abstract(state).replace(params={"kernel": jax.ShapeDtypeStruct(kernel.shape, jnp.float32, sharding=rows)})
     restored = checkpointer.restore(1, wanted)
@@ -141,7 +148,7 @@ SCORES = {10: 0.5, 20: 0.9, 30: 0.7, 40: float("nan"), 50: None, 60: 0.6}
 def test_keeps_the_last_and_the_best_on_disk_also_over_a_restart(tmp_path, options, kept):
     state = State(jnp.int32(0), {"w": jnp.ones(3)}, {})
     for steps in ((10, 20, 30), (40, 50, 60)):
-        checkpointer = checkpoint.Checkpointer(tmp_path, **options)
+        checkpointer = saving.Checkpointer(tmp_path, **options)
         for step in steps:
             checkpointer.save(step, state, metrics=None if SCORES[step] is None else {"squad/f1": SCORES[step]})
         checkpointer.close()
@@ -149,7 +156,7 @@ def test_keeps_the_last_and_the_best_on_disk_also_over_a_restart(tmp_path, optio
 
 
 def test_a_keep_best_metric_that_nobody_measures_is_refused(tmp_path):
-    checkpointer = checkpoint.Checkpointer(tmp_path, keep_best_metric="squad/F1")
+    checkpointer = saving.Checkpointer(tmp_path, keep_best_metric="squad/F1")
     with pytest.raises(ValueError, match=r"KEEP_BEST_METRIC='squad/F1' is not among .*squad/em, squad/f1"):
         checkpointer.save(1, make_state(), metrics={"squad/f1": 1.0, "squad/em": 1.0})
     checkpointer.close()
@@ -159,27 +166,27 @@ KILLED = """
 import os, sys, jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
-from t5x_lite import checkpoint
+from t5x_lite import position, saving
 class State:
     step, params, opt_state = jnp.int32(2), {"w": jnp.ones(3)}, {}
 class Position:
     def save(self, path): open(path + "/at", "w").write("1")
-checkpointer = checkpoint.Checkpointer(sys.argv[1])
-checkpoint.DataPositionHandler.finalize = lambda self, directory: os._exit(9)  # all written, nothing committed
+checkpointer = saving.Checkpointer(sys.argv[1])
+position.DataPositionHandler.finalize = lambda self, directory: os._exit(9)  # all written, nothing committed
 checkpointer.save(2, State(), Position())
 checkpointer.wait()
 """
 
 
 def test_a_save_killed_before_its_commit_is_as_if_it_had_never_begun(tmp_path):
-    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer = saving.Checkpointer(tmp_path)
     checkpointer.save(1, make_state(), Position(7))
     checkpointer.close()
     assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == 9
     left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert any(name.startswith("2.") for name in left), left
     assert checkpoint.choose_start(tmp_path).step == 1
-    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer = saving.Checkpointer(tmp_path)
     assert checkpointer.latest_step() == 1
     assert identical(checkpointer.restore(1, abstract(make_state()), Position()), make_state())
     checkpointer.save(2, make_state(), Position(8))
@@ -202,7 +209,7 @@ def test_parameters_alone_take_the_dtype_asked_for_and_the_whole_state_refuses_t
     wanted.params["token_embedder"]["embedding"] = wanted.params["token_embedder"]["embedding"].astype(jnp.float32)
     restored = checkpoint.restore_params(saved, abstract(wanted).params)
     assert identical(restored, wanted.params)
-    checkpointer = checkpoint.Checkpointer(saved)
+    checkpointer = saving.Checkpointer(saved)
     with pytest.raises(ValueError, match=r"embedding: checkpoint \[7, 5\] bfloat16, this run \[7, 5\] float32"):
         checkpointer.restore(3, abstract(wanted))
     checkpointer.close()
@@ -225,7 +232,7 @@ def test_a_mismatch_lists_missing_extra_and_other_shapes_and_the_config_behind_i
 
 
 def test_another_optimizer_is_named_as_such(saved):
-    checkpointer = checkpoint.Checkpointer(saved)
+    checkpointer = saving.Checkpointer(saved)
     wanted = abstract(make_state())
     with pytest.raises(ValueError, match=r"(?s)optimizer state .* opt_state/1/v/decoder.*fresh optimizer"):
         checkpointer.restore(3, wanted.replace(opt_state={"mu": wanted.params}))
@@ -233,7 +240,7 @@ def test_another_optimizer_is_named_as_such(saved):
 
 
 def test_a_data_position_is_not_silently_left_behind(tmp_path):
-    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer = saving.Checkpointer(tmp_path)
     checkpointer.save(1, make_state())
     with pytest.raises(FileNotFoundError, match="no data position"):
         checkpointer.restore(1, abstract(make_state()), Position())
@@ -273,13 +280,14 @@ def test_info_explains_a_checkpoint(saved):
         "model": {"vocab_size": 7, "mlp_activations": ["relu"]},
         "step": 3,
         "processes": 1,
+        "checksums": True,
     }
     assert json.loads((saved / "checkpoints/3/info/metadata").read_text())["step"] == 3
 
 
 def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    checkpointer = checkpoint.Checkpointer(tmp_path, keep_best_metric="a/b")
+    checkpointer = saving.Checkpointer(tmp_path, keep_best_metric="a/b")
     checkpointer.save(1, make_state(), Position())
     checkpointer.close()
     logging.getLogger("absl").info("of somebody else")
@@ -289,4 +297,206 @@ def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
 def test_bad_settings_are_refused(tmp_path, unchecked_types):
     for options in ({"keep_last": 0}, {"keep_best": 0}, {"best_mode": "most"}):
         with pytest.raises(ValueError, match="must be"):
-            checkpoint.Checkpointer(tmp_path, **options)
+            saving.Checkpointer(tmp_path, **options)
+
+
+# Damage
+
+
+def harmed(model_dir, to, name: str, how: str) -> None:
+    """A copy of a MODEL_DIR with one file deleted, cut in half, or with one bit other than it was."""
+    shutil.copytree(model_dir, to)
+    file = to / name
+    content = bytearray(file.read_bytes())
+    if how == "deleted":
+        file.unlink()
+        return
+    if how == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut", "flipped"])
+def test_damage_to_any_file_is_found_and_named(saved, tmp_path, how):
+    folder = saved / "checkpoints" / "3"
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert {name.split("/")[0] for name in files} >= {"params", "optimizer", "data", "info", "checksums.json"}
+    for number, name in enumerate(files):
+        if name == "commit_success.txt":  # only a bucket needs it: there a checkpoint without it does not count
+            continue
+        harmed(folder, tmp_path / str(number), name, how)
+        found = checkpoint.damage(epath.Path(tmp_path / str(number)))
+        assert found, (name, how)
+        assert name in found[0] or name == "checksums.json", found
+    assert checkpoint.damage(epath.Path(folder)) == []
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A MODEL_DIR with checkpoints of steps 10 and 20; tests only read it."""
+    model_dir = tmp_path_factory.mktemp("two")
+    with saving.Checkpointer(model_dir, keep_last=2) as checkpointer:
+        for step in (10, 20):
+            checkpointer.save(step, make_state(seed=step), Position(step))
+    return model_dir
+
+
+def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_put_aside(two, tmp_path, caplog):
+    run = tmp_path / "run"
+    name = next(str(path.relative_to(two)) for path in (two / "checkpoints/20/params").rglob("ocdbt.process_0/d/*"))
+    harmed(two, run, name, "flipped")
+    with pytest.raises(ValueError, match=rf"checkpoints/20 is damaged: {name[15:]}: other content.*--strict"):
+        checkpoint.choose_start(run, strict=True)
+    start = checkpoint.choose_start(run)
+    assert (start.step, start.damaged) == (10, (20,))
+    assert f"checkpoints/20 is damaged: {name[15:]}: other content" in caplog.text
+    assert (run / "checkpoints/20").exists(), "choosing writes nothing"
+    for again in ("damaged/20", "damaged/20-2"):
+        with saving.Checkpointer(run, keep_last=2, damaged=start.damaged) as checkpointer:
+            position = Position()
+            assert identical(checkpointer.restore(10, abstract(make_state()), position), make_state(seed=10))
+            assert position.at == 10
+            assert checkpointer.save(20, make_state(seed=20), Position(20))
+        assert (run / again / "params").exists()
+        assert checkpoint.choose_start(run, strict=True).step == 20
+
+
+def test_what_cannot_be_read_is_not_read(two, tmp_path):
+    harmed(two, tmp_path / "run", "checkpoints/20/params/manifest.ocdbt", "cut")
+    with pytest.raises(ValueError, match=r"damaged: params/manifest.ocdbt: \d+ bytes of \d+.* Give an earlier"):
+        checkpoint.restore_params(tmp_path / "run")
+    assert identical(checkpoint.restore_params(tmp_path / "run/checkpoints/10"), make_state(seed=10).params)
+    assert checkpoint.choose_start(tmp_path / "run", parts=("optimizer",)).step == 20
+    shutil.rmtree(tmp_path / "run/checkpoints/10/params")
+    with pytest.raises(ValueError, match=r"All checkpoints .* are damaged: 20, 10; of the last, .* and 8 more"):
+        checkpoint.choose_start(tmp_path / "run")
+
+
+def test_damaged_scores_of_an_earlier_checkpoint_do_not_stop_a_run(tmp_path):
+    options: dict[str, Any] = {"keep_last": 2, "keep_best_metric": "a/b"}
+    with saving.Checkpointer(tmp_path, **options) as checkpointer:
+        for step in (10, 20):
+            checkpointer.save(step, make_state(), metrics={"a/b": 1.0})
+    (tmp_path / "checkpoints/10/metrics/metrics").write_text('{"a/b')
+    start = checkpoint.choose_start(tmp_path)
+    assert (start.step, start.damaged) == (20, (10,))
+    with saving.Checkpointer(tmp_path, damaged=start.damaged, **options) as checkpointer:
+        assert checkpointer.all_steps() == [20]
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_taken_as_it_is(two, tmp_path):
+    harmed(two, tmp_path / "run", "checkpoints/20/checksums.json", "deleted")
+    assert checkpoint.choose_start(tmp_path / "run").damaged == (20,)
+    info = tmp_path / "run/checkpoints/20/info/metadata"
+    info.write_text(json.dumps({"step": 20}))
+    assert checkpoint.choose_start(tmp_path / "run").step == 20
+    info.unlink()
+    assert checkpoint.choose_start(tmp_path / "run").step == 10
+
+
+# Saves that fail
+
+
+def bad_disk(monkeypatch, failing: set[int], where: str) -> None:
+    """Makes the saves of some steps fail: when they begin, when they write, or just before they are committed."""
+    if where == "begin":
+        save = Position.save
+        monkeypatch.setattr(Position, "save", lambda self, path: full(self.at in failing) or save(self, path))
+    elif where == "write":
+        paths = type(epath.Path(""))
+        write = paths.write_bytes
+        monkeypatch.setattr(paths, "write_bytes", lambda self, x: full(x == b"x") or write(self, x))
+        save = Position.save
+        monkeypatch.setattr(
+            Position,
+            "save",
+            lambda self, path: Path(path, "x").write_text("x") if self.at in failing else save(self, path),
+        )
+    else:
+        write = checksums.write
+        monkeypatch.setattr(checksums, "write", lambda f: full(int(f.name.split(".")[0]) in failing) or write(f))
+
+
+def full(is_full: bool) -> None:
+    if is_full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore, left alone by Orbax
+@pytest.mark.parametrize("where", ["begin", "write", "commit"])
+def test_a_failed_save_is_logged_and_harms_nothing(tmp_path, monkeypatch, caplog, where):
+    bad_disk(monkeypatch, {20, 30, 50}, where)
+    with saving.Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        for step, newest in ((10, 10), (20, 10), (30, 10), (40, 40), (50, 40), (60, 60)):
+            checkpointer.save(step, make_state(), Position(step))
+            with contextlib.suppress(OSError):
+                checkpointer.wait()
+            assert checkpointer.all_steps() == [newest]
+            names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+            assert {name for name in names if name.isdecimal()} == {str(newest)}
+    assert os.listdir(tmp_path / "checkpoints") == ["60"], "nothing is left of those that failed"
+    said = [record.message for record in caplog.records if "could not be saved" in record.message]
+    assert [line.split()[1] for line in said] == ["20", "30", "50"]
+    assert "No space left" in said[0] and not any(record.exc_info for record in caplog.records)
+    assert checkpoint.choose_start(tmp_path, strict=True).step == 60
+
+
+def test_saves_that_go_on_failing_end_the_run_and_so_does_the_last(tmp_path, monkeypatch):
+    bad_disk(monkeypatch, {20, 30, 40, 50}, "commit")
+    with (
+        pytest.raises(OSError, match=r"3 saves in a row .* Step 40 could .* No space left .* newest .* is of step 10"),
+        saving.Checkpointer(tmp_path, keep_last=1) as checkpointer,
+    ):
+        for step in (10, 20, 30, 40, 50):
+            checkpointer.save(step, make_state(), Position(step))
+    with (
+        pytest.raises(OSError, match=r"^Step 20 could not be saved .* start the same command again"),
+        saving.Checkpointer(tmp_path, keep_last=1) as checkpointer,
+    ):
+        checkpointer.save(20, make_state(), Position(20))
+    with pytest.raises(KeyError), saving.Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(20, make_state(), Position(20))
+        raise KeyError("what happened first is what is said")
+    assert checkpoint.choose_start(tmp_path, strict=True).step == 10
+
+
+# One run in a MODEL_DIR
+
+HOLDS = """
+import os, signal, sys
+from t5x_lite import lock
+with lock.held(sys.argv[1]):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way(tmp_path):
+    model_dir = str(tmp_path / "new" / "run")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, model_dir], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    said = rf"in use: process {holder.pid} on {re.escape(socket.gethostname())} trains in it since \d{{4}}-"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said), lock.held(model_dir):
+            pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    for _ in range(2):
+        with lock.held(model_dir):
+            assert json.loads((tmp_path / "new/run/lock").read_text())["pid"] == os.getpid()
+            with pytest.raises(ValueError, match="in use"), lock.held(model_dir):
+                pass
+
+
+def test_a_model_dir_that_cannot_be_made_is_refused_and_a_bucket_is_not_locked(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OSError, match=r"MODEL_DIR = '.*/file/run' cannot be written"),
+        lock.held(f"{tmp_path}/file/run"),
+    ):
+        pass
+    with lock.held("gs://bucket/run"), lock.held("gs://bucket/run"):
+        pass

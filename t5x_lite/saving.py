@@ -1,0 +1,319 @@
+"""Saving checkpoints: the training state and the data position, written as one, restored onto any mesh.
+
+A run's checkpoints lie in ``MODEL_DIR/checkpoints/<step>/``, each with four parts: ``params`` (the parameter tree),
+``optimizer`` (step and optimizer state), ``data`` (the position in the data) and ``info``
+(JSON: step, model config and what else explains a mismatch), and ``checksums.json`` over all of them. Orbax writes them
+in the background and renames the whole folder into place at the end, so a checkpoint is there with all its parts or not
+at all. What a save replaces is deleted only after that.
+
+This module knows Orbax and trees of arrays. It must not know the model, the optimizer, SeqIO or TensorFlow: a state is
+anything with ``step``, ``params``, ``opt_state`` and ``replace``; a data iterator anything with ``save(folder)`` and
+``restore(folder)``.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from t5x_lite import checkpoint, checksums
+from t5x_lite.position import DataIterator, DataPositionRestore, DataPositionSave
+
+log = logging.getLogger(__name__)
+
+FAILED_SAVES = 3  # in a row, that end a run
+DAMAGED = "damaged"  # in MODEL_DIR: where damaged checkpoints are put out of the way of new ones
+
+
+class _WithoutOrbaxChatter(logging.Filter):
+    """Drops what Orbax says below WARNING, some forty lines a save through absl's one logger, and its tracebacks of a
+    failed save, of which `Checkpointer` says in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = f"{os.sep}orbax{os.sep}" not in record.pathname
+        return ours or (record.levelno >= logging.WARNING and record.exc_info is None)
+
+
+logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
+
+
+# A training state (step.TrainState), a dataclass: step is an int32 scalar, params a nested dict, opt_state any tree.
+State = Any
+
+
+# Which checkpoints stay.
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepLastAndBest:
+    """Orbax preservation policy: the last `last` checkpoints and, beside them, the `best` by one metric.
+
+    A checkpoint saved without the metric, or with a NaN, is never among the best. Of equals the earlier one stays.
+    """
+
+    last: int | None
+    metric: str | None
+    best: int
+    mode: Literal["max", "min"]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        newest = len(checkpoints) - self.last if self.last is not None else 0
+        keep = set(range(max(newest, 0), len(checkpoints)))
+        if self.metric is not None:
+            values = [(self.value(c.metrics), i) for i, c in enumerate(checkpoints)]
+            ranked = sorted((v, i) for v, i in values if not math.isnan(v))
+            keep.update(i for _, i in ranked[: self.best])
+        return [i in keep for i in range(len(checkpoints))]
+
+    def value(self, metrics: Mapping[str, float] | None) -> float:
+        """The metric with its sign turned so that lower is better; NaN where there is none."""
+        value = float((metrics or {}).get(self.metric or "", math.nan))
+        return -value if self.mode == "max" else value
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run. Every process of the run makes one and calls it alike.
+
+    Args:
+      directory: MODEL_DIR, or its ``checkpoints`` folder; created where missing. What a killed save left is removed.
+      damaged: steps whose checkpoints go to MODEL_DIR/damaged, so that they can be saved anew.
+      keep_last: how many of the newest checkpoints to keep; None keeps all.
+      keep_best_metric: "task/metric", a key of the metrics given to `save`; None: no checkpoint is kept for its score.
+      keep_best: how many of the best to keep beside the newest.
+      best_mode: whether "max" or "min" is best.
+      info: facts for the `info` part, such as {"model": {...}}; what JSON can hold.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None = 1,
+        keep_best_metric: str | None = None,
+        keep_best: int = 1,
+        best_mode: Literal["max", "min"] = "max",
+        info: Mapping[str, Any] | None = None,
+        damaged: Collection[int] = (),
+    ):
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"KEEP_LAST={keep_last} must be at least 1, or None to keep every checkpoint.")
+        if keep_best < 1 or best_mode not in ("max", "min"):
+            raise ValueError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
+        self.directory = checkpoint.checkpoints_folder(directory)
+        self._policy = KeepLastAndBest(keep_last, keep_best_metric, keep_best, best_mode)
+        self._info = dict(info or {})
+        self._saving: int | None = None  # the step being saved
+        self._failure: OSError | None = None  # of the last save
+        self._failures = 0  # in a row
+        self._left_behind = False  # by a failed save
+        self._put_aside(damaged)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=self._policy.value if keep_best_metric else None,  # without it Orbax stores no metrics
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._before_commit),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes. Where something else has been raised already, a failed save is only logged."""
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise
+
+    def latest_step(self) -> int | None:
+        """The newest step saved or being saved."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """The steps kept, in rising order, with the one being saved."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        iterator: DataIterator | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Copies state and data position now and writes them in the background.
+
+        Waits first for a save still under way. The state may be donated as soon as this returns. A save that fails is
+        logged, and leaves nothing but the checkpoints there were.
+
+        Args:
+          metrics: scores of this step by "task/metric"; those of the best checkpoint decide what keep-best keeps.
+
+        Returns:
+          False where this step is already saved, or could not be.
+
+        Raises:
+          ValueError: metrics are given and the one to keep the best by is not among them.
+          OSError: this is the `FAILED_SAVES`-th save in a row that failed.
+        """
+        metric = self._policy.metric
+        if metrics is not None and metric is not None and metric not in metrics:
+            raise ValueError(
+                f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {', '.join(sorted(metrics))}."
+            )
+        self._settle()
+        if step in self._manager.all_steps():
+            return False
+        info = {**self._info, "step": step, "processes": jax.process_count(), checkpoint.CHECKSUMS: True}
+        parts: dict[str, Any] = {
+            "params": ocp.args.StandardSave(checkpoint.nested(checkpoint.flat(state.params))),
+            "optimizer": ocp.args.StandardSave(checkpoint.nested(checkpoint.flat(_optimizer_part(state)))),
+            "info": ocp.args.JsonSave(info),
+        }
+        scores = {k: float(v) for k, v in (metrics or {}).items()}
+        self._saving = step
+        try:
+            if iterator is not None:
+                parts["data"] = DataPositionSave.of(iterator)
+            with jax.transfer_guard("allow"):
+                return self._manager.save(step, args=ocp.args.Composite(**parts), metrics=scores, force=True)
+        except Exception as error:  # of the disk, of Orbax or of TensorStore, which has classes of its own
+            self._failed(error)
+            return False
+
+    def restore(self, step: int, abstract_state: State, iterator: DataIterator | None = None) -> State:
+        """The state of `step`, bit for bit, and the iterator put where it was.
+
+        Args:
+          abstract_state: the state's structure with jax.ShapeDtypeStruct leaves that carry their sharding; the mesh
+            may differ from the one it was saved on.
+
+        Raises:
+          FileNotFoundError: no such step, or an iterator is given and no data position was saved.
+          ValueError: parameters or optimizer state differ (all differences are listed; no array is read then).
+        """
+        self.wait()
+        folder = self.directory / str(step)
+        if step not in self._manager.all_steps():
+            raise FileNotFoundError(f"No checkpoint of step {step} in {self.directory}: it has {self.all_steps()}.")
+        if iterator is not None and not (folder / "data").exists():
+            raise FileNotFoundError(
+                f"{folder} holds no data position, so the run cannot go on where its data stopped. Begin a new "
+                "MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
+            )
+        wanted = {
+            "params": checkpoint.flat(abstract_state.params),
+            "optimizer": checkpoint.flat(_optimizer_part(abstract_state)),
+        }
+        for part, leaves in wanted.items():
+            checkpoint.check(folder, part, leaves, self._info, same_dtype=True)
+        parts: dict[str, Any] = {
+            k: ocp.args.StandardRestore(checkpoint.nested(checkpoint.placed(v))) for k, v in wanted.items()
+        }
+        if iterator is not None:
+            parts["data"] = DataPositionRestore(iterator)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
+        params = checkpoint.like(abstract_state.params, restored["params"])
+        optimizer = checkpoint.like(_optimizer_part(abstract_state), restored["optimizer"])
+        return dataclasses.replace(
+            abstract_state, step=optimizer["step"], params=params, opt_state=optimizer["opt_state"]
+        )
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises OSError: the last one failed."""
+        self._settle()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Waits, then ends the background threads. Raises OSError: the last save failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _settle(self) -> None:
+        """Waits for the save under way, and counts it if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+        else:
+            if self._saving is not None:
+                self._failure, self._failures = None, 0
+        self._saving = None
+        if self._left_behind:
+            self._remove_left_behind()
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self._manager.reload()  # it has already forgotten what this save would have replaced
+        why = f"{type(error).__name__}: {str(error).strip()}"
+        if step in self._manager.all_steps():
+            log.warning("Step %s is saved, but something remains that should have been deleted (%s).", step, why)
+            return
+        self._failures, self._left_behind = self._failures + 1, True
+        self._failure = OSError(
+            f"Step {step} could not be saved ({why}). The newest checkpoint in {self.directory} is of step "
+            f"{self.latest_step()}: once it can be written to, start the same command again, and it goes on from there."
+        )
+        if self._failures >= FAILED_SAVES:
+            raise OSError(f"{self._failures} saves in a row have failed. {self._failure}") from error
+        log.warning("Step %s could not be saved, and training goes on (%s).", step, why)
+
+    def _remove_left_behind(self) -> None:
+        """Makes room, for half a checkpoint helps nobody. What is still being written is removed the next time."""
+        with contextlib.suppress(OSError):
+            if jax.process_index() == 0:
+                for path in ocp.path.step.all_temporary_paths(self.directory):
+                    path.get().rmtree()
+            self._left_behind = False
+
+    def _before_commit(self) -> None:
+        """Called in the background by the first process, when all parts have been written by all."""
+        for path in ocp.path.step.all_temporary_paths(self.directory):
+            if path.get_final().name == str(self._saving):
+                checksums.write(path.get())
+
+    def _put_aside(self, damaged: Collection[int]) -> None:
+        if jax.process_index() == 0:
+            for step in damaged:
+                folder = self.directory.parent / DAMAGED
+                folder.mkdir(parents=True, exist_ok=True)
+                taken = sum(path.name.split("-")[0] == str(step) for path in folder.iterdir())
+                aside = folder / (f"{step}-{taken + 1}" if taken else str(step))
+                (self.directory / str(step)).rename(aside)
+                log.warning("The damaged checkpoint of step %d is in %s now.", step, aside)
+        if damaged and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+
+
+# Parameters alone.
+
+
+def save_params(path: str | os.PathLike[str], params: Any, *, info: Mapping[str, Any] | None = None) -> None:
+    """Writes parameters alone, with `info`, as a checkpoint that runs can start from but not resume.
+
+    Raises ValueError: the folder exists.
+    """
+    tree = checkpoint.nested(checkpoint.flat(params))
+    parts = {"params": ocp.args.StandardSave(tree), "info": ocp.args.JsonSave(dict(info or {}))}
+    folder = checkpoint.absolute(path)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(folder, args=ocp.args.Composite(**parts))
+    if jax.process_index() == 0:
+        checksums.write(folder)
+
+
+def _optimizer_part(state: State) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state}
