@@ -1,5 +1,9 @@
 """Where arrays lie: meshes, rules, and the state of every published size on every preset mesh, without the devices."""
 
+import contextlib
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +13,7 @@ from core.test_model import PARAMETERS
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from benchmarks.train_step import model_config
-from t5x_lite import optim, sharding, step
+from t5x_lite import model, optim, saving, sharding, step
 from t5x_lite.model import T5Config
 
 ADAFACTOR = optim.make_optimizer(optim.adafactor(), optim.constant(1e-3))
@@ -110,3 +114,30 @@ def test_logical_axes_stand_beside_every_parameter():
         is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )
     assert all(isinstance(box, nn.LogicallyPartitioned) and len(box.names) == box.unbox().ndim for box in boxes)
+
+
+@pytest.mark.parametrize("to", [(2, 1, 1), (1, 1, 2), (1, 4, 2)], ids=str)
+def test_a_checkpoint_of_one_mesh_is_read_on_any_other_scanned_or_not_with_the_same_logits(tmp_path, to):
+    def abstract(config, mesh):
+        return step.abstract_state(config, ADAFACTOR, mesh)
+
+    here = sharding.make_mesh(1, 8, 1)
+    state = step.init_state(SMALL, ADAFACTOR, jax.random.key(0), abstract(SMALL, here))
+    with contextlib.closing(saving.Checkpointer(tmp_path)) as saver:
+        saver.save(1, state)
+    there = sharding.make_mesh(*to, devices=jax.devices()[: np.prod(to)])
+    unrolled = dataclasses.replace(SMALL, scan_layers=not SMALL.scan_layers)
+    with contextlib.closing(saving.Checkpointer(tmp_path)) as saver:
+        found = saver.restore(1, abstract(unrolled, there))
+    leaf = found.params["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    assert len(leaf.sharding.device_set) == np.prod(to) and leaf.sharding.mesh == there
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))
+
+    tokens = np.array([[5, 6, 7, 1], [8, 9, 1, 0]])
+    batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": np.pad(tokens, [(0, 0), (1, 0)])[:, :-1]}
+    alone = jax.devices()[0]
+    logits = [
+        jax.jit(functools.partial(model.forward, config))(jax.device_put(jax.device_get(params), alone), batch)
+        for config, params in ((SMALL, state.params), (unrolled, found.params))
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-6)
