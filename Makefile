@@ -1,5 +1,6 @@
 # make quickstart   set up .venv, then train, evaluate and sample a small T5 on text that ships with Python
 # make test         set up .venv, then run the fast tests;   make test-slow: the others
+# make torture      kill a small run at KILLS=50 moments and start it again each time; PROCESSES=2: one of two hosts
 # make lint         ruff and pyright
 # make venv         only set up .venv: nothing is done when it is up to date
 # make cache TASK=c4_v220_span_corruption CACHE_DIR=/data/cache
@@ -14,7 +15,7 @@ CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: venv quickstart test test-slow lint cache clean
+.PHONY: venv quickstart test test-slow torture lint cache clean
 
 venv: $(VENV)/installed
 
@@ -26,6 +27,9 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+torture: venv
+	$(BIN)/python tests/torture.py --kills=$(or $(KILLS),50) --processes=$(or $(PROCESSES),1)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -254,7 +254,9 @@ def _train(run: Run, config: str, machine: Machine) -> None:
 
         if int(state.step) >= last:
             log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
-            logger.evaluation(int(state.step), evaluate(state))
+            found = evaluate(state)
+            if not logger.has_evaluation(int(state.step)):
+                logger.evaluation(int(state.step), found)
         state = loop.train(
             state,
             machine.compiler.train_step(

@@ -163,6 +163,11 @@ class MetricLogger:
             log.info("step %d  %s: %s", step, task, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         self._publish()
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has validation metrics of `step` already."""
+        records = read_metrics(self._dir) if (self._dir / METRICS_FILE).exists() else []
+        return any(record["step"] == step and record["split"] == "validation" for record in records)
+
     def close(self) -> None:
         for part in (self._bar, self._lines, self._events):
             if part is not None:
