@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.attention import Implementation, Visibility, dot_product_attention
 from t5x_lite.layers import PRODUCT, Embed, named_axes, project
-from t5x_lite.model import Dtype, Remat, stack
+from t5x_lite.model import Dtype, Remat, check_choices, stack
 from t5x_lite.sharding import constrain
 
 Head = Literal["pooler", "mlm", "nsp", "classify"]
@@ -35,8 +35,8 @@ class BertConfig:
     max_length: of a row: as many positions have an embedding.
     heads: what is on top: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on the pooler "nsp" (whether
       the second segment follows the first) and "classify" (`num_labels` classes).
-    dtype, scan_layers, remat: see T5Config. Dropout is at the published places; of attention weights it is shared by
-      the queries of a row, as in T5.
+    dtype, scan_layers, remat, attention: see T5Config. Dropout is at the published places; of attention weights it is
+      shared by the queries of a row, as in T5.
     """
 
     d_model: int
@@ -52,6 +52,7 @@ class BertConfig:
     dtype: Dtype = "float32"
     scan_layers: bool = True
     remat: Remat = "none"
+    attention: Implementation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(self.heads))
@@ -67,9 +68,7 @@ class BertConfig:
             raise ValueError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
-        for name, choices in (("dtype", get_args(Dtype)), ("remat", get_args(Remat))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"BertConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
+        check_choices(self, dtype=Dtype, remat=Remat)
 
     @property
     def layout(self) -> Literal["encoder"]:
@@ -131,7 +130,9 @@ class SelfAttention(nn.Module):
             *(heads("key"), heads("value"), None, visibility),
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate else None,
+            implementation=c.attention,
         )
+        y_BSHK = checkpoint_name(y_BSHK, PRODUCT)
         out = Affine(c.d_model, ("joined_kv", "embed"), c.compute_dtype, name="out")
         return out(y_BSHK.reshape(*y_BSHK.shape[:2], -1))
 

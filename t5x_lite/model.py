@@ -20,9 +20,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.attention import Implementation, Visibility, dot_product_attention
 from t5x_lite.layers import ACTIVATIONS, PRODUCT, Dense, Embed, GatedMlp, RelativePositionBias, RMSNorm
 from t5x_lite.sharding import constrain
 
@@ -41,6 +42,7 @@ class T5Config:
     dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
     remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
+    attention: its implementation, where it can do what is asked; None: by platform and shape (attention.py).
     """
 
     d_model: int
@@ -60,6 +62,7 @@ class T5Config:
     dtype: Dtype = "float32"
     scan_layers: bool = True
     remat: Remat = "none"
+    attention: Implementation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -82,9 +85,7 @@ class T5Config:
                 f"T5Config.relative_buckets={self.relative_buckets} must be a multiple of 4 and at most "
                 f"relative_max_distance={self.relative_max_distance}"
             )
-        for name, kind in (("dtype", Dtype), ("remat", Remat), ("relative_bias", RelativeBias)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"T5Config.{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}")
+        check_choices(self, dtype=Dtype, remat=Remat, relative_bias=RelativeBias)
 
     @property
     def decoder_only(self) -> bool:
@@ -98,6 +99,14 @@ class T5Config:
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+
+def check_choices(config: Any, **kinds: Any) -> None:
+    """Raises ValueError: a field is none of its kind's literals, or `attention` no implementation."""
+    choices = {name: get_args(kind) for name, kind in kinds.items()} | {"attention": (*get_args(Implementation), None)}
+    for name, among in choices.items():
+        if getattr(config, name) not in among:
+            raise ValueError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
 
 
 @flax.struct.dataclass
@@ -178,7 +187,9 @@ class Attention(nn.Module):
             visibility,
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate else None,
+            implementation=self.config.attention,
         )
+        y_BTHK = checkpoint_name(y_BTHK, PRODUCT)  # kept, a fused kernel's forward pass is not run again
         return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
 
 

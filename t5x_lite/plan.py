@@ -202,6 +202,10 @@ def compile_within(lowered: Any, topology: Topology) -> tuple[Memory, Any | None
     return Memory(needed, *parts, program), compiled, time.monotonic() - start
 
 
+# Of its attention, as JAX calls it: queries with keys, weights with values; backward these again, and four gradients.
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def matmul_flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products in a traced program, of all devices together; what remat repeats counts again.
 
@@ -209,17 +213,22 @@ def matmul_flops(jaxpr: Any) -> float:
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
             continue
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "pallas_call":
-            times = math.prod(equation.params["grid_mapping"].grid)
-        inner = [matmul_flops(j) for value in equation.params.values() for j in _jaxprs(value)]
+        if name in CUDNN_PRODUCTS:
+            query, key = (x.aval for x in equation.invars[:2])
+            total += CUDNN_PRODUCTS[name] * 2.0 * query.size * key.shape[1]
+            continue
+        times = {"scan": params.get("length"), "shard_map": getattr(params.get("mesh"), "size", 1)}.get(name, 1)
+        if name == "pallas_call":
+            times = math.prod(params["grid_mapping"].grid)
+        inner = [matmul_flops(j) for value in params.values() for j in _jaxprs(value)]
         if inner:
-            total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
+            total += times * (max(inner) if name == "cond" else sum(inner))
     return total
 
 

@@ -92,7 +92,7 @@ def least_memory(run: Run, machine: Machine) -> float:
     """Bytes on each device that no compiler can do without: state, gradients and what the backward pass is left with.
 
     Of each layer "full" remat keeps its input, "minimal" its matrix products with parameters as well, "none" the
-    attention's weights, too.
+    attention's weights, too, where no fused kernel does without them.
     """
     c, lengths = run.model, run.task_feature_lengths
     state = shard_bytes(machine.abstract) + shard_bytes(machine.abstract.params)
@@ -107,11 +107,12 @@ def least_memory(run: Run, machine: Machine) -> float:
     encoder, decoder = S * c.d_model, T * c.d_model
     if c.remat != "full":
         mlp = len(c.mlp_activations) * c.d_ff / tensor
-        encoder += S * (3 * joined + c.d_model + mlp)
-        decoder += T * (3 * joined + c.d_model + mlp)
+        encoder += S * (4 * joined + c.d_model + mlp)
+        decoder += T * (4 * joined + c.d_model + mlp)
         if not c.decoder_only:
-            decoder += T * (joined + c.d_model) + S * 2 * joined
-    if c.remat == "none":
+            decoder += T * (2 * joined + c.d_model) + S * 2 * joined
+    may_fuse = machine.mesh.devices.flat[0].platform != "cpu" and c.attention in (None, "flash", "cudnn")
+    if c.remat == "none" and not may_fuse:
         encoder += c.num_heads / tensor * S * S
         decoder += c.num_heads / tensor * T * (T + S)
     kept = rows * width * (c.num_encoder_layers * encoder + c.num_decoder_layers * decoder)

@@ -95,6 +95,26 @@ def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_
     assert closed < with_minimal < with_full < 4 / 3 * closed  # the logits are not repeated
 
 
+def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tiny):
+    model = dataclasses.replace(tiny.model, num_decoder_layers=1)
+    machine = Machine(tiny)
+
+    def flops(attention, remat):
+        config = dataclasses.replace(model, attention=attention, remat=remat)
+        abstract = step.abstract_state(config, tiny.optimizer, machine.mesh)
+        train_step = machine.compiler.train_step(abstract, config=config, optimizer=tiny.optimizer)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return plan.matmul_flops(train_step.trace(abstract, plan.abstract_batch(tiny, machine), key).jaxpr)
+
+    # Two layers of the encoder on 12 inputs; one of the decoder on 10 targets, alone and with the inputs.
+    once = 2 * 16 * 4 * 6 * (2 * 12 * 12 + 10 * 10 + 10 * 12)
+    assert flops("flash", "none") == flops("batch", "none") + once
+    assert (
+        flops("flash", "minimal")
+        == flops("flash", "none") + (flops("batch", "minimal") - flops("batch", "none")) - once
+    )
+
+
 @pytest.mark.parametrize("memory, fits", [(1e3, False), (1e12, True), (None, None)])
 def test_whether_it_fits_is_said(tiny_plan, memory, fits):
     found = dataclasses.replace(tiny_plan, capacity=memory)
