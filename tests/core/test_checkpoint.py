@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -460,6 +461,24 @@ def test_saves_that_go_on_failing_end_the_run_and_so_does_the_last(tmp_path, mon
         checkpointer.save(20, make_state(), Position(20))
         raise KeyError("what happened first is what is said")
     assert checkpoint.choose_start(tmp_path, strict=True).step == 10
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_files_that_the_system_refuses_to_write(tmp_path, caplog):
+    """The kernel's own refusal, in TensorStore's words. By a limit, which stands for a full disk."""
+    state = State(jnp.int32(1), {"w": jax.random.normal(jax.random.key(0), (100_000,))}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with saving.Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        for step, limit in ((10, limits[0]), (20, 100_000), (30, limits[0])):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            try:
+                checkpointer.save(step, state)
+                with contextlib.suppress(OSError):
+                    checkpointer.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert checkpointer.all_steps() == [10 if step == 20 else step]
+    assert "Step 20 could not be saved, and training goes on" in caplog.text and "File too large" in caplog.text
 
 
 # One run in a MODEL_DIR
