@@ -121,7 +121,7 @@ class Program:
         found = []
         for name, computation in self.computations.items():
             for instruction in computation.values():
-                kind = instruction.opcode.removesuffix("-start")
+                kind = _kind(instruction)
                 if kind not in KINDS or not self.times[name]:
                     continue
                 chain = "chain_id=" in instruction.attributes and re.search(r"channel_id=\d+", instruction.attributes)
@@ -131,8 +131,11 @@ class Program:
                 spread[key] = min(spread.get(key, self.times[name]), self.times[name])
         result: dict[str, Collectives] = collections.defaultdict(Collectives)
         for key, kind, instruction, computation in found:
-            held = sum(_bytes(computation[o].shape) for o in instruction.operands)
-            members = [domain[device] if domain else 0 for device in _groups(instruction.attributes, devices)[0]]
+            # One between slices has become a `send` of its first operand to the same device of each other slice.
+            apart = instruction.opcode == "send"
+            held = sum(_bytes(computation[o].shape) for o in instruction.operands[: 1 if apart else None])
+            group = _groups(instruction.attributes, devices)[0]
+            members = sorted(set(domain or [0])) if apart else [domain[device] if domain else 0 for device in group]
             n, d = len(members), len(set(members))
             if n == 1:
                 continue
@@ -243,6 +246,13 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return match.start()
     raise ValueError(f"unbalanced brackets in a line of HLO: {text[:200]}")
+
+
+def _kind(instruction: Instruction) -> str:
+    sent = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if sent and instruction.opcode == "send":
+        return sent[1].lower().replace("_", "-")
+    return instruction.opcode.removesuffix("-start")
 
 
 def _callees(attributes: str) -> list[str]:

@@ -231,6 +231,20 @@ def test_the_text_of_a_tpu_program_is_read():
     assert program.memory_traffic() == 4 * (3 * 5 * 4 + 3 * 4 + (2 * 4 + 1))
 
 
+def test_what_a_tpu_program_sends_to_other_slices_counts_as_the_collective_that_it_was():
+    sums = """ENTRY %main (a: f32[6,5]) -> f32[6,5] {
+  %a = f32[6,5]{1,0} parameter(0)
+  %token = token[] after-all()
+  %inside = f32[6,5]{1,0} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %send = (f32[6,5]{1,0}, u32[], token[]) send(%inside, %token), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %b = f32[6,5]{1,0} copy(%inside)
+}"""
+    found = hlo.Program(sums).collectives(8, domain=[0, 0, 0, 0, 1, 1, 1, 1])
+    assert found == {"all-reduce": hlo.Collectives(2, 2 * 120 * 3 / 4, 2 * 120 / 2)}
+
+
 def test_groups_are_read_in_every_form():
     pairs = {(0, 4), (1, 5), (2, 6), (3, 7)}
     for text in (
