@@ -168,11 +168,11 @@ def _deliberate(error: BaseException) -> bool:
 @functools.cache
 def configurables() -> dict[str, Callable]:
     """What gin files can name: the parts that a run is made of."""
-    from t5x_lite import bert, losses, model, optim, options
+    from t5x_lite import bert, losses, model, optim, options, trainable
 
     parts = (
         *(options.Run, model.T5Config, bert.BertConfig, losses.LossConfig),
-        *(optim.make_optimizer, optim.adafactor, optim.adamw),
+        *(optim.make_optimizer, optim.adafactor, optim.adamw, trainable.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
     for part in parts:

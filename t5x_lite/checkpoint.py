@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -59,34 +60,60 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}. Give an earlier checkpoint.") from None
 
 
-def restore_params(path: str | os.PathLike[str], abstract_params: Any = None, *, info: Mapping[str, Any] | None = None):
-    """The parameters of a checkpoint, without its optimizer state.
+def restore_params(
+    path: str | os.PathLike[str],
+    abstract_params: Any = None,
+    *,
+    info: Mapping[str, Any] | None = None,
+    fresh: Mapping[str, Any] | None = None,
+):
+    """The parameters of a checkpoint, without its optimizer state. What it leaves to its base comes from there.
 
     Args:
       path: a MODEL_DIR, its ``checkpoints`` folder or one ``<step>`` folder.
       abstract_params: tree of jax.ShapeDtypeStruct with shardings to restore onto, cast to its dtypes; None gives a
         nested dict of numpy arrays as they were saved.
       info: this run's facts as given to `Checkpointer`, to explain a mismatch.
+      fresh: "a/b/c" -> value of parameters that the checkpoint may be without.
 
     Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: the files are damaged, or the parameters are not those of abstract_params; all differences are listed,
-        no array is read.
+      FileNotFoundError: no checkpoint there, or not its base.
+      ValueError: the files are damaged, the base is another than it was, or the parameters are not those of
+        abstract_params; all differences are listed, no array is read.
     """
     folder = _found(path)
+    _refuse_damaged(folder)
+    saved = _saved(folder, "params")
+    origins = {name: origin for name, (origin, _) in saved.items()}
+    for origin in dict.fromkeys(o for o in origins.values() if o != folder):
+        _refuse_damaged(origin)
+    if abstract_params is None:
+        leaves = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, (_, leaf) in saved.items()}
+        return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
+    leaves = flat(abstract_params)
+    new = {k: v for k, v in (fresh or {}).items() if k not in saved}
+    check(folder, "params", {k: v for k, v in leaves.items() if k not in new}, info or {}, same_dtype=False)
+    if new:
+        log.info("%d parameters that %s is without begin as initialised: %s", len(new), folder, ", ".join(sorted(new)))
+    return like(abstract_params, traverse_util.unflatten_dict(_read(leaves, origins) | new, sep="/"))
+
+
+def _refuse_damaged(folder: epath.Path) -> None:
     if wrong := damage(folder, ("params",)):
         raise ValueError(f"{_said_damaged(folder, wrong)} Give an earlier checkpoint.")
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    if abstract_params is None:
-        saved = traverse_util.unflatten_dict(_saved(folder, "params"), sep="/")
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        return reader.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=how))
-    leaves = flat(abstract_params)
-    check(folder, "params", leaves, info or {}, same_dtype=False)
-    target = nested(placed(leaves))
-    how = ocp.checkpoint_utils.construct_restore_args(target)
-    restored = reader.restore(folder / "params", args=ocp.args.PyTreeRestore(item=target, restore_args=how))
-    return like(abstract_params, restored)
+
+
+def _read(leaves: Mapping[str, Any], origins: Mapping[str, epath.Path], kind: type | None = None) -> dict[str, Any]:
+    """The arrays of those parameters that a checkpoint has, each as its leaf says, or as a `kind`."""
+    reader, arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), {}
+    for origin in dict.fromkeys(origins.values()):
+        target = nested(placed({k: v for k, v in leaves.items() if origins.get(k) == origin}))
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        if kind is not None:
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=kind), target)
+        asked = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
+        arrays |= flat(reader.restore(origin / "params", args=asked))
+    return arrays
 
 
 # Where a run starts.
@@ -234,7 +261,38 @@ def like(tree: Any, nested: Mapping[str, Any]) -> Any:
 # Comparing a checkpoint with what is wanted of it.
 
 
-def _saved(folder: epath.Path, part: str) -> dict[str, Any]:
+def parameter_names(path: str | os.PathLike[str]) -> set[str]:
+    """What a checkpoint and its base hold."""
+    return set(_saved(_found(path), "params"))
+
+
+def base_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the `info` of a checkpoint says of its base: where it is, and a checksum of it."""
+    folder = _found(path)
+    file = folder / checksums.FILE
+    return {"path": str(folder), "checksum": zlib.crc32(file.read_bytes()) if file.exists() else None}
+
+
+def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
+    """name -> the checkpoint that holds an array, this one or a base of it, and its shape and dtype."""
+    found = {name: (folder, leaf) for name, leaf in _saved_here(folder, part).items()}
+    base = read_info(folder).get("base") if part == "params" else None
+    if base is None:
+        return found
+    if find_checkpoint(base["path"]) is None:
+        raise FileNotFoundError(
+            f"{folder} holds only what was trained; the other parameters are in {base['path']}, where it began, which "
+            "is not there any more: put it back"
+        )
+    if base_of(base["path"]) != dict(base):
+        raise ValueError(
+            f"{folder} holds only what was trained; the other parameters are in {base['path']}, where it began, but "
+            "that is another checkpoint now: put the one back that was there"
+        )
+    return _saved(_found(base["path"]), part) | found
+
+
+def _saved_here(folder: epath.Path, part: str) -> dict[str, Any]:
     if not (folder / part).exists():
         content = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise FileNotFoundError(f"{folder} has no '{part}' folder, only: {content}. It is no whole checkpoint.")
@@ -249,7 +307,7 @@ def check(folder: epath.Path, part: str, wanted: Mapping[str, Any], info: Mappin
         return f"{list(leaf.shape)}" + (f" {np.dtype(leaf.dtype)}" if same_dtype else "")
 
     wanted = {k: v for k, v in wanted.items() if math.prod(v.shape)}
-    saved = _saved(folder, part)
+    saved = {name: leaf for name, (_, leaf) in _saved(folder, part).items()}
     both = wanted.keys() & saved.keys()
     groups = {
         "missing (in this run, not in the checkpoint)": [

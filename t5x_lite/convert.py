@@ -195,9 +195,20 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     if to == "t5x_lite":
         saving.save_params(dest, params, info={"model": dataclasses.asdict(config)})
     else:
-        huggingface.write(dest, config, params)
+        huggingface.write(dest, *_lora_merged(config, params))
     copy_tokenizer(source, dest, config)
     return config
+
+
+def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The same model without LoRA: what it adds is added to the kernels."""
+    if isinstance(config, BertConfig) or not config.lora_rank:
+        return config, params
+    leaves = {name: np.asarray(leaf) for name, leaf in tensors.flat(params).items()}
+    for name in [name for name in leaves if name.endswith("_lora/a/kernel")]:
+        of = name.removesuffix("_lora/a/kernel")
+        leaves[f"{of}/kernel"] = leaves[f"{of}/kernel"] + leaves.pop(name) @ leaves.pop(f"{of}_lora/b/kernel")
+    return dataclasses.replace(config, lora_rank=0), traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:

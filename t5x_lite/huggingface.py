@@ -153,6 +153,11 @@ def _described(config: T5Config) -> dict[str, Any]:
     if config.decoder_only:
         raise ValueError("Hugging Face has no T5 of a decoder alone (num_encoder_layers=0): convert it --to=t5x_lite")
     projections = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if config.adapter_size:
+        raise ValueError(
+            f"Hugging Face's T5 has no adapters (adapter_size={config.adapter_size}, parameters "
+            "encoder/layers/adapter and decoder/layers/adapter): convert it --to=t5x_lite"
+        )
     if config.mlp_activations not in projections:
         raise ValueError(
             f"mlp_activations={config.mlp_activations} cannot be said in a Hugging Face config; these can: "

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from t5x_lite import checkpoint, lock, logs, report, saving, step, watch
 from t5x_lite import train as loop
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
+from t5x_lite.model import ADDED
 from t5x_lite.options import Run, last_step
 
 log = logging.getLogger("t5x_lite")
@@ -217,7 +219,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
     name = _prepare_tasks(run)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
-    log.info("%s parameters on %s", f"{step.param_count(machine.abstract.params):,}", machine)
+    log.info("%s on %s", _parameters(run, machine), machine)
     batches = _train_batches(run, name, machine.local_rows(run.batch_size))
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
     evaluation = _evaluation(run, name, machine, Functions(run, machine), folder)
@@ -225,7 +227,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
     flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     with (
         contextlib.closing(logs.MetricLogger(folder.path, last, flops, folder.publish)) as logger,
-        _checkpointer(run, start) as saver,
+        _checkpointer(run, start, machine) as saver,
         watch.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
@@ -242,9 +244,10 @@ def _train(run: Run, config: str, machine: Machine) -> None:
         else:
             state = step.init_state(run.model, run.optimizer, parameter_key, machine.abstract)
             if start.path is not None:
-                state = dataclasses.replace(
-                    state, params=checkpoint.restore_params(start.path, machine.abstract.params)
-                )
+                named = checkpoint.flat(state.params)
+                added = {name: leaf for name, leaf in named.items() if re.search(ADDED, name)}
+                params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added)
+                state = dataclasses.replace(state, params=params)
         logger.resume(start.step or 0)
         scores: Scores = {}
 
@@ -290,14 +293,30 @@ def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:
     return f"{folder}/{name}"
 
 
-def _checkpointer(run: Run, start: checkpoint.Start) -> saving.Checkpointer:
+def _parameters(run: Run, machine: Machine) -> str:
+    params, trainable = machine.abstract.params, run.optimizer.trainable
+    count, trained = step.param_count(params), trainable.count(params)
+    return f"{count:,} parameters" + (f", of which {trained:,} train" if trained != count else "")
+
+
+def _checkpointer(run: Run, start: checkpoint.Start, machine: Machine) -> saving.Checkpointer:
+    info: dict[str, Any] = {"model": dataclasses.asdict(run.model)}
+    trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(machine.abstract.params))
+    base = None
+    if start.path is not None and frozen.keys() <= checkpoint.parameter_names(start.path):
+        own = start.kind == "resume"
+        base = checkpoint.read_info(start.path).get("base") if own else checkpoint.base_of(start.path)
+    if frozen and base:
+        info["base"] = base
+        log.info("Checkpoints hold what is trained; the other parameters stay in %s.", base["path"])
     return saving.Checkpointer(
         run.model_dir,
         keep_last=run.keep_last,
         keep_best_metric=run.keep_best_metric,
         keep_best=run.keep_best,
         best_mode=run.keep_best_mode,
-        info={"model": dataclasses.asdict(run.model)},
+        info=info,
+        trained=trained if "base" in info else None,
         damaged=start.damaged,
     )
 
@@ -413,7 +432,7 @@ def dry_run(run: Run, mode: str) -> None:
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
         reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict).reason
-    print(f"model       {step.param_count(machine.abstract.params):,} parameters: {run.model}")
+    print(f"model       {_parameters(run, machine)}: {run.model}")
     print(f"mesh        {machine}")
     if mode == "train":
         print(f"steps       {steps}\nstart       {reason}")
@@ -445,10 +464,11 @@ def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
     if decode:
         found.decode_memory = planning.decode_memory(run, place)
     print(planning.table(found))
-    path = Path(run.model_dir, "plan.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(found) | {"fits": found.fits}, indent=1) + "\n")
-    print(f"as JSON: {path}")
+    folder = Folder(run.model_dir)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / "plan.json").write_text(json.dumps(dataclasses.asdict(found) | {"fits": found.fits}, indent=1) + "\n")
+    folder.publish()
+    print(f"as JSON: {folder}/plan.json")
 
 
 def _vocabulary_file(run: Run, name: str) -> str | None:

@@ -188,3 +188,33 @@ class GatedMlp(nn.Module):
             h_BTF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(h_BTF, deterministic=not self.train)
             h_BTF = constrain(h_BTF, "batch", "length", "mlp")
             return Dense(x_BTD.shape[-1], ("mlp", "embed"), init, self.dtype, name="wo")(h_BTF)
+
+
+class Adapter(nn.Module):
+    """x + relu(x W_i) W_o, with few hidden units (Houlsby et al. 2019). W_o is 0 at first, so that it adds nothing."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("adapter"):
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            h_BTF = nn.relu(Dense(self.hidden, ("embed", "mlp"), init, self.dtype, name="wi")(x_BTD))
+            h_BTF = constrain(h_BTF, "batch", "length", "mlp")
+            return x_BTD + Dense(x_BTD.shape[-1], ("mlp", "embed"), nn.initializers.zeros, self.dtype, name="wo")(h_BTF)
+
+
+class LowRank(nn.Module):
+    """x A B, to be added to a dense layer of x (LoRA, Hu et al. 2021). B is 0 at first, so that it adds nothing."""
+
+    rank: int
+    features: int
+    axes: tuple[str, str]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        x = Dense(self.rank, (self.axes[0], "rank"), init, self.dtype, name="a")(x)
+        return Dense(self.features, ("rank", self.axes[1]), nn.initializers.zeros, self.dtype, name="b")(x)

@@ -24,7 +24,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.attention import Implementation, Visibility, dot_product_attention
-from t5x_lite.layers import ACTIVATIONS, PRODUCT, Dense, Embed, GatedMlp, RelativePositionBias, RMSNorm
+from t5x_lite.layers import (
+    ACTIVATIONS,
+    PRODUCT,
+    Adapter,
+    Dense,
+    Embed,
+    GatedMlp,
+    LowRank,
+    RelativePositionBias,
+    RMSNorm,
+)
 from t5x_lite.sharding import constrain
 
 Remat = Literal["none", "minimal", "full"]
@@ -39,6 +49,8 @@ class T5Config:
     num_encoder_layers: 0 makes a decoder alone: inputs and targets follow each other in its row.
     prefix_lm: such a decoder sees all of the inputs from everywhere in them, not only what comes before.
     relative_bias: one table for all layers of a stack, or one in every layer (UMT5).
+    adapter_size: hidden units of an adapter after each MLP (`layers.Adapter`); 0: none.
+    lora_rank: of what is added to the kernels of query and value of every attention (`layers.LowRank`); 0: nothing.
     dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
     remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
@@ -58,6 +70,8 @@ class T5Config:
     relative_bias: RelativeBias = "shared"
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    adapter_size: int = 0
+    lora_rank: int = 0
     dropout_rate: float = 0.0
     dtype: Dtype = "float32"
     scan_layers: bool = True
@@ -67,7 +81,7 @@ class T5Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "num_decoder_layers": 1, "vocab_size": 1}
-        for name, least in {**sizes, "num_encoder_layers": 0}.items():
+        for name, least in {**sizes, "num_encoder_layers": 0, "adapter_size": 0, "lora_rank": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
         if self.prefix_lm and not self.decoder_only:
@@ -107,6 +121,10 @@ def check_choices(config: Any, **kinds: Any) -> None:
     for name, among in choices.items():
         if getattr(config, name) not in among:
             raise ValueError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
+
+
+# Found in the names of the parameters that adapter_size and lora_rank add to a model.
+ADDED = r"/adapter/|_lora/"
 
 
 @flax.struct.dataclass
@@ -162,13 +180,19 @@ class Attention(nn.Module):
         self.key = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
         self.value = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
         self.out = Dense(c.d_model, ("joined_kv", "embed"), normal, c.compute_dtype)
+        if c.lora_rank:
+            self.query_lora = LowRank(c.lora_rank, joined, ("embed", "joined_kv"), c.compute_dtype)
+            self.value_lora = LowRank(c.lora_rank, joined, ("embed", "joined_kv"), c.compute_dtype)
 
     def _split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
         x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
         return constrain(x, "batch", "length", "heads", "kv")
 
     def keys_values(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
-        return self._split_heads(self.key(x_BSD)), self._split_heads(self.value(x_BSD))
+        value = self.value(x_BSD)
+        if self.config.lora_rank:
+            value += self.value_lora(x_BSD)
+        return self._split_heads(self.key(x_BSD)), self._split_heads(value)
 
     def __call__(
         self,
@@ -179,8 +203,11 @@ class Attention(nn.Module):
         visibility: Visibility,
     ) -> Float[Array, "B T D"]:
         rate = self.config.dropout_rate if self.train else 0.0
+        query = self.query(x_BTD)
+        if self.config.lora_rank:
+            query += self.query_lora(x_BTD)
         y_BTHK = dot_product_attention(
-            self._split_heads(self.query(x_BTD)),
+            self._split_heads(query),
             key_BSHK,
             value_BSHK,
             bias_HTS,
@@ -218,7 +245,10 @@ class EncoderLayer(nn.Module):
         x_BSD += dropout(h_BSD)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_mlp_layer_norm")(x_BSD)
         mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, name="mlp")
-        x_BSD += dropout(mlp(h_BSD))
+        h_BSD = mlp(h_BSD)
+        if c.adapter_size:
+            h_BSD = Adapter(c.adapter_size, c.compute_dtype, name="adapter")(h_BSD)
+        x_BSD += dropout(h_BSD)
         return constrain(x_BSD, "batch", "length", "embed"), None
 
 
@@ -242,6 +272,8 @@ class DecoderLayer(nn.Module):
             self.encoder_decoder_attention = Attention(c, self.train)
         self.pre_mlp_layer_norm = RMSNorm(c.compute_dtype)
         self.mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train)
+        if c.adapter_size:
+            self.adapter = Adapter(c.adapter_size, c.compute_dtype)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
 
     def __call__(
@@ -279,7 +311,10 @@ class DecoderLayer(nn.Module):
             h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_visibility)
             x_BTD += self.dropout(h_BTD.reshape(x_BTD.shape))
 
-        x_BTD += self.dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
+        h_BTD = self.mlp(self.pre_mlp_layer_norm(x_BTD))
+        if self.config.adapter_size:
+            h_BTD = self.adapter(h_BTD)
+        x_BTD += self.dropout(h_BTD)
         return (constrain(x_BTD, "batch", "length", "embed"), cache), None
 
     def cross_keys_values(self, carry: None, encoded_BSD: Float[Array, "B S D"]) -> tuple[None, tuple[Array, Array]]:

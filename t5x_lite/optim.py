@@ -22,6 +22,8 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
+from t5x_lite.trainable import ALL, Rules, Trainable, is_layer_stack
+
 Schedule = Callable[[Any], Float[Array, ""]]
 
 MIN_LEARNING_RATE = 1e-8  # T5X's floor; keeps warm-up from doing nothing at step 0
@@ -35,18 +37,29 @@ class Optimizer:
       transform: `transform.update(grads, state, params, learning_rate=lr)` gives the step at learning rate 1, already
         downhill: the parameters move by lr times it. Only momentum in Adafactor looks at `learning_rate`.
       schedule: number of updates done so far -> learning rate, a float32 scalar.
+      trainable: which parameters it is given.
     """
 
     transform: GradientTransformation
     schedule: Schedule
+    trainable: Trainable = ALL
 
 
-def make_optimizer(transform: GradientTransformation, schedule: Schedule, clip_norm: float | None = None) -> Optimizer:
-    """An `Optimizer`; with `clip_norm`, gradients whose global norm is above it are scaled down to it first."""
+def make_optimizer(
+    transform: GradientTransformation,
+    schedule: Schedule,
+    clip_norm: float | None = None,
+    trainable: Trainable | Rules | None = None,
+) -> Optimizer:
+    """An `Optimizer`; with `clip_norm`, gradients whose global norm is above it are scaled down to it first.
+
+    Args:
+      trainable: what trains, or the rules that say it; None: everything.
+    """
     if clip_norm is not None:
         _require(clip_norm > 0, "clip_norm must be > 0 or None", clip_norm)
         transform = optax.chain(optax.clip_by_global_norm(clip_norm), transform)
-    return Optimizer(transform, schedule)
+    return Optimizer(transform, schedule, trainable if isinstance(trainable, Trainable) else Trainable(trainable))
 
 
 # Adafactor
@@ -284,11 +297,6 @@ def _floored(value: Callable[[Array], Any]) -> Schedule:
         return jnp.maximum(jnp.asarray(value(n), jnp.float32), MIN_LEARNING_RATE)
 
     return schedule
-
-
-def is_layer_stack(path: Sequence[Any]) -> bool:
-    """Whether a parameter with this key path has a leading layer axis: one of the path's components is `layers`."""
-    return any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path)
 
 
 def _rms(x: Array) -> Array:

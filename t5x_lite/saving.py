@@ -1,10 +1,11 @@
 """Saving checkpoints: the training state and the data position, written as one, restored onto any mesh.
 
-A run's checkpoints lie in ``MODEL_DIR/checkpoints/<step>/``, each with four parts: ``params`` (the parameter tree),
-``optimizer`` (step and optimizer state), ``data`` (the position in the data) and ``info``
-(JSON: step, model config and what else explains a mismatch), and ``checksums.json`` over all of them. Orbax writes them
-in the background and renames the whole folder into place at the end, so a checkpoint is there with all its parts or not
-at all. What a save replaces is deleted only after that.
+A run's checkpoints lie in ``MODEL_DIR/checkpoints/<step>/``, each with four parts: ``params`` (the parameter tree;
+where a run trains a part of one that it began with, that part, and ``info`` says where the rest is), ``optimizer``
+(step and optimizer state), ``data`` (the position in the data) and ``info`` (JSON: step, model config and what else
+explains a mismatch), and ``checksums.json`` over all of them. Orbax writes them in the background and renames the
+whole folder into place at the end, so a checkpoint is there with all its parts or not at all. What a save replaces is
+deleted only after that.
 
 This module knows Orbax and trees of arrays. It must not know the model, the optimizer, SeqIO or TensorFlow: a state is
 anything with ``step``, ``params``, ``opt_state`` and ``replace``; a data iterator anything with ``save(folder)`` and
@@ -89,7 +90,9 @@ class Checkpointer:
       keep_best_metric: "task/metric", a key of the metrics given to `save`; None: no checkpoint is kept for its score.
       keep_best: how many of the best to keep beside the newest.
       best_mode: whether "max" or "min" is best.
-      info: facts for the `info` part, such as {"model": {...}}; what JSON can hold.
+      info: facts for the `info` part, such as {"model": {...}}; what JSON can hold. {"base": checkpoint.base_of(...)}:
+        where the parameters are that are not saved.
+      trained: names of the parameters that are saved, where the others are in a base; None: all.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Checkpointer:
         keep_best: int = 1,
         best_mode: Literal["max", "min"] = "max",
         info: Mapping[str, Any] | None = None,
+        trained: Collection[str] | None = None,
         damaged: Collection[int] = (),
     ):
         if keep_last is not None and keep_last < 1:
@@ -109,7 +113,7 @@ class Checkpointer:
             raise ValueError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
         self.directory = checkpoint.checkpoints_folder(directory)
         self._policy = KeepLastAndBest(keep_last, keep_best_metric, keep_best, best_mode)
-        self._info = dict(info or {})
+        self._info, self._trained = dict(info or {}), trained
         self._saving: int | None = None  # the step being saved
         self._failure: OSError | None = None  # of the last save
         self._failures = 0  # in a row
@@ -175,8 +179,11 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return False
         info = {**self._info, "step": step, "processes": jax.process_count(), checkpoint.CHECKSUMS: True}
+        params = checkpoint.flat(state.params)
+        if self._trained is not None:
+            params = {name: leaf for name, leaf in params.items() if name in self._trained}
         parts: dict[str, Any] = {
-            "params": ocp.args.StandardSave(checkpoint.nested(checkpoint.flat(state.params))),
+            "params": ocp.args.StandardSave(checkpoint.nested(params)),
             "optimizer": ocp.args.StandardSave(checkpoint.nested(checkpoint.flat(_optimizer_part(state)))),
             "info": ocp.args.JsonSave(info),
         }
@@ -217,13 +224,19 @@ class Checkpointer:
         }
         for part, leaves in wanted.items():
             checkpoint.check(folder, part, leaves, self._info, same_dtype=True)
+        has_base = "base" in checkpoint.read_info(folder)
         parts: dict[str, Any] = {
-            k: ocp.args.StandardRestore(checkpoint.nested(checkpoint.placed(v))) for k, v in wanted.items()
+            k: ocp.args.StandardRestore(checkpoint.nested(checkpoint.placed(v)))
+            for k, v in wanted.items()
+            if k != "params" or not has_base
         }
         if iterator is not None:
             parts["data"] = DataPositionRestore(iterator)
         restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
-        params = checkpoint.like(abstract_state.params, restored["params"])
+        if has_base:
+            params = checkpoint.restore_params(folder, abstract_state.params)
+        else:
+            params = checkpoint.like(abstract_state.params, restored["params"])
         optimizer = checkpoint.like(_optimizer_part(abstract_state), restored["optimizer"])
         return dataclasses.replace(
             abstract_state, step=optimizer["step"], params=params, opt_state=optimizer["opt_state"]

@@ -21,6 +21,7 @@ from t5x_lite.bert import BertConfig
 from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer
 from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
+from t5x_lite.trainable import ALL, merged
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -32,7 +33,7 @@ T5_LOSS = LossConfig()
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `step` counts the updates done."""
+    """All that a step changes, and the parameters that it does not. `step` counts the updates done."""
 
     step: Any  # int32 scalar; in an abstract state its shape, in one of shardings where it lies
     params: Any
@@ -48,7 +49,7 @@ def _boxed_params(config: Config, key: Key[Array, ""]) -> Any:
 
 def _new_state(config: Config, optimizer: Optimizer, key: Key[Array, ""]) -> TrainState:
     params = nn.unbox(_boxed_params(config, key))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.split(params)[0]))
 
 
 def abstract_state(
@@ -126,21 +127,24 @@ def train_step(
       target token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update);
       `target_tokens` and `input_tokens`, without padding; `skipped`, 1 where loss, gradients or update are not finite:
       the step is then counted, and changes nothing else. BERT has the first four of each head, and the sum as `loss`.
+      Where not everything trains, `trainable_params`, the number of those that did; `grad_norm` is of what has
+      gradients.
     """
+    trained, frozen = optimizer.trainable.split(state.params)
     targets = _targets(config, batch)
     normalized = {
         head: normalizer(loss, weights, batch.get("decoder_segment_ids")) for head, (_, weights) in targets.items()
     }
     key = jax.random.fold_in(key, state.step)
 
-    def loss_sums(params: Any, part: dict[str, Any], index: Int[Array, ""]) -> tuple[Array, dict[str, Metrics]]:
-        logits = _logits(config, params, part["batch"], jax.random.fold_in(key, index))
+    def loss_sums(trained: Any, part: dict[str, Any], index: Int[Array, ""]) -> tuple[Array, dict[str, Metrics]]:
+        logits = _logits(config, merged(trained, frozen), part["batch"], jax.random.fold_in(key, index))
         with jax.named_scope("loss"):
             sums = _sums(logits, part["targets"], loss)
         return sum((sums[head]["loss"] / normalized[head][1] for head in sums), jnp.float32(0.0)), sums
 
     def gradient(part: dict[str, Any], index: Int[Array, ""] | int) -> tuple[Any, dict[str, Metrics]]:
-        (_, sums), grads = jax.value_and_grad(loss_sums, has_aux=True)(state.params, part, jnp.asarray(index))
+        (_, sums), grads = jax.value_and_grad(loss_sums, has_aux=True)(trained, part, jnp.asarray(index))
         return grads, sums
 
     whole = {
@@ -166,14 +170,15 @@ def train_step(
     with jax.named_scope("optimizer"):
         learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
         direction, opt_state = optax.with_extra_args_support(optimizer.transform).update(
-            grads, state.opt_state, state.params, learning_rate=learning_rate
+            grads, state.opt_state, trained, learning_rate=learning_rate
         )
-        params = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), state.params, direction)
+        moved = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), trained, direction)
+        moved = optimizer.trainable.hold(state.step, moved, trained)
         found = means(sums)
         grad_norm = optax.tree.norm(grads)
         sound = jnp.isfinite(found["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+        moved, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (moved, opt_state), (trained, state.opt_state)
         )
 
     sides = ("inputs", "encoder_input_tokens", "decoder_target_tokens")
@@ -187,7 +192,9 @@ def train_step(
         "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
         "skipped": 1.0 - sound,
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    if optimizer.trainable != ALL:
+        metrics["trainable_params"] = jnp.asarray(optimizer.trainable.count(state.params, state.step), jnp.float32)
+    return TrainState(state.step + 1, merged(moved, frozen), opt_state), metrics
 
 
 def means(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""Which parameters train: rules over their names, and gradual unfreezing over the steps.
+
+A name is a parameter's path, such as ``encoder/layers/mlp/wo/kernel``. What is frozen has no gradient and no state in
+the optimizer; the training step, the checkpoints and the log all ask the one `Trainable` that the optimizer carries.
+This module knows names, arrays and steps; it must not know the model, the optimizer or the mesh.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Bool, Float
+
+Rules = Sequence[tuple[str, bool]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """The parameters that train.
+
+    Attributes:
+      rules: (regular expression, whether it trains); the first that is found in a name decides, and what none is found
+        in is frozen. None: everything trains.
+      layers: (step, L) -> bool [L], the layers of a stack of L that train in the step after `step` updates; None: all,
+        always. They belong to the stack, so that one program serves all steps: a layer that does not train yet keeps
+        its parameters, but its gradient is computed, and the optimizer's moments follow it. When it thaws, they are
+        warm, and its first updates are no larger than any other.
+    """
+
+    rules: Rules | None = None
+    layers: Callable[[Any, int], Bool[Array, " L"]] | None = None
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.rules or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"TRAINABLE: {pattern!r} is no regular expression: {error}") from None
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Two trees like `params`: with the leaves that train, and with those that do not.
+
+        Raises ValueError: a rule is found in no name, or nothing trains.
+        """
+        if self.rules is None:
+            return params, {}
+        leaves = traverse_util.flatten_dict(params, sep="/")
+        for pattern, _ in self.rules:
+            if not any(re.search(pattern, name) for name in leaves):
+                nearest = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or sorted(leaves)[:3]
+                raise ValueError(f"TRAINABLE: {pattern!r} is in no parameter's name; near it: {', '.join(nearest)}")
+        trained = {name: leaf for name, leaf in leaves.items() if self._trains(name)}
+        if not trained:
+            raise ValueError(
+                f"TRAINABLE = {self.rules!r} trains nothing: what no rule is found in is frozen, so end with "
+                f"('', True) to train the rest, such as {', '.join(sorted(leaves)[:3])}"
+            )
+        frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
+        return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(frozen, sep="/")
+
+    def _trains(self, name: str) -> bool:
+        return next((trains for pattern, trains in self.rules or () if re.search(pattern, name)), False)
+
+    def hold(self, step: Any, new: Any, old: Any) -> Any:
+        """`new`, the trained parameters after an update, with the layers that do not train at `step` as in `old`."""
+        if self.layers is None:
+            return new
+
+        def held(path: Sequence[Any], new: Array, old: Array) -> Array:
+            if not is_layer_stack(path):
+                return new
+            return jnp.where(self._mask(step, new), new, old)
+
+        return jax.tree_util.tree_map_with_path(held, new, old)
+
+    def _mask(self, step: Any, leaf: Array) -> Bool[Array, "..."]:
+        assert self.layers is not None
+        return self.layers(step, leaf.shape[0]).reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    def count(self, params: Any, step: Any = None) -> Float[Array, ""] | int:
+        """How many numbers of `params` train; at `step`, if it is given and layers thaw one by one."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.split(params)[0])
+        if self.layers is None or step is None:
+            return sum(leaf.size for _, leaf in leaves)
+        parts = (
+            jnp.mean(self._mask(step, leaf), dtype=jnp.float32) * leaf.size if is_layer_stack(path) else leaf.size
+            for path, leaf in leaves
+        )
+        return jnp.asarray(sum(parts), jnp.float32)
+
+
+ALL = Trainable()
+
+
+def merged(trained: Any, frozen: Any) -> Any:
+    """The whole tree again, of what `Trainable.split` makes."""
+    if not frozen:
+        return trained
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trained))
+
+
+def gradual_unfreezing(total_steps: int, episodes: int = 12) -> Trainable:
+    """Thaws encoder and decoder in parallel, from the top, in `episodes` equal parts of the run (T5 paper 3.5.1).
+
+    In part k = 0, 1, ... the top k+1 blocks train where there are as many blocks as parts, as in T5 base; of L blocks,
+    the top (k+1) L / episodes, rounded up. Embeddings and output train throughout, as in the paper. It does not say
+    what of final norms and shared relative-bias tables: here they train throughout, too. The norms lie above the top
+    block, and the tables, like the embeddings, belong to no block; UMT5's, one a block, thaw with it.
+
+    Raises ValueError: no steps, or more episodes than steps.
+    """
+    if not 1 <= episodes <= total_steps:
+        raise ValueError(f"gradual_unfreezing: 1 <= episodes = {episodes} <= total_steps = {total_steps} must hold")
+
+    def layers(step: Any, count: int) -> Bool[Array, " L"]:
+        # Where episode k begins is computed here, in whole numbers that do not overflow.
+        starts = jnp.asarray([-(-k * total_steps // episodes) for k in range(episodes)], jnp.int32)
+        episode = jnp.sum(jnp.asarray(step) >= starts) - 1
+        thawed = jnp.minimum(-(-(episode + 1) * count // episodes), count)
+        return jnp.arange(count) >= count - thawed
+
+    return Trainable(layers=layers)
+
+
+def is_layer_stack(path: Sequence[Any]) -> bool:
+    """Whether a parameter with this key path has a leading layer axis: one of the path's components is `layers`."""
+    return any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path)
