@@ -2,20 +2,20 @@
 # Trains on a Cloud TPU VM, of one host or of many: every command goes to all of them.
 #
 #   scripts/tpu_vm.sh create --name=t5 --zone=us-west4-a --type=v5litepod-8 [--spot] [--queued]
-#   scripts/tpu_vm.sh setup  --name=t5 --zone=us-west4-a [--bucket=my-bucket]
+#   scripts/tpu_vm.sh setup  --name=t5 --zone=us-west4-a
 #   scripts/tpu_vm.sh run    --name=t5 --zone=us-west4-a -- --gin_file=models/t5_1_1/base.gin --gin_file=runs/pretrain.gin
 #   scripts/tpu_vm.sh logs   --name=t5 --zone=us-west4-a
 #   scripts/tpu_vm.sh delete --name=t5 --zone=us-west4-a
 #
 # create  rents the machine; --queued waits for it in Google's queue, --spot takes one that may be taken back.
-# setup   copies this repository as committed (HEAD), installs it with JAX for TPU, and mounts --bucket at ~/bucket.
+# setup   copies this repository as committed (HEAD) and installs it with JAX for TPU.
 # run     starts `python run.py ARGUMENTS` on every host, in a tmux session that outlives this connection, with
 #         --data=FOLDER as T5X_LITE_DATA_DIR, such as gs://my-bucket/data.
 # logs    follows what the first host prints. Stop with Ctrl-C; the run goes on.
 # stop    ends the run on every host.
 # resume  where the machine was taken back: create, setup and run again, with the same options and arguments as for
-#         these. The run goes on from its last checkpoint, if its MODEL_DIR is in the bucket. Nothing is done while the
-#         machine is there and the run is on. --every=SECONDS looks again and again until the run has ended by itself.
+#         these. The run goes on from its last checkpoint, if its MODEL_DIR is in a bucket (gs://...). Nothing is done while
+#         the machine is there and the run is on. --every=SECONDS looks again and again until the run has ended by itself.
 # delete  gives the machine back.
 #
 # --project=P, --version=RUNTIME (the VM's image) are for all. --dry_run prints each gcloud command instead.
@@ -35,14 +35,13 @@ case $1 in -h | --help | help) usage; exit 0 ;; esac
 action=$1
 shift
 
-name="" zone="" type="" version="" bucket="" data="" project=() spot=() queued="" every="" dry_run="" arguments=()
+name="" zone="" type="" version="" data="" project=() spot=() queued="" every="" dry_run="" arguments=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
     --data=*) data=${1#*=} ;;
     --project=*) project=("--project=${1#*=}") ;;
     --every=*) every=${1#*=} ;;
@@ -119,15 +118,6 @@ setup() {
  python3 -m pip install --quiet --user uv &&\
  ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv &&\
  ~/.local/bin/uv pip install --quiet -r requirements-tpu.txt -c constraints.txt"
-  if [[ -n $bucket ]]; then
-    local packages=https://packages.cloud.google.com/apt
-    on_all "command -v gcsfuse > /dev/null || (\
-curl -s $packages/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null &&\
- echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] $packages gcsfuse-\$(lsb_release -cs) main\" |\
- sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null && sudo apt-get -qq update &&\
- sudo apt-get -qq install -y gcsfuse)"
-    on_all "mkdir -p ~/bucket && (mountpoint -q ~/bucket || gcsfuse --implicit-dirs $bucket ~/bucket)"
-  fi
 }
 
 run() {

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains on TPU slices in Google Kubernetes Engine through XPK (pip install xpk; github.com/AI-Hypercomputer/xpk).
 #
-#   scripts/xpk.sh create --cluster=t5 --zone=us-west4-a --project=P --type=v5litepod-16 --slices=2 --bucket=my-bucket
+#   scripts/xpk.sh create --cluster=t5 --zone=us-west4-a --project=P --type=v5litepod-16 --slices=2
 #   scripts/xpk.sh run    --cluster=t5 --zone=us-west4-a --project=P --type=v5litepod-16 --slices=2 -- \
 #       --gin_file=models/t5_1_1/xl.gin --gin_file=mesh/multislice.gin --gin_file=runs/pretrain.gin \
-#       --gin.MODEL_DIR="'/bucket/xl'"
+#       --gin.MODEL_DIR="'gs://my-bucket/xl'"
 #   scripts/xpk.sh delete --cluster=t5 --zone=us-west4-a --project=P
 #
-# create  makes a cluster of spot slices, with --bucket mounted at /bucket in all that runs on it.
+# create  makes a cluster of spot slices.
 # run     starts `python run.py ARGUMENTS` on every host, from this folder. Kubernetes starts it again where a host is
 #         lost, and it goes on from the last checkpoint in its MODEL_DIR.
 # delete  gives the cluster back.
@@ -23,14 +23,13 @@ refuse() {
 [[ $# -gt 0 ]] || refuse "say create, run or delete; see the head of this file"
 action=$1
 shift
-cluster="" type="" slices=1 bucket="" dry_run="" where=() arguments=()
+cluster="" type="" slices=1 dry_run="" where=() arguments=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --cluster=*) cluster=${1#*=} ;;
     --zone=* | --project=*) where+=("$1") ;;
     --type=*) type=${1#*=} ;;
     --slices=*) slices=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
     --dry_run) dry_run=yes ;;
     --)
       shift
@@ -54,10 +53,7 @@ xpk() {
 
 case $action in
   create)
-    xpk cluster create "--cluster=$cluster" "${where[@]}" "--tpu-type=$type" "--num-slices=$slices" --spot \
-      --enable-gcsfuse-csi-driver
-    [[ -z $bucket ]] || xpk storage attach "$bucket" "--cluster=$cluster" "${where[@]}" --type=gcsfuse \
-      --auto-mount=true --mount-point=/bucket --readonly=false "--bucket=$bucket" --size=1
+    xpk cluster create "--cluster=$cluster" "${where[@]}" "--tpu-type=$type" "--num-slices=$slices" --spot
     ;;
   run)
     [[ ${#arguments[@]} -gt 0 ]] || refuse "run needs the arguments of run.py behind --"

@@ -466,7 +466,8 @@ def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
     print(planning.table(found))
     folder = Folder(run.model_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / "plan.json").write_text(json.dumps(dataclasses.asdict(found) | {"fits": found.fits}, indent=1) + "\n")
+    values = dataclasses.asdict(found) | {"fits": found.fits}
+    (folder.path / "plan.json").write_text(json.dumps(values, indent=1) + "\n")
     folder.publish()
     print(f"as JSON: {folder}/plan.json")
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from t5x_lite import chips
 from t5x_lite.bert import BertConfig
 from t5x_lite.model import T5Config
 
@@ -30,27 +31,11 @@ SECONDS_BETWEEN_COPIES = 60.0  # of metrics to a bucket
 
 Record = dict[str, Any]
 
-# Peak dense bfloat16 FLOP/s of one JAX device, by the start of its device_kind; of several, the longest counts.
-# From cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 def peak_flops(device: Any) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one `jax.Device`; None if it is not in the table."""
-    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    """Peak dense bfloat16 FLOP/s of one `jax.Device`; None if it is not in the table of chips."""
+    chip = chips.of_device(device)
+    return None if chip is None else chip.flops
 
 
 def flops_per_step(config: T5Config | BertConfig, batch_size: int, encoder_length: int, decoder_length: int) -> float:
