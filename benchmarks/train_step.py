@@ -4,7 +4,16 @@
 
 The step is the one that `run.py` runs: Adafactor, z-loss, gradients and all. Batches are full rows of random tokens,
 so that no time goes to padding; `--packed` splits each row into two segments. Needs neither TensorFlow nor gin: it
-reads the sizes out of `gin_configs/models/`. Seconds are medians over `--steps` steps, after two that are not counted.
+reads the sizes out of `gin_configs/models/`. Seconds are medians over `--steps` steps, after two that are not counted;
+`temporaries_gb` is what the compiler set aside on each device for activations and the like.
+
+What memory costs in time, each setting in a process of its own, so that peaks are its own:
+
+    for remat in none minimal full; do for parts in 1 2 4; do
+        python benchmarks/train_step.py --remat=$remat --microbatches=$parts
+    done; done | tee sweep.jsonl
+
+and with `--attention` likewise: batch, rows, flash or cudnn.
 """
 
 import argparse
@@ -16,6 +25,7 @@ import resource
 import statistics
 import sys
 import time
+from typing import get_args
 
 import jax
 import numpy as np
@@ -24,6 +34,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from t5x_lite import logs, optim, sharding, step  # noqa: E402
+from t5x_lite.attention import Implementation  # noqa: E402
 from t5x_lite.losses import LossConfig  # noqa: E402
 from t5x_lite.model import T5Config  # noqa: E402
 
@@ -64,6 +75,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--dropout_rate", type=float, default=0.0)
     parser.add_argument("--remat", default="none", choices=["none", "minimal", "full"])
+    parser.add_argument("--attention", choices=get_args(Implementation), help="default: by platform and shape")
     parser.add_argument("--unroll", action="store_true", help="layers unrolled instead of scanned")
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--microbatches", type=int, default=1)
@@ -77,6 +89,7 @@ def main() -> None:
         dtype=args.dtype,
         dropout_rate=args.dropout_rate,
         remat=args.remat,
+        attention=args.attention,
         scan_layers=not args.unroll,
     )
     optimizer = optim.Optimizer(optim.adafactor(), optim.constant(1e-3))
@@ -115,6 +128,7 @@ def main() -> None:
                 "model_flops_per_step": flops,
                 "mfu": round(flops / median / peak / jax.device_count(), 4) if peak else None,
                 "compile_seconds": round(compile_seconds, 2),
+                "temporaries_gb": round(train_step.memory_analysis().temp_size_in_bytes / 2**30, 3),
                 "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
                 "peak_device_gb": round(memory["peak_bytes_in_use"] / 2**30, 3) if memory else None,
                 "first_loss": losses[0],
