@@ -5,8 +5,9 @@
 Both read one Hugging Face directory with a T5 1.1 small of random weights (in which the end token never wins, so that
 all rows are decoded to `--tokens`), float32, the same threads and full rows of inputs. Each call runs in a process of
 its own, ours and theirs by turns; seconds are of whole calls, encoder included, medians of `--rounds` after one call to
-warm up. `ms_per_token` is what a further token costs: the difference to a call that decodes one. Without `--torch`
-(pip install torch transformers safetensors) only ours is timed. The results of both are compared.
+warm up. `ms_per_token` is what a further token costs: the difference to a call that decodes one. `cpu_*` is the same in
+the time that its threads ran, which on a machine that others use says more: give it one core (`taskset -c 0`). Without
+`--torch` (pip install torch transformers safetensors) only ours is timed. The results of both are compared.
 """
 
 import argparse
@@ -83,13 +84,14 @@ def generate_in_torch(args: argparse.Namespace):
 
 def time_calls(args: argparse.Namespace) -> dict:
     generate = {"t5x_lite": generate_here, "torch": generate_in_torch}[args.side](args)
-    seconds = {}
-    for tokens in (1, args.tokens):
-        found = generate(args.method, tokens)
-        started = time.perf_counter()
-        found = generate(args.method, tokens)
-        seconds[tokens] = time.perf_counter() - started
-    return {"one": seconds[1], "all": seconds[args.tokens], "tokens": found.tolist()}
+    times: dict[str, Any] = {}
+    for name, tokens in (("one", 1), ("all", args.tokens)):
+        generate(args.method, tokens)
+        started = time.perf_counter(), time.process_time()
+        times["tokens"] = generate(args.method, tokens).tolist()
+        times[name] = time.perf_counter() - started[0]
+        times[f"cpu_{name}"] = time.process_time() - started[1]
+    return times
 
 
 def compare(args: argparse.Namespace, method: str) -> dict:
@@ -103,16 +105,16 @@ def compare(args: argparse.Namespace, method: str) -> dict:
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
     said = {"method": method, "batch_size": args.batch_size, "inputs": args.inputs, "tokens": args.tokens}
     for side, results in runs.items():
-        seconds = statistics.median(run["all"] for run in results)
-        each = statistics.median((run["all"] - run["one"]) / (args.tokens - 1) for run in results)
-        rate = args.batch_size * args.tokens / seconds
-        said[side] = {
-            "tokens_per_second": round(rate, 1),
-            "ms_per_token": round(1000 * each, 1),
-            "seconds": [round(run["all"], 3) for run in results],
-        }
+        said[side] = {"seconds": [round(run["all"], 3) for run in results]}
+        for kind in ("", "cpu_"):
+            seconds = statistics.median(run[f"{kind}all"] for run in results)
+            each = statistics.median((run[f"{kind}all"] - run[f"{kind}one"]) / (args.tokens - 1) for run in results)
+            said[side][f"{kind}tokens_per_second"] = round(args.batch_size * args.tokens / seconds, 1)
+            said[side][f"{kind}ms_per_token"] = round(1000 * each, 1)
     if args.torch:
-        said["times_faster"] = round(said["t5x_lite"]["tokens_per_second"] / said["torch"]["tokens_per_second"], 2)
+        for kind in ("", "cpu_"):
+            rates = [said[side][f"{kind}tokens_per_second"] for side in ("t5x_lite", "torch")]
+            said[f"{kind}times_faster"] = round(rates[0] / rates[1], 2)
         ours, theirs = (np.asarray(runs[side][0]["tokens"]) for side in ("t5x_lite", "torch"))
         said["tokens_equal"] = float(np.mean(ours == theirs))
     return said

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from t5x_lite import sharding
 from t5x_lite.model import T5, Cache, T5Config, forward
 
 Method = Literal["greedy", "sample", "beam"]
@@ -155,12 +156,39 @@ def _start(
     copied = {name: jnp.repeat(getattr(cache, name), copies, axis=1) for name in ("self_key", "self_value")}
     cache = dataclasses.replace(cache, **copied)  # the encoded inputs are the same for all copies of a row
     first_B, keys = jax.tree.map(lambda x_B: jnp.repeat(x_B, copies, axis=0), (first_B, keys))
+    decoder = params["decoder"]
+    stacks = (decoder["layers"], cache.cross_key, cache.cross_value)
+    cache = dataclasses.replace(cache, cross_key=None, cross_value=None)
+    # An exported program knows neither its number of rows nor its platform.
+    apart = sharding.device().platform == "cpu" and isinstance(B, int)
+    stepper = T5(dataclasses.replace(config, scan_layers=config.scan_layers and not apart))
+    together = _layers_apart(stacks) if apart else lambda: stacks
 
     def step(last_B: Array, index: Array, cache: Cache, parents_B: Array | None = None) -> tuple[Array, Cache]:
-        found = apply(last_B[:, None], offset + index, cache, inputs, **keys, parents=parents_B, method=T5.decode_step)
-        return found[0][:, 0], found[1]
+        layers, cross_key, cross_value = together()
+        found: Any = stepper.apply(
+            {"params": {**params, "decoder": {**decoder, "layers": layers}}},
+            *(last_B[:, None], offset + index),
+            dataclasses.replace(cache, cross_key=cross_key, cross_value=cross_value),
+            inputs,
+            **keys,
+            parents=parents_B,
+            method=T5.decode_step,
+        )
+        return found[0][:, 0], dataclasses.replace(found[1], cross_key=None, cross_value=None)
 
     return step, cache, first_B
+
+
+def _layers_apart(stacks: Any) -> Callable[[], Any]:
+    """What makes `stacks`, trees of arrays [L, ...], from arrays of each layer.
+
+    A CPU's products take whole arrays: of a stack each layer would be copied out at each step, half of a step's time.
+    Where unrolled layers take their slices of what this makes, XLA sees that they are the arrays, and makes nothing.
+    """
+    length = jax.tree.leaves(stacks)[0].shape[0]
+    layers = [jax.tree.map(lambda x, i=i: x[i], stacks) for i in range(length)]
+    return lambda: jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
 
 def _token_by_token(
