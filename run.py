@@ -313,12 +313,16 @@ def _refers_to(value: Any, selector: str) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a gin literal is of the type `hint`. What only running can tell (a reference, an odd hint) fits."""
+    """Whether a gin value is of the type `hint`. What only running can tell (a macro in a list, an odd hint) fits."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, gin_config.ConfigurableReference):
-        return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
+    if isinstance(value, gin_config.ConfigurableReference):
+        part = configurables().get(value.selector.split(".")[-1])
+        if part is None:
+            return True
+        literal = hint in (int, float, str, bool, type(None)) or origin in (typing.Literal, tuple, Mapping, Sequence)
+        return not literal and not (inspect.isclass(part) and isinstance(hint, type) and not issubclass(part, hint))
     if origin is typing.Literal:
         return value in arguments
     if isinstance(origin, type) and issubclass(origin, Mapping):
