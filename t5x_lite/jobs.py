@@ -303,10 +303,10 @@ def _checkpointer(run: Run, start: checkpoint.Start, machine: Machine) -> saving
     info: dict[str, Any] = {"model": dataclasses.asdict(run.model)}
     trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(machine.abstract.params))
     base = None
-    if start.path is not None and frozen.keys() <= checkpoint.parameter_names(start.path):
+    if frozen and start.path is not None and frozen.keys() <= checkpoint.parameter_names(start.path):
         own = start.kind == "resume"
         base = checkpoint.read_info(start.path).get("base") if own else checkpoint.base_of(start.path)
-    if frozen and base:
+    if base:
         info["base"] = base
         log.info("Checkpoints hold what is trained; the other parameters stay in %s.", base["path"])
     return saving.Checkpointer(

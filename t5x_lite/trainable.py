@@ -78,7 +78,7 @@ class Trainable:
 
         return jax.tree_util.tree_map_with_path(held, new, old)
 
-    def _mask(self, step: Any, leaf: Array) -> Bool[Array, "..."]:
+    def _mask(self, step: Any, leaf: Any) -> Bool[Array, "..."]:
         assert self.layers is not None
         return self.layers(step, leaf.shape[0]).reshape(-1, *(1,) * (leaf.ndim - 1))
 
