@@ -12,7 +12,8 @@ import jax
 
 # A process that is not heard of for so long is taken for dead, and JAX then ends the others.
 HEARTBEAT_SECONDS = 60
-_NONE_FOUND = "coordinator_address should be defined"  # what JAX says where it finds no cluster
+# What JAX says where it finds no cluster, and where it has been started already (in a notebook, say).
+_ALONE = ("coordinator_address should be defined", "must be called before any JAX")
 
 
 def connect(
@@ -25,8 +26,8 @@ def connect(
     if coordinator_address is None and process_count is None and process_index is None:
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-        except ValueError as error:
-            if _NONE_FOUND not in str(error):
+        except (ValueError, RuntimeError) as error:
+            if not any(said in str(error) for said in _ALONE):
                 raise
         return
     if coordinator_address is None or process_count is None or process_index is None:
