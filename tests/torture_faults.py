@@ -40,6 +40,7 @@ def half_deleted(_: Any, step: int, target: Any) -> None:
 
 
 def half_put_down(part: Any, directory: Any, args: Any) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / sorted(args.files)[0]).write_bytes(b"half")
 
 

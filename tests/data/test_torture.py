@@ -19,11 +19,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_run_killed_at_the_worst_moments_goes_on_to_the_same_bits(folder):
-    worst = (("logging", 2), ("save halfway", 2), ("evaluating", 1), ("deleting", 1), ("reporting", 1))
-    for number, fault in enumerate(worst):
+    for fault in (("logging", 2), ("save begun", 2), ("evaluating", 1), ("deleting", 1)):
         assert torture.run(folder, "killed", fault) != 0, fault
-        steps = sorted(int(path.name) for path in (folder / "killed/checkpoints").iterdir() if path.name.isdecimal())
-        assert steps == [[], [3], [3], [3, 6, 9], [21, 24]][number], fault
     assert torture.run(folder, "killed") == 0
     torture.compare(folder / "killed", folder / "alone")
 
