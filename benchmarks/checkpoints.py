@@ -24,7 +24,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax  # noqa: E402
 
 import run as command  # noqa: E402
-from t5x_lite import checkpoint, checksums, saving, step  # noqa: E402
+from t5x_lite import checkpoint, step  # noqa: E402
+from t5x_lite.checkpoint import checksums, saving  # noqa: E402
 from t5x_lite.machine import Machine  # noqa: E402
 
 

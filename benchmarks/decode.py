@@ -38,7 +38,7 @@ def make_model(folder: pathlib.Path, seed: int) -> None:
     import jax.numpy as jnp
     from train_step import model_config
 
-    from t5x_lite import huggingface
+    from t5x_lite.convert import huggingface
     from t5x_lite.model import T5
 
     config = model_config("t5_1_1/small")

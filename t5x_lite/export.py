@@ -21,7 +21,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt32
 
-from t5x_lite import convert, decode, tensors
+from t5x_lite import convert, decode
+from t5x_lite.convert import tensors
 from t5x_lite.load import LoadedModel, load
 from t5x_lite.model import Dtype
 

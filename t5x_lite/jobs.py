@@ -21,8 +21,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, lock, logs, report, saving, step, watch
+from t5x_lite import checkpoint, logs, report, step, watch
 from t5x_lite import train as loop
+from t5x_lite.checkpoint import lock, saving
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
 from t5x_lite.model import ADDED
@@ -456,8 +457,8 @@ def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
       suggest: before that, look for a mesh, REMAT and NUM_MICROBATCHES that fit, and plan with these.
     """
     from t5x_lite import plan as planning
-    from t5x_lite import suggest as search
-    from t5x_lite import topologies
+    from t5x_lite.plan import suggest as search
+    from t5x_lite.plan import topologies
 
     place = topologies.find(topology)
     run, found = search.best(run, place) if suggest else (run, planning.make(run, place))

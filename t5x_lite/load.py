@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import convert, decode, packing, sharding, tokenizer
+from t5x_lite import convert, decode, packing, sharding
 from t5x_lite.bert import BertConfig
+from t5x_lite.convert import tokenizer
 from t5x_lite.load_bert import LoadedBert
 from t5x_lite.model import T5, Dtype, T5Config
 

@@ -58,7 +58,8 @@ def half_the_scores(logger: Any, step: int, scores: Any) -> None:
 def plant(point: str, count: int) -> None:
     from orbax.checkpoint._src.path import deleter
 
-    from t5x_lite import checkpoint, checksums, jobs, logs, position, report, saving
+    from t5x_lite import checkpoint, jobs, logs, report
+    from t5x_lite.checkpoint import checksums, position, saving
 
     if point == "evaluating":
         import tasks  # noqa: F401  before seqio is used

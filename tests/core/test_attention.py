@@ -214,7 +214,8 @@ COMPILED = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from t5x_lite import sharding, topologies
+from t5x_lite import sharding
+from t5x_lite.plan import topologies
 from t5x_lite.attention import Visibility, choose, dot_product_attention
 
 topology = topologies.find(sys.argv[1])

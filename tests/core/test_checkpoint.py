@@ -24,7 +24,8 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import checkpoint, checksums, lock, saving
+from t5x_lite import checkpoint
+from t5x_lite.checkpoint import checksums, lock, saving
 
 
 @flax.struct.dataclass
@@ -167,7 +168,7 @@ KILLED = """
 import os, sys, jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
-from t5x_lite import position, saving
+from t5x_lite.checkpoint import position, saving
 class State:
     step, params, opt_state = jnp.int32(2), {"w": jnp.ones(3)}, {}
 class Position:
@@ -485,7 +486,7 @@ def test_files_that_the_system_refuses_to_write(tmp_path, caplog):
 
 HOLDS = """
 import os, signal, sys
-from t5x_lite import lock
+from t5x_lite.checkpoint import lock
 with lock.held(sys.argv[1]):
     print("held", flush=True)
     signal.pause()

@@ -17,7 +17,9 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
-from t5x_lite import checkpoint, convert, huggingface, sharding, t5x, tensors
+from t5x_lite import checkpoint, convert, sharding
+from t5x_lite.convert import __main__ as convert_command
+from t5x_lite.convert import huggingface, t5x, tensors
 from t5x_lite.model import T5Config
 
 
@@ -308,5 +310,5 @@ def test_our_safetensors_are_those_of_the_library(tmp_path):
 
 
 def test_the_command_says_what_it_cannot_find(tmp_path, capsys):
-    assert convert.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 1
+    assert convert_command.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 1
     assert "is no model" in capsys.readouterr().err

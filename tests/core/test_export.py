@@ -10,7 +10,8 @@ import pytest
 from core.test_decoder_only import PREFIX_LM, init
 
 import t5x_lite
-from t5x_lite import decode, export, tensors
+from t5x_lite import decode, export
+from t5x_lite.convert import tensors
 from t5x_lite.load import LoadedModel
 
 CALL = """

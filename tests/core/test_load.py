@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import t5x_lite
-from t5x_lite import convert, sharding, tokenizer
+from t5x_lite import convert, sharding
+from t5x_lite.convert import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from core.test_run import configured, refused
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import run as command
-from t5x_lite import chips, hlo, logs, plan, sharding, step, suggest, topologies
+from t5x_lite import chips, logs, plan, sharding, step
 from t5x_lite.machine import Machine
-from t5x_lite.topologies import Topology
+from t5x_lite.plan import hlo, suggest, topologies
+from t5x_lite.plan.topologies import Topology
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install -r requirements-tpu.txt")

@@ -13,7 +13,8 @@ from core.test_model import PARAMETERS
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from benchmarks.train_step import model_config
-from t5x_lite import model, optim, saving, sharding, step
+from t5x_lite import model, optim, sharding, step
+from t5x_lite.checkpoint import saving
 from t5x_lite.model import T5Config
 
 ADAFACTOR = optim.make_optimizer(optim.adafactor(), optim.constant(1e-3))

@@ -8,7 +8,8 @@ import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 import t5x_lite
-from t5x_lite import convert, tokenizer
+from t5x_lite import convert
+from t5x_lite.convert import tokenizer
 
 
 def write(folder, proto, **changed):

@@ -14,7 +14,8 @@ import pytest
 from core.test_step import CONFIG, ROWS, TARGETS, make_batch, run
 from flax import traverse_util
 
-from t5x_lite import checkpoint, convert, optim, saving, sharding, step
+from t5x_lite import checkpoint, convert, optim, sharding, step
+from t5x_lite.checkpoint import saving
 from t5x_lite.model import ADDED, T5, T5Config
 from t5x_lite.trainable import Trainable, gradual_unfreezing
 

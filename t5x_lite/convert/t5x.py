@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from t5x_lite import tensors
+from t5x_lite.convert import tensors
+from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.model import T5Config
-from t5x_lite.tensors import Source, Tensor
 
 
 def read(path: Path) -> Source:

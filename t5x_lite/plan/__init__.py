@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import hlo, logs, packing, step
+from t5x_lite import logs, packing, step
 from t5x_lite.chips import GIB
 from t5x_lite.machine import Functions, Machine
 from t5x_lite.options import Run
-from t5x_lite.topologies import Topology
+from t5x_lite.plan import hlo
+from t5x_lite.plan.topologies import Topology
 
 
 @dataclasses.dataclass

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite import huggingface_bert, tensors
 from t5x_lite.bert import BertConfig
+from t5x_lite.convert import huggingface_bert, tensors
+from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.model import T5Config
-from t5x_lite.tensors import Source, Tensor
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _MLP = ("wi", "wi_0", "wi_1", "wo")

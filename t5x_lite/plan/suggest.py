@@ -15,7 +15,7 @@ from t5x_lite.machine import Machine
 from t5x_lite.model import Remat
 from t5x_lite.options import Run
 from t5x_lite.plan import Plan, gib, make, shard_bytes
-from t5x_lite.topologies import Topology
+from t5x_lite.plan.topologies import Topology
 
 log = logging.getLogger("t5x_lite")
 

@@ -21,7 +21,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from t5x_lite import checksums
+from t5x_lite.checkpoint import checksums
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5x_lite import tensors
 from t5x_lite.bert import BertConfig, Head
-from t5x_lite.tensors import Source, Tensor
+from t5x_lite.convert import tensors
+from t5x_lite.convert.tensors import Source, Tensor
 
 _LAYER = {
     **{f"attention/{name}": f"attention.self.{name}" for name in ("query", "key", "value")},

@@ -11,14 +11,12 @@ stack of layers at a time, straight onto the mesh: the host holds one parameter 
 module knows what lies where; not how others name and store it (huggingface.py, t5x.py), nor what a tokenizer does.
 """
 
-import argparse
 import dataclasses
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -26,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from t5x_lite import checkpoint, huggingface, saving, sharding, t5x, tensors, tokenizer
+from t5x_lite import checkpoint, sharding
 from t5x_lite.bert import Bert, BertConfig
+from t5x_lite.checkpoint import saving
+from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
+from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.model import T5, T5Config
-from t5x_lite.tensors import Source, Tensor
 
 Format = Literal["huggingface", "t5x_lite"]
 ModelConfig = T5Config | BertConfig
@@ -220,22 +220,3 @@ def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
     for name in _HUB_TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, dest / name)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m t5x_lite.convert", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
-    parser.add_argument("dest", help="folder to make")
-    parser.add_argument("--to", required=True, choices=get_args(Format))
-    asked = parser.parse_args(arguments)
-    try:
-        config = convert(asked.source, asked.dest, asked.to)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"t5x_lite.convert: {error}", file=sys.stderr)
-        return 1
-    print(f"{asked.dest}: {config}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

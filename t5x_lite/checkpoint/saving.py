@@ -24,8 +24,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from t5x_lite import checkpoint, checksums
-from t5x_lite.position import DataIterator, DataPositionRestore, DataPositionSave
+from t5x_lite import checkpoint
+from t5x_lite.checkpoint import checksums
+from t5x_lite.checkpoint.position import DataIterator, DataPositionRestore, DataPositionSave
 
 log = logging.getLogger(__name__)
 

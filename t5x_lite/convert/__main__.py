@@ -1,0 +1,28 @@
+"""The command: python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite."""
+
+import argparse
+import sys
+from typing import get_args
+
+from t5x_lite import convert
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m t5x_lite.convert", description=(convert.__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("source", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
+    parser.add_argument("dest", help="folder to make")
+    parser.add_argument("--to", required=True, choices=get_args(convert.Format))
+    asked = parser.parse_args(arguments)
+    try:
+        config = convert.convert(asked.source, asked.dest, asked.to)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"t5x_lite.convert: {error}", file=sys.stderr)
+        return 1
+    print(f"{asked.dest}: {config}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
