@@ -1,6 +1,7 @@
 # make quickstart   set up .venv, then train, evaluate and sample a small T5 on text that ships with Python
 # make test         set up .venv, then run the fast tests;   make test-slow: the others
 # make torture      kill a small run at KILLS=50 moments and start it again each time; PROCESSES=2: one of two hosts
+# make study        pre-train a small T5 on T5X_LITE_DATA_DIR, adapt it in every way, compare: benchmarks/study.py
 # make lint         ruff and pyright
 # make venv         only set up .venv: nothing is done when it is up to date
 # make cache TASK=c4_v220_span_corruption CACHE_DIR=/data/cache
@@ -15,7 +16,7 @@ CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: venv quickstart test test-slow torture lint cache clean
+.PHONY: venv quickstart test test-slow torture study lint cache clean
 
 venv: $(VENV)/installed
 
@@ -30,6 +31,9 @@ test-slow: venv
 
 torture: venv
 	$(BIN)/python tests/torture.py --kills=$(or $(KILLS),50) --processes=$(or $(PROCESSES),1)
+
+study: venv
+	$(BIN)/python benchmarks/study.py $(STUDY_FLAGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import pytest
 from core.test_model import PARAMETERS
 
 import run
-from t5x_lite import step
+from t5x_lite import logs, step
 from t5x_lite.machine import Machine
 from t5x_lite.model import T5Config
 from t5x_lite.options import Run, last_step
@@ -218,6 +218,31 @@ def test_run_files_follow_the_published_recipes():
     assert finetune.model.dropout_rate == 0.1
     for name in ("eval", "infer", "score"):
         assert isinstance(configured(SMALL, f"--gin_file=runs/{name}.gin").model, T5Config)
+
+
+def test_transfer_strategies_are_one_file_apart():
+    kinds = {"multitask": "proportional", "leave_one_out": "leave_out_squad", "supervised_multitask": "proportional"}
+    for name, kind in kinds.items():
+        found = configured(SMALL, f"--gin_file=runs/{name}.gin")
+        pretrain = configured(SMALL, "--gin_file=runs/pretrain.gin")
+        prefix = "glue_squad_" if name == "supervised_multitask" else "c4_glue_squad_"
+        assert found.mixture_or_task_name == prefix + kind
+        others = {"mixture_or_task_name", "model_dir", "eval_examples", "optimizer"}  # an optimizer holds functions
+        for field in {field.name for field in dataclasses.fields(Run)} - others:
+            assert getattr(found, field) == getattr(pretrain, field), field
+
+
+def test_compared_architectures_cost_alike():
+    flops, layouts = {}, {}
+    for file in sorted((REPO / "gin_configs" / "compare").glob("*.gin")):
+        found = configured(f"--gin_file={file}")
+        lengths = found.task_feature_lengths
+        flops[file.stem] = logs.flops_per_step(found.model, 1, lengths.get("inputs", 0), lengths["targets"])
+        layouts[file.stem] = (found.model.layout, found.model.prefix_lm)
+    assert len(flops) == 6 and len(set(layouts.values())) == 3
+    for objective in ("denoising", "lm"):
+        same = [value for name, value in flops.items() if name.endswith(f"_{objective}")]
+        assert len(same) == 3 and max(same) < 1.35 * min(same), same
 
 
 def test_total_train_steps_count_those_of_the_initial_checkpoint(tmp_path):
