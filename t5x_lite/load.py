@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import convert, decode, packing, sharding
 from t5x_lite.bert import BertConfig
-from t5x_lite.convert import tokenizer
+from t5x_lite.convert import tokenizer, wordpiece
 from t5x_lite.load_bert import LoadedBert
 from t5x_lite.model import T5, Dtype, T5Config
 
@@ -41,6 +41,7 @@ class LoadedModel:
         self.config, self.params, self.vocabulary = config, params, vocabulary
         self._mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
         self._logits = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens))
+        self._encode = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens, method="encode"))
         generate = functools.partial(decode.generate, config=config)
         self._generate = jax.jit(generate, static_argnames=("max_length", "decoding"))  # a new value is compiled anew
         self._score = jax.jit(functools.partial(decode.score, config=config))
@@ -80,6 +81,17 @@ class LoadedModel:
         if first_B1 is None:
             return logits_BTV
         return jnp.take_along_axis(logits_BTV, places_BT[..., None], axis=1)
+
+    def encode(
+        self,
+        encoder_input_tokens: Int[Array | np.ndarray, "B S"],
+        encoder_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's outputs, float32; what stands at padding means nothing."""
+        tokens = (encoder_input_tokens, encoder_segment_ids)
+        with sharding.layout(self._mesh):
+            encoded_BSD = self._encode(self.params, *jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), tokens))
+        return encoded_BSD.astype(jnp.float32)
 
     def generate(
         self,
@@ -198,9 +210,10 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | No
       FileNotFoundError, ValueError: see `convert.read`.
     """
     config, params = convert.read(path, mesh, dtype=dtype)
-    if isinstance(config, BertConfig):
-        return LoadedBert(config, params, mesh)
     file = convert.tokenizer_file(path)
+    if isinstance(config, BertConfig):
+        kind = wordpiece.WordPiece if file is not None and file.suffix == ".txt" else tokenizer.Vocabulary
+        return LoadedBert(config, params, None if file is None else kind(file), mesh)
     vocabulary = tokenizer.beside(Path(path).expanduser()) if file is None else tokenizer.Vocabulary(file)
     return LoadedModel(config, params, vocabulary, mesh)
 
