@@ -282,7 +282,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
             dump=partial(_dump, folder),
         )
     if jax.process_index() == 0:
-        report.after_training(folder.path, scores, int(state.step), _baselines(name), _vocabulary_file(run, name))
+        report.after_training(folder.path, scores, int(state.step), _about(name), _vocabulary_file(run, name))
         folder.publish()
 
 
@@ -334,8 +334,13 @@ def eval(run: Run) -> None:
     logger.evaluation(at_step, scores)
     logger.close()
     if jax.process_index() == 0:
-        print(report.table(scores, _baselines(name)))
-        print(f"predictions: {folder}/predictions/*-{at_step}.jsonl")
+        about = _about(name)
+        written = report.write_page(folder.path, about)
+        folder.publish()
+        print(report.table(scores, about.baselines))
+        if found := report.confusions(folder.path, at_step):
+            print(f"\n{found}\n")
+        print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{written.name}")
 
 
 def infer(run: Run) -> None:
@@ -489,6 +494,10 @@ def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
     from tasks import quickstart
 
     return quickstart.baselines()
+
+
+def _about(name: str) -> report.About:
+    return report.About(name, _rates(name), _baselines(name))
 
 
 def _rates(name: str) -> dict[str, float]:

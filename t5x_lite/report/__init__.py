@@ -1,22 +1,27 @@
 """What a person reads when a run has ended: scores beside baselines, some predictions, where everything is, what next.
 
-It takes scores and the files that a run has left in MODEL_DIR; it must not know the model, SeqIO or TensorFlow.
+In the terminal, and at length in MODEL_DIR/report.html, which `python -m t5x_lite.report MODEL_DIR` makes again. It
+takes scores and the files that a run has left in MODEL_DIR; it must not know the model, SeqIO or TensorFlow.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from t5x_lite import logs
+from t5x_lite.report import analysis, page
+from t5x_lite.report.page import About
 
 Scores = Mapping[str, Mapping[str, float]]  # by task and metric
-Baselines = Mapping[str, Mapping[str, float | str]]  # likewise; "what" says in words what a task's baseline is
 
 PREDICTIONS_SHOWN = 3  # of each task
 WIDTH = 100  # characters of a text
+PAGE = "report.html"
+ABOUT_FILE = "report.json"  # what the page shows beside metrics.jsonl and predictions/, for when it is made again
 
 
-def table(scores: Scores, baselines: Baselines) -> str:
+def table(scores: Scores, baselines: page.Baselines) -> str:
     """Lines of task, metric, score and, where there is one, baseline."""
     rows = [("task", "metric", "score", "baseline")]
     notes = []
@@ -28,21 +33,79 @@ def table(scores: Scores, baselines: Baselines) -> str:
             notes.append(f"  baseline of {task}: {known['what']}")
     if not baselines:
         rows = [row[:3] for row in rows]
+    return "\n".join([_aligned(rows), *notes])
+
+
+def confusions(folder: Path, step: int) -> str:
+    """How often each target (row) got each prediction (column), by task, of those tasks whose targets are classes."""
+    found = []
+    for file in sorted((folder / "predictions").glob(f"*-{step}.jsonl")):
+        rows = read_predictions(file)
+        if labels := analysis.classes(rows):
+            counts = analysis.confusion(rows, labels).astype(str)
+            head = (f"{file.name.removesuffix(f'-{step}.jsonl')}: target, by prediction", *labels, "other")
+            found.append(_aligned([head, *((label, *row) for label, row in zip(labels, counts, strict=True))]))
+    return "\n\n".join(found)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A line a row, a column below another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines + notes)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def after_training(folder: Path, scores: Scores, step: int, baselines: Baselines, vocabulary: str | None) -> None:
-    """Draws loss.png and prints the report of a training run that ended at `step`.
+def write_page(folder: Path, about: About | None = None) -> Path:
+    """Writes report.html from metrics.jsonl and each task's newest predictions that belong to scores in it.
+
+    Args:
+      folder: MODEL_DIR, local.
+      about: kept in report.json; None: as it is there.
+
+    Raises:
+      FileNotFoundError, ValueError: there are no metrics; a file is not what a run writes.
+    """
+    train, tasks = analysis.curves(logs.read_metrics(folder))
+    if about is not None:
+        (folder / ABOUT_FILE).write_text(json.dumps(dataclasses.asdict(about), indent=1) + "\n", encoding="utf-8")
+    elif (folder / ABOUT_FILE).exists():
+        about = About(**_parsed((folder / ABOUT_FILE).read_text(encoding="utf-8"), f"{folder / ABOUT_FILE}"))
+    predicted = {}
+    for task, named in tasks.items():
+        steps = sorted({step for curve in named.values() for step in curve}, reverse=True)
+        files = ((step, folder / "predictions" / f"{task}-{step}.jsonl") for step in steps)
+        step, file = next(((step, file) for step, file in files if file.exists()), (0, None))
+        if file is not None and (rows := read_predictions(file)):
+            predicted[task] = step, rows
+    text = page.page(folder.resolve().name, train, tasks, predicted, about or About())
+    partial = folder / f"{PAGE}.partial"
+    partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # predictions may hold half a surrogate pair
+    return partial.replace(folder / PAGE)
+
+
+def read_predictions(path: Path) -> list[analysis.Row]:
+    """The rows of a file of predictions. Raises ValueError, with file and line, for what is none."""
+    with path.open(encoding="utf-8") as lines:
+        return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parsed(text: str, place: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError(f"{place} is not JSON: {text[:60]!r}; remove it") from None
+
+
+def after_training(folder: Path, scores: Scores, step: int, about: About, vocabulary: str | None) -> None:
+    """Draws loss.png, writes report.html and prints the report of a training run that ended at `step`.
 
     Args:
       vocabulary: the value of VOCABULARY that the model goes with, where it is not the default.
     """
-    losses = {f"{task}: baseline": metrics["loss"] for task, metrics in baselines.items() if "loss" in metrics}
+    losses = {f"{task}: baseline": named["loss"] for task, named in about.baselines.items() if "loss" in named}
     picture = logs.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
+    written = write_page(folder, about)
     if scores:
-        print(f"\nAfter {step} steps, on validation data:\n{table(scores, baselines)}")
+        print(f"\nAfter {step} steps, on validation data:\n{table(scores, about.baselines)}")
     for task in scores:
         file = folder / "predictions" / f"{task}-{step}.jsonl"
         if file.exists():
@@ -51,6 +114,7 @@ def after_training(folder: Path, scores: Scores, step: int, baselines: Baselines
     config = folder / "config.gin"
     mine = f""" --gin.VOCABULARY="'{vocabulary}'\"""" if vocabulary else ""
     print(f"""
+{written}  scores, curves and predictions, for a browser
 {picture}  training and validation loss
 {folder / logs.METRICS_FILE}  every number of the run; `tensorboard --logdir {folder}` shows them
 {folder / "predictions"}/*.jsonl  all predictions on validation data

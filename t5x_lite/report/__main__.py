@@ -1,0 +1,27 @@
+"""The command: python -m t5x_lite.report MODEL_DIR."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from t5x_lite import report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m t5x_lite.report", description="Writes MODEL_DIR/report.html from what a run has left there."
+    )
+    parser.add_argument("model_dir", help="a local folder")
+    asked = parser.parse_args(arguments)
+    try:
+        if "://" in asked.model_dir:
+            raise ValueError(f"{asked.model_dir} is no local folder: copy it, or use run.py --mode=eval")
+        print(report.write_page(Path(asked.model_dir)))
+    except (ValueError, OSError) as error:
+        print(f"t5x_lite.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

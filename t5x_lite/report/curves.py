@@ -1,0 +1,142 @@
+"""Curves as HTML: an SVG that is as wide as there is room, with its numbers and names beside it as text.
+
+The SVG is stretched sideways, so lines keep their width by `non-scaling-stroke`, and text, which would be stretched
+too, is placed over it by CSS; dots are lines of no length with round ends. Must not know files, runs or predictions.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+
+from t5x_lite.report.analysis import Curve, Curves, best, binned
+
+WIDTH = 1000  # of the SVG in its own units; its height is in pixels
+BINS = 120  # of the training loss: more points are drawn as their mean and range
+COLOURS = 8  # classes c1 ... c8 of the style sheet; c0 is the training loss
+DOTS = 60  # a line of more points has none
+LABEL = 16  # pixels from one label to the next
+
+Point = tuple[float | int, float]  # step, value
+Points = Sequence[Point]
+
+
+def number(value: float, largest: float) -> str:
+    """With so many decimals as all values up to `largest` have: 2 of percentages, 3 of losses and shares."""
+    return f"{value:,.{2 if largest >= 10 else 3}f}"
+
+
+def losses(train: Curve, tasks: Curves) -> str:
+    """One plot of the training loss and each task's validation loss; nothing where no loss has two points."""
+    found = {task: named["loss"] for task, named in tasks.items() if len(named.get("loss", ())) > 1}
+    lines: list[tuple[str, Points]] = [(task, list(curve.items())) for task, curve in found.items()]
+    band: Points = []
+    if len(train) > 1:
+        bins = binned(train, BINS)
+        lines.insert(0, ("training", [(step, mean) for step, mean, _, _ in bins]))
+        band = [(step, low) for step, _, low, _ in bins] + [(step, high) for step, _, _, high in reversed(bins)]
+    if not lines:
+        return ""
+    first = 0 if len(train) > 1 else 1
+    classes = [f"c{0 if not i + first else 1 + (i + first - 1) % COLOURS}" for i in range(len(lines))]
+    return _plot("Loss, nats a target token", lines, classes, band, max(300, LABEL * (len(lines) + 1)), 5)
+
+
+def panel(task: str, metric: str, curve: Curve) -> str:
+    """A small plot of one metric of one task, its best value marked; nothing of a single point."""
+    if len(curve) < 2:
+        return ""
+    step, value = best(metric, curve)
+    title = f"{html.escape(task)} <b>{html.escape(metric)}</b>"
+    said = f"best {number(value, max(curve.values()))} at step {step:,}"
+    return _plot(f"{title}<small>{said}</small>", [("", list(curve.items()))], ["c1"], (), 110, 3, (step, value))
+
+
+def _plot(
+    caption: str,
+    lines: Sequence[tuple[str, Points]],
+    classes: Sequence[str],
+    band: Points,
+    height: int,
+    ticks: int,
+    marked: Point | None = None,
+) -> str:
+    """Named lines of (step, value), each with its newest value at its end; `caption` is HTML."""
+    every = [point for _, points in lines for point in points] + list(band)
+    steps, values = zip(*every, strict=True)
+    left, right = (0.0 if min(steps) < max(steps) / 4 else float(min(steps))), float(max(steps))
+    spread = (max(values) - min(values)) or abs(max(values)) or 1.0
+    low, high = min(values) - 0.06 * spread, max(values) + 0.06 * spread
+
+    def x(step: float | int) -> float:
+        return WIDTH * (step - left) / ((right - left) or 1)
+
+    def y(value: float) -> float:
+        return height * (high - value) / (high - low)
+
+    def path(points: Points) -> str:
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+
+    drawn, text = [], []
+    for value, label in _ticks(low, high, max(3, height // 60)):
+        drawn.append(f'<path class="grid" d="M0 {y(value):.1f}H{WIDTH}"/>')
+        text.append(f'<span class="y" style="top:{y(value):.1f}px">{label}</span>')
+    for step, label in _ticks(left, right, ticks, least=1.0):
+        text.append(f'<span class="x" style="left:{x(step) / WIDTH:.2%}">{label}</span>')
+    if band:
+        drawn.append(f'<polygon class="band {classes[0]}" points="{path(band)}"/>')
+    for (name, points), style in zip(lines, classes, strict=True):
+        drawn.append(f'<polyline class="{style}" points="{path(points)}"/>')
+        if len(points) <= DOTS and style != "c0":
+            for step, value in points:
+                kind = "dot best" if (step, value) == marked else "dot"
+                where = f"M{x(step):.1f} {y(value):.1f}h0"
+                said = f"{html.escape(name)} step {step:,}: {number(value, max(values))}"
+                drawn.append(f'<path class="{kind} {style}" d="{where}"><title>{said.strip()}</title></path>')
+    ends = [points[-1][1] for _, points in lines]
+    places = _apart([y(value) for value in ends], height)
+    for (name, _), style, value, place in zip(lines, classes, ends, places, strict=True):
+        said = f"<b>{number(value, max(values))}</b> {html.escape(name)}".strip()
+        text.append(f'<span class="end {style}" style="top:{place:.1f}px">{said}</span>')
+    aloud = "; ".join(
+        f"{name or 'value'} from {points[0][1]:.4g} at step {points[0][0]:,.0f} to {points[-1][1]:.4g} at step "
+        f"{points[-1][0]:,.0f}"
+        for name, points in lines
+    )
+    gutter = max(len(name) for name, _ in lines) + 7
+    return (
+        f'<figure><figcaption>{caption}</figcaption><div class="plot" style="height:{height}px;--gutter:{gutter}ch">'
+        f'<svg role="img" aria-label="{html.escape(aloud)}" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none">'
+        f"{''.join(drawn)}</svg>{''.join(text)}</div></figure>"
+    )
+
+
+def _ticks(low: float, high: float, most: int, least: float = 0.0) -> list[tuple[float, str]]:
+    """At most `most` + 1 round numbers in the range, not less than `least` apart, with their labels."""
+    if high <= low:
+        return [(low, _short(low))]
+    unit = 10.0 ** math.floor(math.log10((high - low) / most))
+    steps = (max(least, unit * times) for times in (1, 2, 5, 10))
+    step = next(step for step in steps if math.floor(high / step) - math.ceil(low / step) <= most)
+    decimals = max(0, -math.floor(math.log10(step * 1.0001)))
+    found = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [(value, f"{value:.{decimals}f}" if decimals else _short(value)) for value in found]
+
+
+def _short(value: float) -> str:
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:g}{letter}"
+    return f"{value:,.0f}"
+
+
+def _apart(places: Sequence[float], height: int) -> list[float]:
+    """The places of labels moved so little that none covers another; in the given order, between 0 and height."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for before, i in zip([None, *order], order, strict=False):
+        moved[i] = max(moved[i], 0.0 if before is None else moved[before] + LABEL)
+    limit = float(height)
+    for i in reversed(order):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - LABEL
+    return moved

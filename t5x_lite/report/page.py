@@ -1,0 +1,144 @@
+"""A run as one HTML page that opens from disk: scores, curves, the mixture, and where the predictions go wrong.
+
+The page has no scripts and asks for nothing; its own policy (CSP) forbids both, whatever a prediction may hold.
+Takes numbers and rows; must not know files, JAX or TensorFlow.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from t5x_lite.report import analysis, curves, predictions
+from t5x_lite.report.analysis import Curve, Curves, Row
+from t5x_lite.report.curves import number
+from t5x_lite.report.predictions import escaped
+from t5x_lite.report.style import CSS
+
+Baselines = Mapping[str, Mapping[str, float | str]]  # by task and metric; "what" says in words what they are
+
+COMMON = ("loss", "token_accuracy")  # what every task has, beside its own metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a run knows and its records do not say."""
+
+    mixture: str = ""
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # share of training, by task
+    baselines: Baselines = dataclasses.field(default_factory=dict)
+
+
+def page(
+    title: str, train: Curve, tasks: Curves, predicted: Mapping[str, tuple[int, Sequence[Row]]], about: About
+) -> str:
+    """The whole document.
+
+    Args:
+      title: the run's name.
+      train, tasks: as from `analysis.curves`.
+      predicted: by task, the step and the rows of the predictions that are to be shown.
+    """
+    places = {task: f"task-{i}" for i, task in enumerate(predicted)}
+    sections = [predictions.section(task, *found, places[task]) for task, found in predicted.items()]
+    parts = {
+        "Scores": _scores(tasks, places, about.baselines),
+        "Curves": _curves(train, tasks),
+        f"Mixture {escaped(about.mixture)}": _rates(about.rates),
+        "Predictions": "".join(sections),
+    }
+    steps = [*train, *(step for named in tasks.values() for curve in named.values() for step in curve)]
+    said = [f"step {max(steps):,}"] if steps else []
+    if train:
+        said.append(f"training loss {list(train.values())[-1]:.3f}")
+    said.append(f"{len(tasks)} task{'s' * (len(tasks) != 1)} evaluated")
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escaped(title)}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<header><h1>{escaped(title)}</h1><p class="note">{" · ".join(said)}</p></header>
+<main>
+{"".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in parts.items() if body)}
+</main>
+</body>
+</html>
+"""
+
+
+def _scores(tasks: Curves, places: Mapping[str, str], baselines: Baselines) -> str:
+    if not tasks:
+        return ""
+    groups, notes = [], []
+    with_baselines = any(name in named for task, named in tasks.items() for name in baselines.get(task, ()))
+    for task, named in tasks.items():
+        known = baselines.get(task, {})
+        if "what" in known:
+            notes.append(f"<br>Baseline of {escaped(task)}: {escaped(str(known['what']))}.")
+        name = f'<a href="#{places[task]}">{escaped(task)}</a>' if task in places else escaped(task)
+        metrics = sorted(named, key=lambda metric: metric in COMMON)  # a task's own come first
+        rows = []
+        for i, metric in enumerate(metrics):
+            curve = named[metric]
+            newest, (step, value) = max(curve), analysis.best(metric, curve)
+            largest = max(curve.values())
+            cells = [
+                f'<th scope="rowgroup" rowspan="{len(metrics)}">{name}</th>' if i == 0 else "",
+                f'<th scope="row">{escaped(metric)}</th>',
+                f'<td class="n">{_aligned(curve[newest], largest)}</td><td class="n step">{newest:,}</td>',
+                f'<td class="n best">{_aligned(value, largest)}</td><td class="n step">{step:,}</td>',
+            ]
+            if with_baselines:
+                found = known.get(metric)
+                cells.append(f'<td class="n">{"" if found is None else _aligned(float(found), largest)}</td>')
+            kind = ' class="aside"' if metric in COMMON else ""
+            rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
+        groups.append(f"<tbody>{''.join(rows)}</tbody>")
+    count = max(len(curve) for named in tasks.values() for curve in named.values())
+    heads = ["newest", "step", "best", "step"] + ["baseline"] * with_baselines
+    columns = "".join(f'<th scope="col" class="n">{head}</th>' for head in heads)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table class="scores">'
+        f"<caption>On validation data. Best: of {count} evaluation{'s' * (count != 1)}, each metric at its own best "
+        'step, as the T5 paper reports.</caption><thead><tr><th scope="col">task</th><th scope="col">metric</th>'
+        f"{columns}</tr></thead>"
+        f'{"".join(groups)}</table></div><p class="note">Lower losses are better; of all else, higher.'
+        f"{''.join(notes)}</p>"
+    )
+
+
+def _aligned(value: float, largest: float) -> str:
+    """With a figure space where others have a third decimal, so that decimal points stand below one another."""
+    return number(value, largest) + "\N{FIGURE SPACE}" * (largest >= 10)
+
+
+def _curves(train: Curve, tasks: Curves) -> str:
+    panels = []
+    for task, named in tasks.items():
+        own = [metric for metric in named if metric not in COMMON] or [m for m in named if m != "loss"]
+        panels += [curves.panel(task, metric, named[metric]) for metric in own]
+    loss = curves.losses(train, tasks)
+    inner = "".join(panels)
+    if loss and len(train) > curves.BINS:
+        loss += '<p class="note">Training loss: mean and range of neighbouring records.</p>'
+    return loss + (f'<div class="panels">{inner}</div>' if inner else "")
+
+
+def _rates(rates: Mapping[str, float]) -> str:
+    if len(rates) < 2:
+        return ""
+    most = max(rates.values())
+    rows = "".join(
+        f'<tr><th scope="row">{escaped(task)}</th><td class="n">{rate:.1%}</td>'
+        f'<td class="bar"><div style="width:{rate / most:.2%}"></div></td></tr>'
+        for task, rate in sorted(rates.items(), key=lambda item: -item[1])
+    )
+    return (
+        '<table class="rates"><caption>Share of the training examples drawn</caption><thead><tr>'
+        '<th scope="col">task</th><th scope="col" class="n">share</th><td></td></tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
