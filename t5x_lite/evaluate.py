@@ -114,7 +114,12 @@ class Evaluation:
             metrics, outputs = self._evaluator.evaluate(compute_metrics=True, step=step, model_fns=functions)
         if self._predictions is not None:
             for task in self.tasks:
-                self._write(self._predictions / f"{task}-{step}.jsonl", task, outputs[task])
+                path = self._predictions / f"{task}-{step}.jsonl"
+                try:
+                    self._write(path, task, outputs[task])
+                except OSError as error:  # a full disk: the scores are worth more than the texts
+                    (path.parent / f"{path.name}.partial").unlink(missing_ok=True)
+                    logger.warning("The predictions in %s could not be written (%s); the scores are.", path, error)
         return {task: _floats(task, values) for task, values in metrics.result().items()}
 
     def _rows(self, dataset: tf.data.Dataset) -> Iterator[tuple[list[int], data.Batch]]:

@@ -6,6 +6,7 @@ without them has been, for that takes seconds. This module knows every part, and
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import logging
@@ -30,6 +31,8 @@ from t5x_lite.model import ADDED
 from t5x_lite.options import Run, last_step
 
 log = logging.getLogger("t5x_lite")
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # what a disk says
 
 Scores = loop.Scores
 
@@ -211,8 +214,16 @@ def train(run: Run, config: str) -> None:
     """
     last_step(run)  # refuses what is not set
     machine = Machine(run)
-    with lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-        _train(run, config, machine)
+    try:
+        with lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+            _train(run, config, machine)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise OSError(
+            f"{error}. The checkpoints in MODEL_DIR = {run.model_dir!r} are as they were: put that right and start the "
+            "same command again, and the run goes on from the newest."
+        ) from error
 
 
 def _train(run: Run, config: str, machine: Machine) -> None:
@@ -228,7 +239,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
     flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     with (
         contextlib.closing(logs.MetricLogger(folder.path, last, flops, folder.publish)) as logger,
-        _checkpointer(run, start, machine) as saver,
+        _checkpointer(run, start, machine, logger.settle) as saver,
         watch.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
@@ -249,15 +260,20 @@ def _train(run: Run, config: str, machine: Machine) -> None:
                 added = {name: leaf for name, leaf in named.items() if re.search(ADDED, name)}
                 params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added)
                 state = dataclasses.replace(state, params=params)
-        logger.resume(start.step or 0)
+        schedule = loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period)
+        evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
+        evaluated = evaluated or not schedule.due(schedule.evaluate, int(state.step))
+        logger.resume(start.step or 0, evaluated)
         scores: Scores = {}
 
         def evaluate(state: step.TrainState) -> Scores:
             scores.update(evaluation(state.params, int(state.step)))
             return scores
 
-        if int(state.step) >= last:
+        done = int(state.step) >= last
+        if done:
             log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
+        if done or not evaluated:  # it was told to stop when an evaluation was due
             found = evaluate(state)
             if not logger.has_evaluation(int(state.step)):
                 logger.evaluation(int(state.step), found)
@@ -273,7 +289,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
             batches,
             dropout_key,
             rows=machine.batch_sharding,
-            schedule=loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period),
+            schedule=schedule,
             logger=logger,
             saver=saver,
             evaluate=evaluate,
@@ -281,17 +297,21 @@ def _train(run: Run, config: str, machine: Machine) -> None:
             max_skipped_steps=run.max_skipped_steps,
             dump=partial(_dump, folder),
         )
+        logger.settle()
     if jax.process_index() == 0:
         report.after_training(folder.path, scores, int(state.step), _about(name), _vocabulary_file(run, name))
         folder.publish()
 
 
 def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:
-    """Keeps this host's rows of the batch of a step."""
+    """Keeps this host's rows of the batch of a step; says where."""
     name = f"batch-{step_number}.{jax.process_index()}.npz"
-    np.savez(folder.path / name, **batch)
-    folder.publish()
-    return f"{folder}/{name}"
+    try:
+        np.savez(folder.path / name, **batch)
+        folder.publish()
+    except OSError as error:  # the run ends for another reason, which is what has to be said
+        return f"Its batch could not be kept ({error})."
+    return f"Its batch is in {folder}/{name}: --mode=inspect shows it."
 
 
 def _parameters(run: Run, machine: Machine) -> str:
@@ -300,7 +320,9 @@ def _parameters(run: Run, machine: Machine) -> str:
     return f"{count:,} parameters" + (f", of which {trained:,} train" if trained != count else "")
 
 
-def _checkpointer(run: Run, start: checkpoint.Start, machine: Machine) -> saving.Checkpointer:
+def _checkpointer(
+    run: Run, start: checkpoint.Start, machine: Machine, before_commit: Callable[[], None]
+) -> saving.Checkpointer:
     info: dict[str, Any] = {"model": dataclasses.asdict(run.model)}
     trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(machine.abstract.params))
     base = None
@@ -319,6 +341,7 @@ def _checkpointer(run: Run, start: checkpoint.Start, machine: Machine) -> saving
         info=info,
         trained=trained if "base" in info else None,
         damaged=start.damaged,
+        before_commit=before_commit,
     )
 
 
@@ -332,6 +355,7 @@ def eval(run: Run) -> None:
     scores = evaluation(checkpoint.restore_params(path, machine.abstract.params), at_step)
     logger = logs.MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
+    logger.settle()
     logger.close()
     if jax.process_index() == 0:
         about = _about(name)

@@ -8,19 +8,19 @@ import json
 import logging
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from t5x_lite import chips
+from t5x_lite import chips, events
 from t5x_lite.bert import BertConfig
+from t5x_lite.folder import GrowingFile
 from t5x_lite.model import T5Config
 
 log = logging.getLogger("t5x_lite")
@@ -69,13 +69,14 @@ class MetricLogger:
 
     Each record is one line of MODEL_DIR/metrics.jsonl: `step`, `split` ("train" or "validation"), `task` where there is
     one, then named floats (null for NaN and infinities, which JSON lacks). TensorBoard gets the same under
-    split/[task/]name, through the tensorboard package's own record writer and without TensorFlow.
+    split/[task/]name, through the tensorboard package's own record writer and without TensorFlow. What the disk refuses
+    is kept until it takes it: no step is lost, and training goes on.
 
     Args:
       model_dir: a local folder; made if absent.
       total_steps: the step at which training ends.
       flops_per_step: of all devices together; gives MFU where the devices' peak is known.
-      publish: `Folder.publish`, called after evaluations, at the end, and once a minute.
+      publish: `Folder.publish`, called after evaluations, by `settle`, at the end, and once a minute.
     """
 
     def __init__(
@@ -91,25 +92,35 @@ class MetricLogger:
         self._flops = flops_per_step
         self._peak = (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count()
         self._resumed_at: int | None = None
+        self._drop_from: int | None = None  # the step from which on TensorBoard is to drop what it has
+        self._again: list[Record] = []  # records that it drops and gets once more
         self._writes = jax.process_index() == 0
         self._lines = self._events = self._bar = None
         self._seconds = math.nan  # a step takes, smoothed
         self._line_due = 0.0
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, evaluated: bool = True) -> None:
         """Takes back what was written after `step`, so that a run that goes on from there says each step once.
 
         Atomic: metrics.jsonl is the old or the new one, whatever happens. A last line torn by a crash goes too.
+
+        Args:
+          evaluated: False takes back the evaluation of `step`, too.
 
         Raises:
           ValueError: another line is not JSON; names file and line.
         """
         if not self._writes:
             return
-        self._resumed_at = step
+        self._resumed_at, self._drop_from = step, step + evaluated
         path = self._dir / METRICS_FILE
         if path.exists():
-            kept = [record for record in read_metrics(self._dir) if record["step"] <= step]
+            kept = [
+                record
+                for record in read_metrics(self._dir)
+                if record["step"] < step or (record["step"] == step and (evaluated or record["split"] == "train"))
+            ]
+            self._again = [record for record in kept if record["step"] >= self._drop_from]
             temporary = path.with_suffix(".tmp")
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -135,23 +146,35 @@ class MetricLogger:
             if self._flops and self._peak:
                 rates["mfu"] = self._flops / seconds / self._peak
             self._seconds = seconds if math.isnan(self._seconds) else 0.9 * self._seconds + 0.1 * seconds
-        self._write(step, "train", None, {**metrics, **rates})
+        self._write(_record(step, "train", None, {**metrics, **rates}))
         self._show(step, metrics, rates)
-        self._publish(every=SECONDS_BETWEEN_COPIES)
+        self._try_to_publish(every=SECONDS_BETWEEN_COPIES)
 
     def evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Records validation metrics, {task: {name: value}}, of the model after `step` updates."""
         if not self._writes:
             return
         for task, metrics in scores.items():
-            self._write(step, "validation", task, metrics)
             log.info("step %d  %s: %s", step, task, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        self._publish()
+        self._write(*(_record(step, "validation", task, metrics) for task, metrics in scores.items()))
+        self._try_to_publish()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl has validation metrics of `step` already."""
         records = read_metrics(self._dir) if (self._dir / METRICS_FILE).exists() else []
         return any(record["step"] == step and record["split"] == "validation" for record in records)
+
+    def settle(self) -> None:
+        """Returns when all that was recorded is on the disk, or in the bucket. A checkpoint waits for this: what comes
+        before it is not said again. May be called by another thread.
+
+        Raises OSError: something cannot be written. What the bucket's library raises.
+        """
+        for part in (self._lines, self._events):
+            if part is not None:
+                part.settle()
+        if self._writes:
+            self._publish()
 
     def close(self) -> None:
         for part in (self._bar, self._lines, self._events):
@@ -159,18 +182,24 @@ class MetricLogger:
                 part.close()
         self._lines = self._events = self._bar = None
         if self._writes:
-            self._publish()
+            self._try_to_publish()
 
-    def _write(self, step: int, split: str, task: str | None, metrics: Mapping[str, float]) -> None:
+    def _try_to_publish(self, **options: float) -> None:
+        try:
+            self._publish(**options)
+        except Exception as error:  # each library for buckets has errors of its own
+            log.warning("The metrics could not be copied to the bucket, which is tried again (%s).", error)
+
+    def _write(self, *records: Record) -> None:
+        """At once, so that a kill leaves all of them or none."""
         if self._lines is None:
             self._lines = _open_lines(self._dir)
-            self._events = _event_file(self._dir, self._resumed_at)
-        values = {name: float(value) for name, value in metrics.items()}
-        record: Record = {"step": step, "split": split} | ({} if task is None else {"task": task})
-        record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+            self._events = events.open_events(self._dir, self._drop_from)
+            if self._events is not None:
+                self._events.scalars(self._again)
+        self._lines.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
         if self._events is not None:
-            self._events.scalars(step, {"/".join(filter(None, (split, task, name))): v for name, v in values.items()})
+            self._events.scalars(records)
 
     def _show(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
         said = [f"loss {metrics['loss']:.4f}"]
@@ -195,13 +224,18 @@ class MetricLogger:
             self._line_due = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
-def _open_lines(folder: Path) -> TextIO:
-    """metrics.jsonl to add lines to, each written out at once; what a crash has left of a last line is cut off."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _record(step: int, split: str, task: str | None, metrics: Mapping[str, float]) -> Record:
+    values = {name: float(value) for name, value in metrics.items()}
+    record: Record = {"step": step, "split": split} | ({} if task is None else {"task": task})
+    return record | {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _open_lines(folder: Path) -> GrowingFile:
+    """metrics.jsonl to add lines to; what a crash has left of a last line is cut off."""
     path = folder / METRICS_FILE
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return path.open("a", encoding="utf-8", buffering=1)
+    return GrowingFile(path)
 
 
 def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
@@ -223,40 +257,6 @@ def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
             if number < len(lines) or line.endswith("\n"):
                 raise ValueError(f"{path}, line {number} is not JSON: {line[:60]!r}; remove it") from None
     return records
-
-
-class _EventFile:
-    """Scalars as TensorBoard reads them. Its `summary.Writer` would do, were it not to load TensorFlow where it is
-    installed: 10 s, and what this module must not do."""
-
-    def __init__(self, folder: Path, resumed_at: int | None):
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._proto: Any = event_pb2
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"  # read in the order of their names
-        self._records = RecordWriter((folder / name).open("wb", buffering=0))
-        self._add(file_version="brain.Event:2")
-        if resumed_at is not None:  # TensorBoard then drops what earlier files hold from the given step on
-            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._add(step=resumed_at + 1, session_log=start)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._add(step=step, summary={"value": [{"tag": tag, "simple_value": x} for tag, x in values.items()]})
-
-    def close(self) -> None:
-        self._records.close()
-
-    def _add(self, **fields: Any) -> None:
-        self._records.write(self._proto.Event(wall_time=time.time(), **fields).SerializeToString())
-
-
-def _event_file(folder: Path, resumed_at: int | None) -> _EventFile | None:
-    try:
-        return _EventFile(folder, resumed_at)
-    except ModuleNotFoundError as error:
-        log.warning("no TensorBoard events: %s (pip install tensorboard); %s has everything", error, METRICS_FILE)
-        return None
 
 
 def plot_losses(model_dir: str | os.PathLike, baselines: Mapping[str, float] | None = None) -> Path:

@@ -72,9 +72,10 @@ def train(
       key: of the run, on the mesh.
       rows: how the rows of a batch lie on the mesh.
       evaluate: scores a state; what it returns goes to the log, and to the saver as "task/metric".
-      stop: asked after each step: True saves at once, and raises watch.Preempted.
+      stop: asked after each step: True saves at once, and raises watch.Preempted. An evaluation that is due then is
+        left to the run that goes on (the saver is given None for metrics).
       max_skipped_steps: how many steps in a row may be skipped because they were not finite.
-      dump: keeps the batch of a step somewhere, and says where.
+      dump: keeps the batch of a step somewhere; returns the sentence that says where.
 
     Raises:
       FloatingPointError: one step more has been skipped.
@@ -108,7 +109,7 @@ def train(
         skipped += 1
         said = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "param_norm"))
         if skipped > max_skipped_steps:
-            where = f" Its batch is in {dump(number, batch)}: --mode=inspect shows it." if dump is not None else ""
+            where = f" {dump(number, batch)}" if dump is not None else ""
             raise FloatingPointError(
                 f"step {number} is not finite ({said}), and so were the {max_skipped_steps} before it that "
                 f"MAX_SKIPPED_STEPS allows; none of them changed the parameters. The last checkpoint is of step "

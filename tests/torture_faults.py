@@ -46,13 +46,14 @@ def half_put_down(part: Any, directory: Any, args: Any) -> None:
 
 def half_a_line(logger: Any, step: int, *_: Any) -> None:
     if logger._lines is not None:
-        logger._lines.write(f'{{"step": {step}, "split": "tr')
-        logger._lines.flush()
+        logger._lines.write(f'{{"step": {step}, "split": "tr'.encode())
 
 
 def half_the_scores(logger: Any, step: int, scores: Any) -> None:
+    from t5x_lite import logs
+
     task = sorted(scores)[0]
-    logger._write(step, "validation", task, scores[task])
+    logger._write(logs._record(step, "validation", task, scores[task]))
 
 
 def plant(point: str, count: int) -> None:

@@ -15,9 +15,9 @@ anything with ``step``, ``params``, ``opt_state`` and ``replace``; a data iterat
 import contextlib
 import dataclasses
 import logging
-import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -26,11 +26,15 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import checkpoint
 from t5x_lite.checkpoint import checksums
+from t5x_lite.checkpoint.agreement import Agreement, on_all_hosts
+from t5x_lite.checkpoint.keeping import KeepLastAndBest
 from t5x_lite.checkpoint.position import DataIterator, DataPositionRestore, DataPositionSave
 
 log = logging.getLogger(__name__)
 
 FAILED_SAVES = 3  # in a row, that end a run
+_PATIENCE_SECONDS = 60  # with parts of a failed save that are still being written
+EVALUATED = "evaluated"  # false in the `info` of a checkpoint that was saved before its scores were known
 DAMAGED = "damaged"  # in MODEL_DIR: where damaged checkpoints are put out of the way of new ones
 
 
@@ -50,37 +54,6 @@ logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
 State = Any
 
 
-# Which checkpoints stay.
-
-
-@dataclasses.dataclass(frozen=True)
-class KeepLastAndBest:
-    """Orbax preservation policy: the last `last` checkpoints and, beside them, the `best` by one metric.
-
-    A checkpoint saved without the metric, or with a NaN, is never among the best. Of equals the earlier one stays.
-    """
-
-    last: int | None
-    metric: str | None
-    best: int
-    mode: Literal["max", "min"]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        newest = len(checkpoints) - self.last if self.last is not None else 0
-        keep = set(range(max(newest, 0), len(checkpoints)))
-        if self.metric is not None:
-            values = [(self.value(c.metrics), i) for i, c in enumerate(checkpoints)]
-            ranked = sorted((v, i) for v, i in values if not math.isnan(v))
-            keep.update(i for _, i in ranked[: self.best])
-        return [i in keep for i in range(len(checkpoints))]
-
-    def value(self, metrics: Mapping[str, float] | None) -> float:
-        """The metric with its sign turned so that lower is better; NaN where there is none."""
-        value = float((metrics or {}).get(self.metric or "", math.nan))
-        return -value if self.mode == "max" else value
-
-
 class Checkpointer:
     """Saves and restores the checkpoints of one run. Every process of the run makes one and calls it alike.
 
@@ -94,6 +67,8 @@ class Checkpointer:
       info: facts for the `info` part, such as {"model": {...}}; what JSON can hold. {"base": checkpoint.base_of(...)}:
         where the parameters are that are not saved.
       trained: names of the parameters that are saved, where the others are in a base; None: all.
+      before_commit: called in the background, by the first process, when a checkpoint is about to count. Where it
+        raises, the save has failed.
     """
 
     def __init__(
@@ -107,6 +82,7 @@ class Checkpointer:
         info: Mapping[str, Any] | None = None,
         trained: Collection[str] | None = None,
         damaged: Collection[int] = (),
+        before_commit: Callable[[], None] = lambda: None,
     ):
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"KEEP_LAST={keep_last} must be at least 1, or None to keep every checkpoint.")
@@ -114,7 +90,8 @@ class Checkpointer:
             raise ValueError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
         self.directory = checkpoint.checkpoints_folder(directory)
         self._policy = KeepLastAndBest(keep_last, keep_best_metric, keep_best, best_mode)
-        self._info, self._trained = dict(info or {}), trained
+        self._info, self._trained, self._before = dict(info or {}), trained, before_commit
+        self._agreement = Agreement() if jax.process_count() > 1 else None
         self._saving: int | None = None  # the step being saved
         self._failure: OSError | None = None  # of the last save
         self._failures = 0  # in a row
@@ -126,7 +103,9 @@ class Checkpointer:
                 best_fn=self._policy.value if keep_best_metric else None,  # without it Orbax stores no metrics
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._before_commit),
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._before_commit, barrier_sync_fn=self._agreement
+                ),
             ),
         )
 
@@ -162,7 +141,8 @@ class Checkpointer:
         logged, and leaves nothing but the checkpoints there were.
 
         Args:
-          metrics: scores of this step by "task/metric"; those of the best checkpoint decide what keep-best keeps.
+          metrics: scores of this step by "task/metric"; those of the best checkpoint decide what keep-best keeps. None:
+            not known yet, which `info` notes.
 
         Returns:
           False where this step is already saved, or could not be.
@@ -179,7 +159,8 @@ class Checkpointer:
         self._settle()
         if step in self._manager.all_steps():
             return False
-        info = {**self._info, "step": step, "processes": jax.process_count(), checkpoint.CHECKSUMS: True}
+        facts = {"step": step, "processes": jax.process_count(), EVALUATED: metrics is not None}
+        info = {**self._info, **facts, checkpoint.CHECKSUMS: True}
         params = checkpoint.flat(state.params)
         if self._trained is not None:
             params = {name: leaf for name, leaf in params.items() if name in self._trained}
@@ -192,7 +173,9 @@ class Checkpointer:
         self._saving = step
         try:
             if iterator is not None:
-                parts["data"] = DataPositionSave.of(iterator)
+                parts["data"] = on_all_hosts(lambda: DataPositionSave.of(iterator))
+            if self._agreement is not None:
+                self._agreement.begin()
             with jax.transfer_guard("allow"):
                 return self._manager.save(step, args=ocp.args.Composite(**parts), metrics=scores, force=True)
         except Exception as error:  # of the disk, of Orbax or of TensorStore, which has classes of its own
@@ -261,19 +244,21 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            _wait_for_writers()
             self._failed(error)
         else:
             if self._saving is not None:
                 self._failure, self._failures = None, 0
         self._saving = None
         if self._left_behind:
-            self._remove_left_behind()
+            self._left_behind = self._remove_left_behind()
 
     def _failed(self, error: Exception) -> None:
         step, self._saving = self._saving, None
         self._manager.reload()  # it has already forgotten what this save would have replaced
         why = f"{type(error).__name__}: {str(error).strip()}"
         if step in self._manager.all_steps():
+            self._failure, self._failures = None, 0
             log.warning("Step %s is saved, but something remains that should have been deleted (%s).", step, why)
             return
         self._failures, self._left_behind = self._failures + 1, True
@@ -285,16 +270,21 @@ class Checkpointer:
             raise OSError(f"{self._failures} saves in a row have failed. {self._failure}") from error
         log.warning("Step %s could not be saved, and training goes on (%s).", step, why)
 
-    def _remove_left_behind(self) -> None:
-        """Makes room, for half a checkpoint helps nobody. What is still being written is removed the next time."""
+    def _remove_left_behind(self) -> bool:
+        """Makes room, for half a checkpoint helps nobody. True: to be done again, for TensorStore or another host may
+        have gone on writing."""
+        if jax.process_index() != 0:
+            return False
         with contextlib.suppress(OSError):
-            if jax.process_index() == 0:
-                for path in ocp.path.step.all_temporary_paths(self.directory):
-                    path.get().rmtree()
-            self._left_behind = False
+            left = list(ocp.path.step.all_temporary_paths(self.directory))
+            for path in left:
+                path.get().rmtree()
+            return bool(left)
+        return True
 
     def _before_commit(self) -> None:
         """Called in the background by the first process, when all parts have been written by all."""
+        self._before()
         for path in ocp.path.step.all_temporary_paths(self.directory):
             if path.get_final().name == str(self._saving):
                 checksums.write(path.get())
@@ -310,6 +300,13 @@ class Checkpointer:
                 log.warning("The damaged checkpoint of step %d is in %s now.", step, aside)
         if damaged and jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
+
+
+def _wait_for_writers() -> None:
+    """Orbax says that a save has failed when the first of its parts has, while it still writes the others."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            threading.Thread.join(thread, _PATIENCE_SECONDS)  # its own `join` raises what was raised in it
 
 
 # Parameters alone.

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, whole or not there, kept by age and by score, and clear about what does not fit."""
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,11 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from etils.epath import backend, gpath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import serialization
 
 from t5x_lite import checkpoint
 from t5x_lite.checkpoint import checksums, lock, saving
@@ -52,8 +57,7 @@ class Position:
             file.write(str(self.at))
 
     def restore(self, path: str) -> None:
-        with open(os.path.join(path, "at")) as file:
-            self.at = int(file.read())
+        self.at = int((epath.Path(path) / "at").read_text())
 
 
 def make_state(seed: int = 0, vocab: int = 7) -> State:
@@ -282,6 +286,7 @@ def test_info_explains_a_checkpoint(saved):
         "model": {"vocab_size": 7, "mlp_activations": ["relu"]},
         "step": 3,
         "processes": 1,
+        "evaluated": False,
         "checksums": True,
     }
     assert json.loads((saved / "checkpoints/3/info/metadata").read_text())["step"] == 3
@@ -464,6 +469,42 @@ def test_saves_that_go_on_failing_end_the_run_and_so_does_the_last(tmp_path, mon
     assert checkpoint.choose_start(tmp_path, strict=True).step == 10
 
 
+def test_parts_still_being_written_when_another_has_failed_leave_nothing(tmp_path, monkeypatch):
+    """Orbax says so at once; TensorStore would make the folder anew."""
+    write = serialization.async_serialize_from_host
+
+    async def slowly(*args, **options):
+        await asyncio.sleep(0.3)
+        return await write(*args, **options)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", slowly)
+    bad_disk(monkeypatch, {20}, "write")
+    with saving.Checkpointer(tmp_path) as checkpointer:
+        for step in (10, 20):
+            checkpointer.save(step, make_state(), Position(step))
+        with pytest.raises(OSError, match="Step 20 could not be saved"):
+            checkpointer.wait()
+        time.sleep(0.5)
+        assert os.listdir(tmp_path / "checkpoints") == ["10"]
+        checkpointer.save(30, make_state(), Position(30))
+
+
+def test_what_must_be_there_before_a_checkpoint_is_or_the_save_has_failed(tmp_path, caplog):
+    before = []
+
+    def publish():
+        before.append((tmp_path / "checkpoints" / str(10 * len(before) + 10)).exists())
+        full(len(before) == 2)
+
+    with saving.Checkpointer(tmp_path, keep_last=None, before_commit=publish) as checkpointer:
+        for step in (10, 20, 30):
+            checkpointer.save(step, make_state(), Position(step))
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [10, 30]
+    assert before == [False] * 3
+    assert "Step 20 could not be saved" in caplog.text and "No space left" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_files_that_the_system_refuses_to_write(tmp_path, caplog):
     """The kernel's own refusal, in TensorStore's words. By a limit, which stands for a full disk."""
@@ -480,6 +521,60 @@ def test_files_that_the_system_refuses_to_write(tmp_path, caplog):
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             assert checkpointer.all_steps() == [10 if step == 20 else step]
     assert "Step 20 could not be saved, and training goes on" in caplog.text and "File too large" in caplog.text
+
+
+# A bucket
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket as a folder: Orbax and etils do as with a real one, only the ways there are not."""
+
+    def local(path: Any) -> Any:
+        return str(path).replace("gs://", f"{tmp_path}/gs/") if str(path).startswith("gs://") else path
+
+    class Bucket(type(backend.os_backend)):
+        pass
+
+    def call(name):
+        return lambda _, *args, **options: getattr(backend.os_backend, name)(*map(local, args), **options)
+
+    for name in backend.Backend.__abstractmethods__:
+        setattr(Bucket, name, call(name))
+    for name in ("tf_backend", "fsspec_backend"):
+        monkeypatch.setattr(backend, name, Bucket())
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    monkeypatch.setattr(
+        gcs_utils,
+        "get_kvstore_for_gcs",
+        lambda path: {"driver": "file", "path": str(local(path)) + "/" * (not str(path).endswith("_sharding"))},
+    )
+    return tmp_path / "gs"
+
+
+def test_in_a_bucket_too_damage_is_found_and_put_aside_and_failed_saves_leave_nothing(bucket, monkeypatch, caplog):
+    run = "gs://bucket/run"
+    with saving.Checkpointer(run, keep_last=2) as checkpointer:
+        for step in (10, 20):
+            checkpointer.save(step, make_state(seed=step), Position(step))
+    assert checkpoint.damage(checkpoint.absolute(f"{run}/checkpoints/20")) == []
+    file = next((bucket / "bucket/run/checkpoints/20/params").rglob("ocdbt.process_0/d/*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    start = checkpoint.choose_start(run)
+    assert (start.step, start.damaged) == (10, (20,))
+    with saving.Checkpointer(run, keep_last=2, damaged=start.damaged) as checkpointer:
+        position = Position()
+        assert identical(checkpointer.restore(10, abstract(make_state()), position), make_state(seed=10))
+        bad_disk(monkeypatch, {20}, "write")
+        checkpointer.save(20, make_state(), Position(20))
+        with contextlib.suppress(OSError):
+            checkpointer.wait()
+        assert "Step 20 could not be saved" in caplog.text
+        checkpointer.save(30, make_state(seed=30), Position(30))
+    assert (bucket / "bucket/run/damaged/20/params").exists()
+    assert sorted(os.listdir(bucket / "bucket/run/checkpoints")) == ["10", "30"]
+    assert checkpoint.choose_start(run, strict=True).step == 30
 
 
 # One run in a MODEL_DIR

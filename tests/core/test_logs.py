@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import torture
 
 from t5x_lite import folder, logs, optim, sharding
 from t5x_lite.model import T5Config, forward
@@ -88,6 +90,61 @@ def test_resume_says_each_step_once(tmp_path):
     assert after.splitlines()[:3] == before.splitlines()[:3]
     assert after.splitlines()[3] != before.splitlines()[3]
     assert sorted(path.name for path in tmp_path.iterdir() if "tfevents" not in path.name) == ["metrics.jsonl"]
+
+
+def test_an_evaluation_that_is_owed_is_said_once(tmp_path):
+    """Told to stop at step 2, where an evaluation was due, and killed twice in going on."""
+
+    def train(first: int, last: int, resume: int, evaluated: bool) -> None:
+        logger = logs.MetricLogger(tmp_path, total_steps=4)
+        logger.resume(resume, evaluated)
+        if not evaluated:
+            logger.evaluation(2, {"a": {"loss": 1.0}, "b": {"loss": 2.0}})
+        for step in range(first, last + 1):
+            logger.train(step, STEP | {"loss": 1 / step}, seconds=0.5)
+        logger.close()
+
+    train(1, 2, resume=0, evaluated=True)
+    train(3, 3, resume=2, evaluated=False)
+    train(3, 4, resume=2, evaluated=False)
+    said = [(record["step"], record["split"], record.get("task")) for record in lines(tmp_path)]
+    assert said == [*((step, "train", None) for step in (1, 2)), (2, "validation", "a"), (2, "validation", "b"),
+                    *((step, "train", None) for step in (3, 4))]  # fmt: skip
+    shown = torture.events(tmp_path)
+    assert shown["train/loss"] == [(step, float(np.float32(1 / step))) for step in (1, 2, 3, 4)]
+    assert shown["validation/a/loss"] == [(2, 1.0)] and shown["validation/b/loss"] == [(2, 2.0)]
+
+
+def test_a_full_disk_costs_no_line(tmp_path, caplog):
+    """The kernel's own refusal, in the middle of a line. By a limit, which stands for a full disk."""
+    logger = logs.MetricLogger(tmp_path, total_steps=5)
+    logger.train(1, STEP, seconds=0.5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) + 5, limits[1]))
+    try:
+        for step in (2, 3, 4):
+            logger.train(step, STEP, seconds=0.5)
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(.*File too large.*make room"):
+            logger.settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < len(logs.read_metrics(tmp_path)) < 4, "a torn last line does not count"
+    assert [message.count("cannot be written") for message in caplog.messages] == [1, 1], "once for each file"
+    logger.train(5, STEP, seconds=0.5)
+    logger.settle()
+    logger.close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in torture.events(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5]
+
+
+def test_what_a_full_disk_never_takes_is_said_to_be_lost(caplog):
+    file = folder.GrowingFile(pathlib.Path("/dev/full"))
+    file.write(b"a line\n")
+    with pytest.raises(OSError, match=r"/dev/full cannot be written .*No space left"):
+        file.settle()
+    file.close()
+    assert "The last 7 bytes of /dev/full are lost" in caplog.text
 
 
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
@@ -176,12 +233,21 @@ def test_a_bucket_gets_what_is_written_and_gives_it_back(tmp_path, monkeypatch):
     logger.evaluation(1, {"a": {"loss": 2.0}})
     assert len(logs.read_metrics(tmp_path / "bucket/run")) == 2
     logger.train(2, STEP, 0.5)
+    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 2
+    logger.settle()
+    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 3, "before a checkpoint counts"
     logger.close()
     events = sorted(path.name for path in (tmp_path / "bucket/run").glob("events*"))
     assert len(logs.read_metrics(tmp_path / "bucket/run")) == 3 and len(events) == 1
 
     second = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
     assert second.path != first.path and str(second) != str(second.path)
+    other = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
+    (other.path / "batch-3.1.npz").touch()  # of another host, which has an old metrics.jsonl and adds nothing to it
+    (tmp_path / "bucket/run/metrics.jsonl").write_text("newer")
+    other.publish()
+    assert (tmp_path / "bucket/run/batch-3.1.npz").exists()
+    assert (tmp_path / "bucket/run/metrics.jsonl").read_text() == "newer"
     logger = logs.MetricLogger(second.path, 3, publish=second.publish)
     logger.resume(1)
     logger.close()

@@ -84,7 +84,7 @@ def test_too_many_such_steps_stop_the_run_and_keep_the_batch():
 
     def dump(number, rows):
         dumped[number] = rows
-        return "batch.npz"
+        return "It is in batch.npz."
 
     with pytest.raises(FloatingPointError, match=r"step 4 is not finite .*last checkpoint is of step 3.*in batch.npz"):
         run([4, BAD, BAD, BAD, 5], max_skipped_steps=2, dump=dump)

@@ -3,14 +3,18 @@
 import json
 import logging
 import pathlib
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torture
 
 import run
+from t5x_lite import watch
 
 LINES = [{"inputs": f"reverse: {word}", "targets": word[::-1]} for word in "one two three four five six seven".split()]
 
@@ -147,6 +151,44 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
     tuned = {r["step"]: r["loss"] for r in records("tuned", "train")}
     assert list(tuned) == [1, 2, 3]
     assert tuned[1] < losses["whole"][1]
+
+
+@pytest.mark.slow
+def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_on(command, monkeypatch):
+    command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='whole'")
+    with monkeypatch.context() as told:
+        told.setattr(watch.StopNotice, "__call__", lambda self, step: step == 3)
+        with pytest.raises(SystemExit) as stopped:
+            command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='parts'")
+    assert stopped.value.code == watch.PREEMPTED
+    assert [r["step"] for r in records("parts", "train")] == [1, 2, 3] and not records("parts", "validation")
+    command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='parts'")
+    assert [r["step"] for r in records("parts", "validation")] == [3, 5]
+    curves = [torture.curve(pathlib.Path(name)) for name in ("whole", "parts")]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_training_in_one_line_and_loses_nothing(command):
+    """By a limit on the size of files, which stands for a full disk: the kernel refuses in the middle of them."""
+    often = "--gin.CHECKPOINT_PERIOD=1"
+    command(often, "--gin.TRAIN_STEPS=7", "--gin.MODEL_DIR='whole'")
+    command(often, "--gin.TRAIN_STEPS=3", "--gin.MODEL_DIR='parts'")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, says in (
+        (1_000, r"File too large\. The checkpoints in .*'parts' are as they"),
+        (9_000, "3 saves in a row"),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            said = command(often, "--gin.TRAIN_STEPS=7", "--gin.MODEL_DIR='parts'", code=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert re.search(says, said) and "Traceback" not in said
+        assert sorted(path.name for path in pathlib.Path("parts/checkpoints").iterdir()) == ["1", "2", "3"]
+    command(often, "--gin.TRAIN_STEPS=7", "--gin.MODEL_DIR='parts'")
+    whole, parts = ([r for r in torture.curve(pathlib.Path(name)) if r["step"] > 3] for name in ("whole", "parts"))
+    assert parts == whole and len(parts) == 6
 
 
 @pytest.mark.slow
