@@ -14,7 +14,7 @@ from t5x_lite.losses import LossConfig
 from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
 
-Files = str | list[str]
+Names = str | list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Run:
     model_dir: str
     task_feature_lengths: Mapping[str, int]
     mixture_or_task_name: str | None
-    mixture_or_task_module: Files | None
+    mixture_or_task_module: Names | None
     vocabulary: str | None
     bad_rows: Literal["refuse", "skip"]
     use_cached_tasks: bool
-    seqio_additional_cache_dirs: Files | None
+    seqio_additional_cache_dirs: Names | None
     shuffle_train_examples: bool
     pack: bool
     data_shards: int | None
     random_seed: int
-    train_files: Files | None
-    eval_files: Files | None
+    train_files: Names | None
+    eval_files: Names | None
     files_objective: Literal["text_to_text", "span_corruption"]
     files_inputs_template: str
     files_targets_template: str
@@ -66,7 +66,7 @@ class Run:
     infer_output: str | None
     checkpoint_period: int
     keep_last: int | None
-    keep_best_metric: str | None
+    keep_best_metric: Names | None
     keep_best: int
     keep_best_mode: Literal["max", "min"]
     strict: bool

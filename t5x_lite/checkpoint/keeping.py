@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, and the best by one metric. Knows Orbax's form of a policy, and numbers."""
+"""Which checkpoints stay: the newest, and the best by each of some metrics. Knows Orbax's policies, and numbers."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class KeepLastAndBest:
-    """Orbax preservation policy: the last `last` checkpoints and, beside them, the `best` by one metric.
+    """Orbax preservation policy: the last `last` checkpoints and, beside them, the `best` by each of `metrics`.
 
-    A checkpoint saved without the metric, or with a NaN, is never among the best. Of equals the earlier one stays.
+    A checkpoint saved without a metric, or with a NaN, is never among its best. Of equals the earlier one stays.
     """
 
     last: int | None
-    metric: str | None
+    metrics: tuple[str, ...]
     best: int
     mode: Literal["max", "min"]
 
@@ -22,13 +22,13 @@ class KeepLastAndBest:
         del context
         newest = len(checkpoints) - self.last if self.last is not None else 0
         keep = set(range(max(newest, 0), len(checkpoints)))
-        if self.metric is not None:
-            values = [(self.value(c.metrics), i) for i, c in enumerate(checkpoints)]
+        for metric in self.metrics:
+            values = [(self.value(c.metrics, metric), i) for i, c in enumerate(checkpoints)]
             ranked = sorted((v, i) for v, i in values if not math.isnan(v))
             keep.update(i for _, i in ranked[: self.best])
         return [i in keep for i in range(len(checkpoints))]
 
-    def value(self, metrics: Mapping[str, float] | None) -> float:
-        """The metric with its sign turned so that lower is better; NaN where there is none."""
-        value = float((metrics or {}).get(self.metric or "", math.nan))
+    def value(self, scores: Mapping[str, float] | None, metric: str) -> float:
+        """A metric with its sign turned so that lower is better; NaN where there is none."""
+        value = float((scores or {}).get(metric, math.nan))
         return -value if self.mode == "max" else value

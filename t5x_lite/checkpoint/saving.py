@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -61,8 +61,9 @@ class Checkpointer:
       directory: MODEL_DIR, or its ``checkpoints`` folder; created where missing. What a killed save left is removed.
       damaged: steps whose checkpoints go to MODEL_DIR/damaged, so that they can be saved anew.
       keep_last: how many of the newest checkpoints to keep; None keeps all.
-      keep_best_metric: "task/metric", a key of the metrics given to `save`; None: no checkpoint is kept for its score.
-      keep_best: how many of the best to keep beside the newest.
+      keep_best_metric: "task/metric", a key of the metrics given to `save`, or several; None: no checkpoint is kept for
+        its score.
+      keep_best: how many of the best by each to keep beside the newest.
       best_mode: whether "max" or "min" is best.
       info: facts for the `info` part, such as {"model": {...}}; what JSON can hold. {"base": checkpoint.base_of(...)}:
         where the parameters are that are not saved.
@@ -76,7 +77,7 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         keep_last: int | None = 1,
-        keep_best_metric: str | None = None,
+        keep_best_metric: str | Sequence[str] | None = None,
         keep_best: int = 1,
         best_mode: Literal["max", "min"] = "max",
         info: Mapping[str, Any] | None = None,
@@ -89,7 +90,8 @@ class Checkpointer:
         if keep_best < 1 or best_mode not in ("max", "min"):
             raise ValueError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
         self.directory = checkpoint.checkpoints_folder(directory)
-        self._policy = KeepLastAndBest(keep_last, keep_best_metric, keep_best, best_mode)
+        kept_by = (keep_best_metric,) if isinstance(keep_best_metric, str) else tuple(keep_best_metric or ())
+        self._policy = KeepLastAndBest(keep_last, kept_by, keep_best, best_mode)
         self._info, self._trained, self._before = dict(info or {}), trained, before_commit
         self._agreement = Agreement() if jax.process_count() > 1 else None
         self._saving: int | None = None  # the step being saved
@@ -100,7 +102,8 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=self._policy.value if keep_best_metric else None,  # without it Orbax stores no metrics
+                # Without it Orbax stores no metrics; what it says, the policy above does not ask.
+                best_fn=(lambda scores: self._policy.value(scores, kept_by[0])) if kept_by else None,
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
@@ -148,14 +151,13 @@ class Checkpointer:
           False where this step is already saved, or could not be.
 
         Raises:
-          ValueError: metrics are given and the one to keep the best by is not among them.
+          ValueError: metrics are given and one to keep the best by is not among them.
           OSError: this is the `FAILED_SAVES`-th save in a row that failed.
         """
-        metric = self._policy.metric
-        if metrics is not None and metric is not None and metric not in metrics:
-            raise ValueError(
-                f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {', '.join(sorted(metrics))}."
-            )
+        for metric in self._policy.metrics:
+            if metrics is not None and metric not in metrics:
+                known = ", ".join(sorted(metrics))
+                raise ValueError(f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {known}.")
         self._settle()
         if step in self._manager.all_steps():
             return False

@@ -148,6 +148,7 @@ SCORES = {10: 0.5, 20: 0.9, 30: 0.7, 40: float("nan"), 50: None, 60: 0.6}
         ({"keep_last": None}, [10, 20, 30, 40, 50, 60]),
         ({"keep_last": 1, "keep_best_metric": "squad/f1"}, [20, 60]),
         ({"keep_last": 1, "keep_best_metric": "squad/f1", "keep_best": 2}, [20, 30, 60]),
+        ({"keep_last": 1, "keep_best_metric": ["squad/f1", "squad/em"]}, [20, 40, 60]),
         ({"keep_last": 2, "keep_best_metric": "squad/f1", "best_mode": "min"}, [10, 50, 60]),
     ],
 )
@@ -156,7 +157,8 @@ def test_keeps_the_last_and_the_best_on_disk_also_over_a_restart(tmp_path, optio
     for steps in ((10, 20, 30), (40, 50, 60)):
         checkpointer = saving.Checkpointer(tmp_path, **options)
         for step in steps:
-            checkpointer.save(step, state, metrics=None if SCORES[step] is None else {"squad/f1": SCORES[step]})
+            scores = {"squad/f1": SCORES[step], "squad/em": -abs(step - 40)}  # of which 40 is the best
+            checkpointer.save(step, state, metrics=None if SCORES[step] is None else scores)
         checkpointer.close()
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == kept
 
