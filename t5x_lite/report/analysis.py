@@ -43,7 +43,9 @@ def curves(records: Sequence[Mapping[str, Any]]) -> tuple[Curve, Curves]:
         for name, value in found.items():
             if value is not None:
                 into.setdefault(name, {})[record["step"]] = float(value)
-    ordered = {task: {name: dict(sorted(c.items())) for name, c in named.items()} for task, named in tasks.items()}
+    ordered = {
+        task: {name: dict(sorted(c.items())) for name, c in named.items()} for task, named in tasks.items() if named
+    }
     return dict(sorted(train.items())), ordered
 
 
@@ -57,10 +59,11 @@ def best(metric: str, curve: Curve) -> tuple[int, float]:
     return pick(curve.items(), key=lambda point: point[1])
 
 
-def binned(curve: Curve, bins: int) -> list[tuple[float, float, float, float]]:
-    """(step, mean, least, greatest) of each of at most `bins` groups of consecutive points, all of about one size."""
+def binned(curve: Curve, most: int) -> list[tuple[float, float, float, float]]:
+    """(step, mean, least, greatest) of each of at most `most` groups of so many neighbouring points."""
     points = np.array(list(curve.items()), np.float64)
-    groups = np.array_split(points, min(bins, len(points)))
+    size = math.ceil(len(points) / most)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(g[:, 0].mean(), g[:, 1].mean(), g[:, 1].min(), g[:, 1].max()) for g in groups]
 
 

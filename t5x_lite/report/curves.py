@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from t5x_lite.report.analysis import Curve, Curves, best, binned
 
 WIDTH = 1000  # of the SVG in its own units; its height is in pixels
-BINS = 120  # of the training loss: more points are drawn as their mean and range
+BINS = 100  # of the training loss: more points are drawn as their mean and range
 COLOURS = 8  # classes c1 ... c8 of the style sheet; c0 is the training loss
+SETTLED = 0.04  # the part of a run behind which losses are to be seen whole: before it they fall from far above
 DOTS = 60  # a line of more points has none
 LABEL = 16  # pixels from one label to the next
 
@@ -36,9 +37,14 @@ def losses(train: Curve, tasks: Curves) -> str:
         band = [(step, low) for step, _, low, _ in bins] + [(step, high) for step, _, _, high in reversed(bins)]
     if not lines:
         return ""
+    steps = [step for _, points in lines for step, _ in points]
+    early = min(steps) + SETTLED * (max(steps) - min(steps))
+    top = max(value for _, points in lines for step, value in points if step >= early)
     first = 0 if len(train) > 1 else 1
     classes = [f"c{0 if not i + first else 1 + (i + first - 1) % COLOURS}" for i in range(len(lines))]
-    return _plot("Loss, nats a target token", lines, classes, band, max(300, LABEL * (len(lines) + 1)), 5)
+    cut = any(value > top for _, points in lines for _, value in points)
+    caption = "Loss, nats a target token" + "<small>the first steps, above this, are cut off</small>" * cut
+    return _plot(caption, lines, classes, band, max(300, LABEL * (len(lines) + 1)), 5, top=top)
 
 
 def panel(task: str, metric: str, curve: Curve) -> str:
@@ -59,13 +65,15 @@ def _plot(
     height: int,
     ticks: int,
     marked: Point | None = None,
+    top: float = math.inf,
 ) -> str:
-    """Named lines of (step, value), each with its newest value at its end; `caption` is HTML."""
+    """Named lines of (step, value) up to the value `top`, each with its newest value at its end; `caption` is HTML."""
     every = [point for _, points in lines for point in points] + list(band)
     steps, values = zip(*every, strict=True)
     left, right = (0.0 if min(steps) < max(steps) / 4 else float(min(steps))), float(max(steps))
-    spread = (max(values) - min(values)) or abs(max(values)) or 1.0
-    low, high = min(values) - 0.06 * spread, max(values) + 0.06 * spread
+    top = min(top, max(values))
+    spread = (top - min(values)) or abs(top) or 1.0
+    low, high = min(values) - 0.06 * spread, top + 0.06 * spread
 
     def x(step: float | int) -> float:
         return WIDTH * (step - left) / ((right - left) or 1)
@@ -90,12 +98,12 @@ def _plot(
             for step, value in points:
                 kind = "dot best" if (step, value) == marked else "dot"
                 where = f"M{x(step):.1f} {y(value):.1f}h0"
-                said = f"{html.escape(name)} step {step:,}: {number(value, max(values))}"
+                said = f"{html.escape(name)} step {step:,}: {number(value, top)}"
                 drawn.append(f'<path class="{kind} {style}" d="{where}"><title>{said.strip()}</title></path>')
     ends = [points[-1][1] for _, points in lines]
     places = _apart([y(value) for value in ends], height)
     for (name, _), style, value, place in zip(lines, classes, ends, places, strict=True):
-        said = f"<b>{number(value, max(values))}</b> {html.escape(name)}".strip()
+        said = f"<b>{number(value, top)}</b> {html.escape(name)}".strip()
         text.append(f'<span class="end {style}" style="top:{place:.1f}px">{said}</span>')
     aloud = "; ".join(
         f"{name or 'value'} from {points[0][1]:.4g} at step {points[0][0]:,.0f} to {points[-1][1]:.4g} at step "

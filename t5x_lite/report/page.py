@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from t5x_lite.report import analysis, curves, predictions
 from t5x_lite.report.analysis import Curve, Curves, Row
 from t5x_lite.report.curves import number
-from t5x_lite.report.predictions import escaped
+from t5x_lite.report.predictions import escaped, name
 from t5x_lite.report.style import CSS
 
 Baselines = Mapping[str, Mapping[str, float | str]]  # by task and metric; "what" says in words what they are
@@ -28,22 +28,23 @@ class About:
 
 
 def page(
-    title: str, train: Curve, tasks: Curves, predicted: Mapping[str, tuple[int, Sequence[Row]]], about: About
+    run: str, train: Curve, tasks: Curves, predicted: Mapping[str, tuple[int, Sequence[Row]]], about: About
 ) -> str:
     """The whole document.
 
     Args:
-      title: the run's name.
+      run: its name.
       train, tasks: as from `analysis.curves`.
       predicted: by task, the step and the rows of the predictions that are to be shown.
     """
     places = {task: f"task-{i}" for i, task in enumerate(predicted)}
     sections = [predictions.section(task, *found, places[task]) for task, found in predicted.items()]
+    legend = f'<p class="note">{predictions.LEGEND}</p>' if sections else ""
     parts = {
         "Scores": _scores(tasks, places, about.baselines),
         "Curves": _curves(train, tasks),
         f"Mixture {escaped(about.mixture)}": _rates(about.rates),
-        "Predictions": "".join(sections),
+        "Predictions": legend + "".join(sections),
     }
     steps = [*train, *(step for named in tasks.values() for curve in named.values() for step in curve)]
     said = [f"step {max(steps):,}"] if steps else []
@@ -57,13 +58,13 @@ def page(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escaped(title)}</title>
+<title>{escaped(run)}</title>
 <style>{CSS}</style>
 </head>
 <body>
-<header><h1>{escaped(title)}</h1><p class="note">{" · ".join(said)}</p></header>
+<header><h1>{escaped(run)}</h1><p class="note">{" · ".join(said)}</p></header>
 <main>
-{"".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in parts.items() if body)}
+{"".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in parts.items() if body)}
 </main>
 </body>
 </html>
@@ -73,23 +74,25 @@ def page(
 def _scores(tasks: Curves, places: Mapping[str, str], baselines: Baselines) -> str:
     if not tasks:
         return ""
+    last = max(step for named in tasks.values() for curve in named.values() for step in curve)
     groups, notes = [], []
-    with_baselines = any(name in named for task, named in tasks.items() for name in baselines.get(task, ()))
+    with_baselines = any(metric in named for task, named in tasks.items() for metric in baselines.get(task, ()))
     for task, named in tasks.items():
         known = baselines.get(task, {})
         if "what" in known:
             notes.append(f"<br>Baseline of {escaped(task)}: {escaped(str(known['what']))}.")
-        name = f'<a href="#{places[task]}">{escaped(task)}</a>' if task in places else escaped(task)
+        linked = f'<a href="#{places[task]}">{name(task)}</a>' if task in places else name(task)
         metrics = sorted(named, key=lambda metric: metric in COMMON)  # a task's own come first
         rows = []
         for i, metric in enumerate(metrics):
             curve = named[metric]
             newest, (step, value) = max(curve), analysis.best(metric, curve)
             largest = max(curve.values())
+            earlier = f"<small>step {newest:,}</small> " if newest < last else ""
             cells = [
-                f'<th scope="rowgroup" rowspan="{len(metrics)}">{name}</th>' if i == 0 else "",
-                f'<th scope="row">{escaped(metric)}</th>',
-                f'<td class="n">{_aligned(curve[newest], largest)}</td><td class="n step">{newest:,}</td>',
+                f'<th scope="rowgroup" rowspan="{len(metrics)}">{linked}</th>' if i == 0 else "",
+                f'<th scope="row">{name(metric)}</th>',
+                f'<td class="n">{earlier}{_aligned(curve[newest], largest)}</td>',
                 f'<td class="n best">{_aligned(value, largest)}</td><td class="n step">{step:,}</td>',
             ]
             if with_baselines:
@@ -99,13 +102,13 @@ def _scores(tasks: Curves, places: Mapping[str, str], baselines: Baselines) -> s
             rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
         groups.append(f"<tbody>{''.join(rows)}</tbody>")
     count = max(len(curve) for named in tasks.values() for curve in named.values())
-    heads = ["newest", "step", "best", "step"] + ["baseline"] * with_baselines
+    heads = ["newest", "best", "at step"] + ["baseline"] * with_baselines
     columns = "".join(f'<th scope="col" class="n">{head}</th>' for head in heads)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table class="scores">'
-        f"<caption>On validation data. Best: of {count} evaluation{'s' * (count != 1)}, each metric at its own best "
-        'step, as the T5 paper reports.</caption><thead><tr><th scope="col">task</th><th scope="col">metric</th>'
-        f"{columns}</tr></thead>"
+        f"<caption>On validation data. Newest: step {last:,}. Best: of {count} evaluation{'s' * (count != 1)}, each "
+        "metric at its own best step, as the T5 paper reports.</caption>"
+        f'<thead><tr><th scope="col">task</th><th scope="col">metric</th>{columns}</tr></thead>'
         f'{"".join(groups)}</table></div><p class="note">Lower losses are better; of all else, higher.'
         f"{''.join(notes)}</p>"
     )
@@ -133,7 +136,7 @@ def _rates(rates: Mapping[str, float]) -> str:
         return ""
     most = max(rates.values())
     rows = "".join(
-        f'<tr><th scope="row">{escaped(task)}</th><td class="n">{rate:.1%}</td>'
+        f'<tr><th scope="row">{name(task)}</th><td class="n">{rate:.1%}</td>'
         f'<td class="bar"><div style="width:{rate / most:.2%}"></div></td></tr>'
         for task, rate in sorted(rates.items(), key=lambda item: -item[1])
     )

@@ -14,7 +14,8 @@ from t5x_lite.report import analysis
 from t5x_lite.report.analysis import Row
 
 WORST, SAMPLES = 8, 4  # examples of each task
-LONGEST = 480  # characters of a text
+LONGEST = 400  # characters of a text
+LEGEND = "Marked: <del>what the prediction lacks</del> and <ins>what the target lacks</ins>."
 
 
 def section(task: str, step: int, rows: Sequence[Row], place: str) -> str:
@@ -37,7 +38,7 @@ def section(task: str, step: int, rows: Sequence[Row], place: str) -> str:
             _examples("Least likely targets", rows, _worst(rows, lambda row: row["score"]), _log_likelihood),
         )
     head = f"{len(rows):,} {'prediction' if predicted else 'scored target'}{'s' * (len(rows) > 1)} at step {step:,}"
-    return f'<section><h3 id="{place}">{escaped(task)}</h3><p class="note">{head}{summary}</p>{body}</section>'
+    return f'<section><h3 id="{place}">{name(task)}</h3><p class="note">{head}{summary}</p>{body}</section>'
 
 
 Verdict = Callable[[Row], tuple[str, str]]  # what is said of an example, and its class: right, wrong or none
@@ -66,17 +67,15 @@ def _confusion(rows: Sequence[Row], labels: Sequence[str], counts: np.ndarray) -
             for j in range(len(columns))
         ]
         share = f'<td class="sum">{total:,}</td><td class="sum">{counts[i, i] / total:.1%}</td>'
-        body.append(f'<tr><th scope="row">{escaped(label)}</th>{"".join(cells)}{share}</tr>')
-    heads = "".join(f'<th scope="col">{escaped(column)}</th>' for column in (*columns, "all", "right"))
+        body.append(f'<tr><th scope="row">{name(label)}</th>{"".join(cells)}{share}</tr>')
+    heads = "".join(f'<th scope="col">{name(column)}</th>' for column in (*columns, "all", "right"))
     note = ""
     if counts[:, -1].any():
         others = collections.Counter(row["prediction"] for row in rows if row["prediction"] not in labels)
         said = ", ".join(
             f"{escaped(_cut(text, 60)[0]) or '(nothing)'} ({count:,})" for text, count in others.most_common(3)
         )
-        note = (
-            f'<p class="note">Other texts than the labels: {len(others):,}; the most frequent: <bdi>{said}</bdi>.</p>'
-        )
+        note = f'<p class="note">{others.total():,} are no label; the most frequent: <bdi>{said}</bdi>.</p>'
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Confusion table"><table class="confusion">'
         '<caption>Rows: target. Columns: prediction.</caption><thead><tr><th scope="col">target</th>'
@@ -126,8 +125,17 @@ def _log_likelihood(row: Row) -> tuple[str, str]:
 
 
 def _worst(rows: Sequence[Row], goodness: Callable[[Row], float]) -> Sequence[Row]:
-    """The least good first; of equals the least likely, where that is known."""
-    return sorted(rows, key=lambda row: (goodness(row), row.get("score", 0.0)))[:WORST]
+    """The least good first; of equals the least likely where that is known, else some at even distances."""
+
+    def order(row: Row) -> tuple[float, float]:
+        return goodness(row), row.get("score", 0.0)
+
+    found = sorted(rows, key=order)
+    if len(found) <= WORST:
+        return found
+    last = order(found[WORST - 1])
+    worse = [row for row in found[:WORST] if order(row) < last]
+    return worse + list(_spread([row for row in found if order(row) == last], WORST - len(worse)))
 
 
 def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
@@ -139,11 +147,11 @@ def _samples(rows: Sequence[Row], verdict: Verdict) -> str:
     return _examples("Samples", rows, _spread(rows, SAMPLES), verdict)
 
 
-def _examples(name: str, among: Sequence[Row], shown: Sequence[Row], verdict: Verdict) -> str:
+def _examples(title: str, among: Sequence[Row], shown: Sequence[Row], verdict: Verdict) -> str:
     if not shown:
         return ""
     items = "".join(_example(row, *verdict(row)) for row in shown)
-    return f'<h4>{name} <small>{len(shown)} of {len(among):,}</small></h4><ol class="examples">{items}</ol>'
+    return f'<h4>{title} <small>{len(shown)} of {len(among):,}</small></h4><ol class="examples">{items}</ol>'
 
 
 def _example(row: Row, said: str, kind: str) -> str:
@@ -154,11 +162,10 @@ def _example(row: Row, said: str, kind: str) -> str:
     else:
         text, left = _cut(row["targets"])
         parts = [("target", escaped(text), left)]
-    given, given_left = _cut(row["inputs"])
-    parts.insert(0, ("input", escaped(given), given_left))
+    parts.insert(0, ("input", _passages(row["inputs"], row["targets"]), 0))
     body = "".join(
-        f'<dt>{name}</dt><dd class="{name}" dir="auto">{text or "<small>(nothing)</small>"}{_rest(left)}</dd>'
-        for name, text, left in parts
+        f'<dt>{part}</dt><dd class="{part}" dir="auto">{text or "<small>(nothing)</small>"}{_rest(left)}</dd>'
+        for part, text, left in parts
     )
     return f'<li><p class="verdict {kind}">{said}</p><dl>{body}</dl></li>'
 
@@ -178,11 +185,29 @@ def _cut(text: str, longest: int = LONGEST) -> tuple[str, int]:
     return (text, 0) if len(text) <= longest else (text[:longest], len(text) - longest)
 
 
+def _passages(text: str, target: str) -> str:
+    """Of a long input the beginning, where questions stand, and where the target does; without one, the end."""
+    if len(text) <= LONGEST:
+        return escaped(text)
+    half = LONGEST // 2
+    first = text.rfind(" ", 0, half) + 1 or half
+    at = text.find(target, first)
+    begin, end = (max(first, at - half // 2), at + half // 2) if target and at >= 0 else (len(text) - half, len(text))
+    begin = begin if begin == first else text.find(" ", begin, begin + half // 4) + 1 or begin
+    end = min(end, len(text))
+    return f"{escaped(text[:first])}{_rest(begin - first)} {escaped(text[begin:end])}{_rest(len(text) - end)}"
+
+
 def _rest(left: int) -> str:
-    return f" <small>… {left:,} more characters</small>" if left else ""
+    return f" <small>… {left:,} characters …</small>" if left else ""
 
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+
+
+def name(text: str) -> str:
+    """Of a task or metric: may be broken at its underscores."""
+    return escaped(text).replace("_", "_<wbr>")
 
 
 def escaped(text: str) -> str:

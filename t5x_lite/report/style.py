@@ -20,7 +20,7 @@ h2 { font-size: 1.15rem; margin: 2.8rem 0 .7rem; padding-top: .7rem; border-top:
 h3 { font-size: 1.05rem; margin: 2.2rem 0 .1rem; overflow-wrap: anywhere; }
 h4 { font-size: .93rem; margin: 1.5rem 0 .2rem; }
 p { margin: .2rem 0 .6rem; max-width: 46rem; }
-a { color: inherit; text-decoration-color: var(--muted); text-underline-offset: .2em; }
+a { color: inherit; text-decoration-color: var(--rule); text-underline-offset: .2em; }
 small, caption, .note, .x, .y { color: var(--muted); font-size: .82rem; }
 h4 small { font-weight: normal; margin-left: .4em; }
 .scroll { overflow-x: auto; }
@@ -28,39 +28,44 @@ h4 small { font-weight: normal; margin-left: .4em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .4rem; }
 th, td { padding: .16rem .9rem .16rem 0; text-align: left; font-weight: normal; vertical-align: baseline; }
-thead th { color: var(--muted); font-size: .82rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+thead tr { border-bottom: 1px solid var(--rule); }
+thead th { color: var(--muted); font-size: .82rem; white-space: nowrap; }
 .scores th.n, .n { text-align: right; white-space: nowrap; }
 .scores tbody tr:first-child > * { padding-top: .5rem; }
 .scores tbody th[scope=rowgroup] { font-weight: 600; padding-right: 1.4rem; }
-.scores .step, .scores .aside > :not([scope=rowgroup]) { color: var(--muted); }
+.scores .step { color: var(--muted); }
 .scores td.best { font-weight: 600; }
+.scores .aside > :not([scope=rowgroup]) { color: var(--muted); font-size: .86rem; font-weight: normal; }
 .rates { width: 100%; max-width: 46rem; }
-.rates th { white-space: nowrap; }
-.rates .bar { width: 100%; padding-right: 0; }
+.rates .bar { width: 55%; padding-right: 0; }
 .rates .bar div { height: .8rem; min-width: 1px; background: var(--bar); }
 
 .confusion td, .confusion thead th { text-align: right; padding: .25rem .7rem; }
+.confusion thead th:first-child { text-align: left; padding-left: 0; }
 .confusion tbody th { padding-right: .9rem; white-space: nowrap; }
 .confusion td { border: 1px solid var(--paper); }
 .confusion .hit { background: color-mix(in srgb, var(--good) calc(var(--share) * 45%), transparent); }
 .confusion .miss { background: color-mix(in srgb, var(--bad) calc(var(--share) * 45%), transparent); }
 .confusion .sum { color: var(--muted); }
 
-figure { margin: 0; min-width: 0; }
+figure { margin: 0; min-width: 0; container-type: inline-size; }
 figcaption { font-size: .86rem; overflow-wrap: anywhere; }
 figcaption small { display: block; }
-.plot { position: relative; margin: .7rem min(var(--gutter), 44%) 2rem 2.6rem; font-variant-numeric: tabular-nums; }
-.plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
-.plot polyline, .plot path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.plot polyline { stroke-width: 1.6; }
-.plot .band { stroke: none; opacity: .18; }
+.plot { position: relative; margin: .7rem min(var(--gutter), 42cqw) 2rem 2.9rem; font-variant-numeric: tabular-nums; }
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible; clip-path: inset(0 -.5rem -.5rem); }
+.plot polyline, .plot path { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; }
+.plot polyline { stroke-width: 1.6; stroke-linejoin: round; }
+.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
+.c8 { color: var(--c8); }
+.plot .band { fill: currentColor; stroke: none; opacity: .22; }
 .plot .grid { stroke: var(--grid); stroke-width: 1; }
 .plot .dot { stroke-width: 5; stroke-linecap: round; }
 .plot .best { stroke-width: 9; }
 .x, .y, .end { position: absolute; line-height: 1rem; font-size: .78rem; white-space: nowrap; }
 .x { top: calc(100% + .3rem); transform: translateX(-50%); }
 .y { right: calc(100% + .5rem); transform: translateY(-50%); }
-.end { left: calc(100% + .5rem); transform: translateY(-50%); max-width: calc(var(--gutter) - .2rem);
+.end { left: calc(100% + .5rem); transform: translateY(-50%); max-width: calc(min(var(--gutter), 42cqw) - .5rem);
   overflow: hidden; text-overflow: ellipsis; }
 .end b { font-weight: 600; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(16.5rem, 1fr)); gap: .6rem 1.6rem;
@@ -85,6 +90,7 @@ del { background: var(--lacks); border-bottom: 2px dotted var(--c1); }
 @media (max-width: 36rem) {
   html { font-size: 14px; } body { padding: 1.2rem .9rem 3rem; }
   .examples dl { grid-template-columns: 1fr; gap: 0; }
-  th, td { padding-right: .6rem; }
+  th, td { padding-right: .5rem; }
+  .scores { font-size: .88rem; } .scores tbody th[scope=rowgroup] { padding-right: .6rem; }
 }
 """

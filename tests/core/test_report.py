@@ -216,7 +216,8 @@ def test_what_the_page_says(tmp_path):
     cells = re.search(r'<table class="confusion">.*?</table>', (tmp_path / report.PAGE).read_text(), re.DOTALL)
     assert cells and re.findall(r"<td.*?>([\d.%]+)</td>", cells[0]) == "0 0 20 20 0.0% 12 28 0 40 70.0%".split()
     assert len(document.all("polyline")) == 1 + 3 + 3
-    assert len(document.all("ins")) == (8 + 2) + (8 + 2) + (8 + 4)  # in the worst and in the samples that are wrong
+    # In the legend, in the worst, and in the samples that are wrong.
+    assert len(document.all("ins")) == 1 + (8 + 2) + (8 + 2) + (8 + 4)
 
 
 def test_tables_name_their_rows_and_columns(tmp_path):
@@ -251,7 +252,7 @@ def test_texts_that_are_hard_to_show(tmp_path):
     document = shown(a_run(tmp_path, {"t": rows}))
     assert "\u2400\u241b[31m" in document.text
     assert "(nothing)" in document.text
-    assert "… 9,520 more characters" in document.text and "… 520 more characters" in document.text
+    assert document.text.count("… 600 characters …") == 4 and re.search("… 9,[56].. characters …", document.text)
     assert len(document.text) < 10_000
 
 
@@ -305,6 +306,27 @@ def test_confusions_in_the_terminal(tmp_path):
         "yes                           9   0    0",
     ]
     assert not report.confusions(folder, 10)
+
+
+def test_a_long_input_is_cut_round_the_answer():
+    context = (
+        "question: who ? context: " + "some words of it " * 100 + "it was Ada Lovelace , as all know " + "x y " * 300
+    )
+    said = Document(predictions._passages(context, "Ada Lovelace")).text
+    assert said.startswith("question: who ?") and "it was Ada Lovelace , as all" in said
+    left = [int(number.replace(",", "")) for number in re.findall("… ([0-9,]+) characters …", said)]
+    shown = re.sub("… [0-9,]+ characters …", "", said)
+    assert len(left) == 2 and len(shown) < 500
+    assert sum(left) + len(shown.replace(" ", "")) < len(context) < sum(left) + len(shown)
+    assert predictions._passages("x" * 1000, "none").endswith("x" * 200)
+
+
+def test_the_worst_of_many_equals_are_spread():
+    rows = [row("x", f"{i}") for i in range(100)] + [row("x y", "x")] * 3
+    worst = [int(r["prediction"]) for r in predictions._worst(rows, analysis.f1)]
+    assert worst == sorted(worst) and worst[0] == 0 and worst[-1] > 80
+    rows = [row("x y", "x") | {"score": -float(i)} for i in range(100)] + [row("x", "y")]
+    assert [r.get("score") for r in predictions._worst(rows, analysis.f1)] == [None, *range(-99, -92)]
 
 
 def test_examples_are_spread():

@@ -124,7 +124,7 @@ def page(tmp_path_factory) -> pathlib.Path:
     rows = {
         "glue_rte_v002": [("entailment", ("entailment", "not_entailment", "ent")[i % 3], "rte ...") for i in range(60)],
         "squad_v110": [(f"the {i} Denver Broncos", f"{i} Carolina Panthers", "question: " * 200) for i in range(40)],
-        "hostile": [(EVIL, f"{EVIL} {i}", EVIL) for i in range(3)],
+        "a_task_with_a_very_long_name_indeed_v001": [(EVIL, f"{EVIL} {i}", EVIL) for i in range(3)],
     }
     for task, found in rows.items():
         for step in (250, 500, 750, 1000):
@@ -162,11 +162,11 @@ def test_it_asks_for_nothing_and_runs_nothing(browser, page, tmp_path):
 def test_it_shows_numbers_and_curves(browser, page):
     browser.open(page)
     scores = browser.run("document.querySelector('.scores tbody').innerText").split()
-    assert scores == "glue_rte_v002 accuracy 55.00 1,000 60.00 750 loss 0.900 1,000 0.900 1,000".split()
+    assert scores == "glue_rte_v002 accuracy 55.00 60.00 750 loss 0.900 0.900 1,000".split()
     confusion = browser.run("document.querySelector('.confusion tbody').innerText").split()
     assert confusion == "entailment 20 40 60 33.3%".split()
     lines = "[...document.querySelectorAll('polyline')].map(line => line.points.length)"
-    assert browser.run(lines) == [120, 4, 4, 4, 4, 4, 4]
+    assert browser.run(lines) == [100, 4, 4, 4, 4, 4, 4]
     # In pixels: the curve is as wide as its plot, ends at its label, and is higher where the value is.
     box = "e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom] }"
     panel = "document.querySelector('.panels figure')"
@@ -182,7 +182,7 @@ def test_it_shows_numbers_and_curves(browser, page):
     assert browser.run(marked) == "Carolina Panthers"
 
 
-# Each text against what is behind it, in WCAG's contrast; the canvas mixes what is transparent.
+# Each text and each curve against what is behind it, in WCAG's contrast; the canvas mixes what is transparent.
 CONTRAST = """
 (() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
@@ -194,10 +194,12 @@ CONTRAST = """
   };
   const found = [];
   for (const element of document.body.querySelectorAll("*")) {
-    if (element.closest("svg") || ![...element.childNodes].some(n => n.nodeType == 3 && n.data.trim())) continue;
+    const curve = element.matches("polyline");
+    const text = [...element.childNodes].some(n => n.nodeType == 3 && n.data.trim());
+    if (!curve && (element.closest("svg") || !text)) continue;
     const behind = [];
     for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
-    const two = [light(behind), light([...behind, getComputedStyle(element).color])];
+    const two = [light(behind), light([...behind, getComputedStyle(element)[curve ? "stroke" : "color"]])];
     found.push([Math.max(...two) / Math.min(...two), element.outerHTML.slice(0, 80)]);
   }
   return found.sort((a, b) => a[0] - b[0]);
