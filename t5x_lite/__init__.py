@@ -27,7 +27,7 @@ _PUBLIC = {
     "shard_state": "sharding",
     "load": "load",
     "LoadedModel": "load",
-    "Vocabulary": "tokenizer",
+    "Vocabulary": "convert.tokenizer",
 }
 __all__ = list(_PUBLIC)
 

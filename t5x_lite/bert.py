@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite.attention import Implementation, Visibility, dot_product_attention
 from t5x_lite.layers import PRODUCT, Embed, named_axes, project
@@ -22,6 +22,9 @@ from t5x_lite.model import Dtype, Remat, check_choices, stack
 from t5x_lite.sharding import constrain
 
 Head = Literal["pooler", "mlm", "nsp", "classify"]
+
+# Found in the names of parameters that lie on top of the encoder: each task has its own.
+ON_TOP = r"^(pooler|mlm|nsp|classify)/"
 
 # Cut at two standard deviations, as `create_initializer` of google-research/bert has it.
 _INIT = nn.initializers.truncated_normal(0.02)
@@ -34,7 +37,8 @@ class BertConfig:
 
     max_length: of a row: as many positions have an embedding.
     heads: what is on top: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on the pooler "nsp" (whether
-      the second segment follows the first) and "classify" (`num_labels` classes).
+      the second segment follows the first) and "classify" (`num_labels` classes, or one number).
+    labels: the names of the classes, where they are known: a checkpoint's are those of the task that it was trained on.
     dtype, scan_layers, remat, attention: see T5Config. Dropout is at the published places; of attention weights it is
       shared by the queries of a row, as in T5.
     """
@@ -48,6 +52,7 @@ class BertConfig:
     num_segments: int = 2
     heads: tuple[Head, ...] = ("pooler", "mlm", "nsp")
     num_labels: int = 2
+    labels: tuple[str, ...] = ()
     dropout_rate: float = 0.1
     dtype: Dtype = "float32"
     scan_layers: bool = True
@@ -56,6 +61,7 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "labels", tuple(self.labels))
         sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments", "num_labels")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -66,13 +72,16 @@ class BertConfig:
             raise ValueError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
         if "pooler" not in self.heads and (above := {"nsp", "classify"} & set(self.heads)):
             raise ValueError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
+        if self.labels and len(self.labels) != self.num_labels:
+            raise ValueError(f"BertConfig.labels={self.labels} must name num_labels={self.num_labels} classes")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
         check_choices(self, dtype=Dtype, remat=Remat)
 
     @property
-    def layout(self) -> Literal["encoder"]:
-        return "encoder"
+    def layout(self) -> Literal["encoder", "classifier"]:
+        """Of a batch: as pre-training has it, or with the label of each row."""
+        return "classifier" if "classify" in self.heads else "encoder"
 
     @property
     def head_dim(self) -> int:
@@ -291,15 +300,20 @@ def forward(
     return said
 
 
-def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Int[Array, "B _"], Float[Array, "B _"]]]:
-    """Of each head that pre-training trains: the classes that are right, and weights, 0 where nothing was asked.
+def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Num[Array, "B _"], Float[Array, "B _"]]]:
+    """Of each head that the batch has something for: what is right, and weights, 0 where nothing was asked.
 
-    The loss is the sum of the heads' mean cross entropies: over all chosen tokens of the batch, `targets` [B, S] that
-    are not 0, and over its rows, `random` [B, 1] (run_pretraining.py of google-research/bert). Rows of padding count
-    in neither.
+    These are the tokens chosen, `targets` [B, S] that are not 0, for "mlm"; `random` [B, 1] for "nsp"; and for
+    "classify" `label` [B, 1], a class or, as a float, a number to be hit; below 0 it is not known. Rows of padding do
+    not count. The loss is the sum of the heads' means over what counts in the batch: cross entropy (run_pretraining.py
+    and run_classifier.py of google-research/bert) or, of numbers, the squared error.
     """
     real_B1 = jnp.any(batch["inputs"] != 0, axis=-1, keepdims=True)
-    return {
-        "mlm": (batch["targets"], (batch["targets"] != 0).astype(jnp.float32)),
-        "nsp": (batch["random"], real_B1.astype(jnp.float32)),
-    }
+    asked: dict[str, tuple[Array, Array]] = {}
+    if "targets" in batch:
+        asked["mlm"] = (batch["targets"], batch["targets"] != 0)
+    if "random" in batch:
+        asked["nsp"] = (batch["random"], real_B1)
+    if "label" in batch:
+        asked["classify"] = (jnp.maximum(batch["label"], 0), real_B1 & (batch["label"] >= 0))
+    return {head: (right, weights.astype(jnp.float32)) for head, (right, weights) in asked.items()}

@@ -26,12 +26,14 @@ from t5x_lite import packing
 
 logger = logging.getLogger(__name__)
 
-# How a model's batch is laid out, and the features that it needs of a task. BERT's are those of tasks/bert.py.
-Layout = Literal["encoder_decoder", "decoder", "encoder"]
+# How a model's batch is laid out, and the features that it needs of a task. BERT's are those of tasks/bert.py, and of
+# tasks/glue_bert.py where it classifies.
+Layout = Literal["encoder_decoder", "decoder", "encoder", "classifier"]
 FEATURES = {
     "encoder_decoder": ("inputs", "targets"),
     "decoder": ("targets",),
     "encoder": ("inputs", "targets", "segments", "random"),
+    "classifier": ("inputs", "segments", "label"),
 }
 
 for _kind in ("GPU", "TPU"):  # before TensorFlow's first op: it would take the whole accelerator's memory
@@ -71,6 +73,12 @@ def find_provider(name: str) -> Provider:
     )
 
 
+def text_vocabulary(name: str) -> seqio.Vocabulary:
+    """That of the targets, or of the inputs where the targets are classes."""
+    features = find_provider(name).output_features
+    return features["targets" if "targets" in features else "inputs"].vocabulary
+
+
 def tasks_with_split(name: str, split: str) -> list[str]:
     """The tasks of a mixture (or the task itself) that have `split`; the log says which are left out."""
     tasks = seqio.get_subtasks(find_provider(name))
@@ -100,6 +108,16 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
             )
 
 
+def check_labels(name: str, num_labels: int) -> None:
+    """Raises ValueError where a classification task has not as many classes as the model (one number counts as one)."""
+    labels = find_provider(name).output_features["label"].vocabulary
+    if labels.vocab_size != num_labels:
+        raise ValueError(
+            f"{name} has {labels.vocab_size} classes ({labels}), the model BertConfig.num_labels = {num_labels}: give "
+            f"it --gin.BertConfig.num_labels={labels.vocab_size}"
+        )
+
+
 def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encoder_decoder") -> None:
     """Raises ValueError where TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
     features = find_provider(name).output_features
@@ -112,6 +130,7 @@ def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encod
         "encoder_decoder": ({"inputs", "targets"}, {"inputs", "targets"}),
         "decoder": ({"targets"}, {"inputs", "targets"}),
         "encoder": ({"inputs"}, {"inputs"}),
+        "classifier": ({"inputs"}, {"inputs"}),
     }[layout]
     if not needed <= set(lengths) <= allowed:
         raise ValueError(
@@ -162,8 +181,8 @@ class TrainBatches:
       batch_size: of all hosts together.
       seed: fixes the order, for the same number of shards.
       layout: of the model: "decoder" has inputs and targets in one row of length S + T, and no encoder's arrays but
-        decoder_causal_attention; examples without inputs make rows of length T. "encoder" has the features of
-        tasks/bert.py as they are, padded, one example a row.
+        decoder_causal_attention; examples without inputs make rows of length T. "encoder" and "classifier" have the
+        features of tasks/bert.py and tasks/glue_bert.py as they are, padded, one example a row.
       pack: several examples in one row.
       use_cached: read SeqIO's offline cache.
       rows: first and last + 1 of this host's rows in the global batch; None: all.
@@ -295,9 +314,10 @@ def _rows(
 ) -> tf.data.Dataset:
     """Blocks of rows as `packing` makes them. The number of examples packed together is SeqIO's."""
     spec: Any = examples.element_spec
-    if layout == "encoder":
-        widths = dict.fromkeys(FEATURES["encoder"], lengths["inputs"]) | {"random": 1}
-        cut = examples.map(lambda x: {k: tf.cast(x[k][:width], tf.int32) for k, width in widths.items()})
+    if layout in ("encoder", "classifier"):
+        widths = {k: 1 if k in ("random", "label") else lengths["inputs"] for k in FEATURES[layout]}
+        dtypes = {k: tf.float32 if spec[k].dtype.is_floating else tf.int32 for k in widths}
+        cut = examples.map(lambda x: {k: tf.cast(x[k][:width], dtypes[k]) for k, width in widths.items()})
         return cut.padded_batch(lengths["inputs"], widths)
     if "inputs" not in spec and layout != "decoder":
         raise ValueError(

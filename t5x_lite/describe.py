@@ -59,17 +59,23 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
 
 def _describe_pairs(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
     lines = []
-    for row, (inputs, targets, segments, (is_random,)) in enumerate(
-        zip(batch["inputs"], batch["targets"], batch["segments"], batch["random"], strict=True)
-    ):
-        chosen = np.flatnonzero(targets)
+    for row, (inputs, segments) in enumerate(zip(batch["inputs"], batch["segments"], strict=True)):
         tokens = inputs != 0
-        lines += [
-            f"row {row}: {np.count_nonzero(tokens)}/{len(inputs)} tokens, {len(chosen)} to be predicted, "
-            + ("the second part is of another text" if is_random else "the second part follows the first"),
+        filled = f"row {row}: {np.count_nonzero(tokens)}/{len(inputs)} tokens, "
+        parts = [
             f"  first:  {vocabulary.decode(inputs[tokens & (segments == 0)].tolist())}",
             f"  second: {vocabulary.decode(inputs[tokens & (segments == 1)].tolist())}",
-            f"  to be predicted: {' | '.join(vocabulary.decode([token]) for token in targets[chosen].tolist())}",
+        ]
+        if "label" in batch:
+            lines += [f"{filled}label {batch['label'][row, 0]}", *parts]
+            continue
+        chosen = batch["targets"][row][batch["targets"][row] != 0].tolist()
+        is_random = batch["random"][row, 0]
+        lines += [
+            f"{filled}{len(chosen)} to be predicted, "
+            + ("the second part is of another text" if is_random else "the second part follows the first"),
+            *parts,
+            f"  to be predicted: {' | '.join(vocabulary.decode([token]) for token in chosen)}",
         ]
     return "\n".join(lines)
 

@@ -45,6 +45,7 @@ class Example(NamedTuple):
     targets: str | None
     input_tokens: np.ndarray  # [<= S]
     target_tokens: np.ndarray | None  # [<= T]
+    segments: np.ndarray | None = None  # [<= S], for classify.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,30 +115,46 @@ def file_source(
     if "inputs" not in lengths:
         raise ValueError(f"TASK_FEATURE_LENGTHS={dict(lengths)} has no length for the inputs of {path}")
     features = {"inputs": dataclasses.replace(features["targets"], add_eos=False), **features}
-    if not tf.io.gfile.exists(path):
-        raise FileNotFoundError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
-    is_json = path.removesuffix(".gz").endswith(".jsonl")
 
-    def rows() -> Iterator[tuple[int, str, dict[str, str]]]:
-        for number, line in itertools.islice(formats.lines(path), num_examples):
-            yield number, line, formats.json_object(path, number, line) if is_json else {"inputs": line}
-
-    total, digest = 0, hashlib.sha256()
-    for number, line, row in rows():
+    def check(number: int, row: Mapping[str, Any]) -> None:
         for key in ("inputs", "targets"):
             if not isinstance(row.get(key, "" if key == "targets" else None), str):
                 raise formats.bad_row(path, number, f'"{key}" is {row.get(key)!r}, a string is due')
         if with_targets and "targets" not in row:
             raise formats.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
+
+    def example(where: str, row: Mapping[str, Any]) -> Example:
+        tokens = {k: _tokens(row[k], features[k], lengths[k]) for k in ("inputs", "targets") if k in row}
+        return Example(where, row["inputs"], row.get("targets"), tokens["inputs"], tokens.get("targets"))
+
+    return lines_source(path, check, example, lengths, num_examples)
+
+
+def lines_source(
+    path: str,
+    check: Callable[[int, Mapping[str, Any]], None],
+    example: Callable[[str, Mapping[str, Any]], Example],
+    lengths: Mapping[str, int],
+    num_examples: int | None,
+) -> Source:
+    """See `file_source`: `check` refuses the row of a line by its number, `example` makes one of it."""
+    if not tf.io.gfile.exists(path):
+        raise FileNotFoundError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
+    is_json = path.removesuffix(".gz").endswith(".jsonl")
+
+    def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
+        for number, line in itertools.islice(formats.lines(path), num_examples):
+            yield number, line, formats.json_object(path, number, line) if is_json else {"inputs": line}
+
+    total, digest = 0, hashlib.sha256()
+    for number, line, row in rows():
+        check(number, row)
         total += 1
         digest.update(line.encode() + b"\n")
 
     def read(start: int) -> Iterator[Example]:
         for number, _, row in itertools.islice(rows(), start, None):
-            tokens = {k: _tokens(row[k], features[k], lengths[k]) for k in ("inputs", "targets") if k in row}
-            yield Example(
-                f"{path}:{number}", row["inputs"], row.get("targets"), tokens["inputs"], tokens.get("targets")
-            )
+            yield example(f"{path}:{number}", row)
 
     about = {"file": path, "examples": total, "sha256": digest.hexdigest()}
     return Source(read, total, about | {"lengths": dict(lengths)})
@@ -178,7 +195,7 @@ def write_predictions(
     """
 
     def answer(group: list[Example]) -> Rows:
-        inputs_BS = _padded([example.input_tokens for example in group], _width(group, lengths, "inputs"), batch_size)
+        inputs_BS = padded([example.input_tokens for example in group], width(group, lengths, "inputs"), batch_size)
         tokens_BNT, scores_BN = (np.asarray(x) for x in generate(inputs_BS))
         if tokens_BNT.ndim != 3 or tokens_BNT.shape[:2] != scores_BN.shape or len(tokens_BNT) != batch_size:
             raise ValueError(
@@ -200,7 +217,7 @@ def write_predictions(
             rows.append(row)
         return rows
 
-    return _write(source, answer, path, batch_size, {"mode": "infer", **about, **source.about})
+    return write(source, answer, path, batch_size, {"mode": "infer", **about, **source.about})
 
 
 def write_scores(
@@ -226,24 +243,25 @@ def write_scores(
             targets.append(example.target_tokens)
         inputs = [example.input_tokens for example in group]
         batch = packing.unpacked(
-            _padded(inputs, _width(group, lengths, "inputs"), batch_size),
-            _padded(targets, _width(group, lengths, "targets"), batch_size),
+            padded(inputs, width(group, lengths, "inputs"), batch_size),
+            padded(targets, width(group, lengths, "targets"), batch_size),
         )
         return [
             {"inputs": example.inputs, "targets": example.targets, "score": value}
             for example, value in zip(group, scored(score, batch), strict=False)
         ]
 
-    return _write(source, answer, path, batch_size, {"mode": "score", **about, **source.about})
+    return write(source, answer, path, batch_size, {"mode": "score", **about, **source.about})
 
 
-def _write(
+def write(
     source: Source,
     answer: Callable[[list[Example]], Rows],
     path: str | os.PathLike[str],
     batch_size: int,
     about: Mapping[str, Any],
 ) -> int:
+    """Writes what `answer` says of the examples, a batch at a time; see the module's beginning."""
     results = Results(path, about, WINDOW * batch_size)
     if results.complete:
         return results.count
@@ -265,7 +283,7 @@ def _length(example: Example) -> int:
     return len(example.input_tokens) + (0 if example.target_tokens is None else len(example.target_tokens))
 
 
-def _width(group: list[Example], lengths: Mapping[str, int], feature: str) -> int:
+def width(group: list[Example], lengths: Mapping[str, int], feature: str) -> int:
     """The longest example's length, rounded up to one of eight widths: each is compiled by itself."""
     limit = lengths.get(feature, 1)
     step = -(-limit // 512) * 64
@@ -273,12 +291,12 @@ def _width(group: list[Example], lengths: Mapping[str, int], feature: str) -> in
     return min(limit, -(-longest // step) * step)
 
 
-def _padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:
+def padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:
     """[rows, width]. The last of the examples fills up what they leave: decoding ends with its copies, too."""
-    padded = np.zeros((rows, width), np.int32)
-    for row, values in zip(padded, itertools.chain(tokens, itertools.repeat(tokens[-1])), strict=False):
+    array = np.zeros((rows, width), np.int32)
+    for row, values in zip(array, itertools.chain(tokens, itertools.repeat(tokens[-1])), strict=False):
         row[: len(values)] = values
-    return padded
+    return array
 
 
 def _ended(tokens_NT: np.ndarray, vocabulary: seqio.Vocabulary) -> np.ndarray:

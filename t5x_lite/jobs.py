@@ -24,6 +24,7 @@ import numpy as np
 
 from t5x_lite import checkpoint, logs, report, step, watch
 from t5x_lite import train as loop
+from t5x_lite.bert import ON_TOP, BertConfig
 from t5x_lite.checkpoint import lock, saving
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
@@ -60,7 +61,19 @@ def _prepare_tasks(run: Run) -> str:
         log.info("%s reads %s", task, read)
     data.check_vocabulary(name, run.model.vocab_size)
     data.check_lengths(name, run.task_feature_lengths, run.model.layout)
+    if isinstance(run.model, BertConfig) and run.model.layout == "classifier":
+        data.check_labels(name, run.model.num_labels)
     return name
+
+
+def _with_labels(run: Run, name: str) -> Run:
+    """A classifier's run with the names of the task's classes, for its checkpoints to say."""
+    if not (isinstance(run.model, BertConfig) and run.model.layout == "classifier"):
+        return run
+    from t5x_lite import data
+
+    labels = getattr(data.find_provider(name).output_features["label"].vocabulary, "words", ())
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, labels=labels))
 
 
 def _import_tasks(run: Run) -> None:
@@ -160,7 +173,7 @@ def _evaluation(
     run: Run, name: str, machine: Machine, functions: Functions, folder: Folder
 ) -> Callable[[Any, int], Scores]:
     """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
-    from t5x_lite import data, evaluate
+    from t5x_lite import classify, data, evaluate
 
     batches = {
         task: data.EvalBatches(
@@ -178,20 +191,25 @@ def _evaluation(
     }
     if not batches:
         log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
-    metrics = evaluate.Evaluation(
-        name,
-        run.task_feature_lengths,
-        batch_size=run.eval_batch_size,
-        split=run.eval_split,
-        num_examples=run.eval_examples,
-        use_cached=run.use_cached_tasks,
-        seed=run.random_seed,
-        predictions=_only_first(folder.path / "predictions"),
-    )
+    options = {
+        "batch_size": run.eval_batch_size,
+        "split": run.eval_split,
+        "num_examples": run.eval_examples,
+        "use_cached": run.use_cached_tasks,
+        "seed": run.random_seed,
+        "predictions": _only_first(folder.path / "predictions"),
+    }
+    answers: dict[str, Callable]
+    if run.model.layout == "classifier":
+        metrics: Any = classify.Evaluation(name, run.task_feature_lengths, **options)
+        answers = {"classify": functions.classify}
+    else:
+        metrics = evaluate.Evaluation(name, run.task_feature_lengths, **options)
+        answers = {"predict": functions.predict, "score": functions.score}
 
     def evaluated(params: Any, at_step: int) -> Scores:
         scores = {task: functions.loss(params, rows) for task, rows in batches.items()}
-        found = metrics.run(partial(functions.predict, params), partial(functions.score, params), step=at_step)
+        found = metrics.run(**{name: partial(answer, params) for name, answer in answers.items()}, step=at_step)
         scores = {task: {**values, **found.get(task, {})} for task, values in scores.items()}
         return scores | evaluate.averages(scores)
 
@@ -230,6 +248,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
     last = last_step(run)
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
     name = _prepare_tasks(run)
+    run = _with_labels(run, name)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
     log.info("%s on %s", _parameters(run, machine), machine)
     batches = _train_batches(run, name, machine.local_rows(run.batch_size))
@@ -257,8 +276,8 @@ def _train(run: Run, config: str, machine: Machine) -> None:
             state = step.init_state(run.model, run.optimizer, parameter_key, machine.abstract)
             if start.path is not None:
                 named = checkpoint.flat(state.params)
-                added = {name: leaf for name, leaf in named.items() if re.search(ADDED, name)}
-                params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added)
+                added = {name: leaf for name, leaf in named.items() if re.search(f"{ADDED}|{ON_TOP}", name)}
+                params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added, left_out=ON_TOP)
                 state = dataclasses.replace(state, params=params)
         schedule = loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period)
         evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
@@ -326,7 +345,8 @@ def _checkpointer(
     info: dict[str, Any] = {"model": dataclasses.asdict(run.model)}
     trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(machine.abstract.params))
     base = None
-    if frozen and start.path is not None and frozen.keys() <= checkpoint.parameter_names(start.path):
+    held = checkpoint.parameter_names(start.path) if frozen and start.path is not None else set()
+    if start.path is not None and frozen and frozen.keys() <= held <= frozen.keys() | trained.keys():
         own = start.kind == "resume"
         base = checkpoint.read_info(start.path).get("base") if own else checkpoint.base_of(start.path)
     if base:
@@ -378,14 +398,17 @@ def score(run: Run) -> None:
 
 
 def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
-    if run.model.layout == "encoder":
+    classifies = run.model.layout == "classifier"
+    if run.model.layout == "encoder" or (classifies and mode == "score"):
         raise ValueError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
+    if classifies and not run.mixture_or_task_name:
+        raise ValueError("--mode=infer of a classifier needs MIXTURE_OR_TASK_NAME: the task names the classes")
     path, at_step = _checkpoint_to_read(run)
     machine = Machine(run)
     functions = Functions(run, machine)
     named = run.mixture_or_task_name or run.train_files or run.infer_input is None
     name = _prepare_tasks(run) if named else _import_tasks(run)
-    from t5x_lite import data, infer
+    from t5x_lite import classify, data, infer
     from tasks import vocabulary
 
     lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
@@ -397,11 +420,16 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
             f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or name one task"
         )
     if run.infer_input is not None:
-        source = infer.file_source(run.infer_input, features, lengths, num_examples=count, with_targets=mode == "score")
+        if classifies:
+            source = classify.file_source(run.infer_input, features["inputs"].vocabulary, lengths, num_examples=count)
+        else:
+            of_score = {"with_targets": mode == "score"}
+            source = infer.file_source(run.infer_input, features, lengths, num_examples=count, **of_score)
         sources = {Path(run.infer_input.removesuffix(".gz")).stem: source}
     else:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
-        sources = {task: infer.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
+        task_source = classify.task_source if classifies else infer.task_source
+        sources = {task: task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
     params = checkpoint.restore_params(path, machine.abstract.params)
     about = _made_from(run, path, features, mode)
     folder = Folder(run.model_dir)
@@ -410,6 +438,11 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
         if mode == "score":
             answer = partial(functions.score, params)
             written = infer.write_scores(source, answer, output, lengths=lengths, batch_size=size, about=about)
+        elif classifies:
+            answer, label = partial(functions.classify, params), features["label"]
+            written = classify.write_predictions(
+                *(source, answer, output), label=label, lengths=lengths, batch_size=size, about=about
+            )
         else:
             generate, vocabulary_of = partial(functions.generate, params), features["targets"].vocabulary
             written = infer.write_predictions(
@@ -436,7 +469,7 @@ def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["
             for name, feature in features.items()
         },
     }
-    if mode == "score":
+    if mode == "score" or run.model.layout == "classifier":
         return about
     length = run.max_decode_length or run.task_feature_lengths["targets"]
     seed = run.random_seed if run.decode_method == "sample" else None
@@ -453,7 +486,7 @@ def inspect(run: Run) -> None:
             batch = dict(arrays)
     else:
         batch = next(_train_batches(run, name))
-    print(describe.describe_batch(batch, data.find_provider(name).output_features["targets"].vocabulary))
+    print(describe.describe_batch(batch, data.text_vocabulary(name)))
 
 
 def dry_run(run: Run, mode: str) -> None:
@@ -506,9 +539,7 @@ def _vocabulary_file(run: Run, name: str) -> str | None:
     """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
     from t5x_lite import data
 
-    return run.vocabulary or getattr(
-        data.find_provider(name).output_features["targets"].vocabulary, "sentencepiece_model_file", None
-    )
+    return run.vocabulary or getattr(data.text_vocabulary(name), "sentencepiece_model_file", None)
 
 
 def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:

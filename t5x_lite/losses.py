@@ -1,4 +1,4 @@
-"""Training loss: weighted cross entropy with z-loss and label smoothing, and what its sum is divided by.
+"""Training loss: weighted cross entropy with z-loss and label smoothing, or squared error; what the sum is divided by.
 
 Everything here is a weighted *sum* over target tokens; the caller divides, so that micro-batches can be added up.
 Knows logits, targets and weights; must not know the model, the mesh or the optimizer.
@@ -102,6 +102,14 @@ def cross_entropy_sums(
         "correct": weighted_sum((target_logit_BT >= max_logit_BT).astype(jnp.float32)),
         "weights": jnp.sum(weights_BT, dtype=jnp.float32),
     }
+
+
+def squared_error_sums(
+    said_BT: Float[Array, "B T"], targets_BT: Float[Array, "B T"], weights_BT: Float[Array, "B T"]
+) -> dict[str, Float[Array, ""]]:
+    """Of numbers to be hit: `loss`, the sum of the squared errors, and `weights`, both float32 scalars."""
+    errors_BT = jnp.square(said_BT.astype(jnp.float32) - targets_BT)
+    return {"loss": jnp.sum(errors_BT * weights_BT), "weights": jnp.sum(weights_BT, dtype=jnp.float32)}
 
 
 def normalizer(

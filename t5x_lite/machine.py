@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import decode, packing, sharding, step
+from t5x_lite import bert, decode, packing, sharding, step
 from t5x_lite.options import Run
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,9 @@ class Functions:
     def __init__(self, run: Run, machine: Machine):
         self._machine, self._layout = machine, run.model.layout
         compiler, abstract = machine.compiler, machine.abstract
-        if self._layout != "encoder":
+        if self._layout == "classifier":
+            self._classify = compiler.with_params(_classify, abstract, config=run.model)
+        elif self._layout != "encoder":
             length = run.max_decode_length or run.task_feature_lengths["targets"]
             logger.info("Decoding: %s, at most %d tokens", run.decoding, length)
             self._generate = compiler.with_params(
@@ -95,6 +97,10 @@ class Functions:
             rows = packing.joined(rows["encoder_input_tokens"], rows["decoder_target_tokens"])
         return jax.device_get(self._score(params, self._spread(dict(rows))))
 
+    def classify(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits of the classes [B, N] of `inputs` and `segments` [B, S]."""
+        return jax.device_get(self._classify(params, self._spread(dict(rows))))
+
     def loss(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """Mean cross entropy and accuracy of the targets; batches of this host's rows, in the model's layout."""
         found = [
@@ -107,6 +113,10 @@ class Functions:
         if "accuracy" in means:
             means["token_accuracy"] = means.pop("accuracy")
         return {name: float(x) for name, x in means.items() if not name.endswith(("z_loss", "cross_ent_loss"))}
+
+
+def _classify(params: Any, rows: Mapping[str, jax.Array], *, config: bert.BertConfig) -> jax.Array:
+    return bert.forward(config, params, rows)["classify"]
 
 
 def _generate(

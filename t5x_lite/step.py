@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite import bert, model, sharding
 from t5x_lite.bert import BertConfig
-from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer
+from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
 from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
 from t5x_lite.trainable import ALL, merged
@@ -83,26 +83,30 @@ def _logits(
     return {"": model.forward(config, params, batch, dropout_key)}
 
 
-def _targets(config: Config, batch: Batch) -> Mapping[str, tuple[Int[Array, "B _"], Num[Array, "B _"]]]:
-    """Of each head that is trained: targets and loss weights."""
+def _targets(config: Config, batch: Batch) -> Mapping[str, tuple[Num[Array, "B _"], Num[Array, "B _"]]]:
+    """Of each head that is trained: targets (floats are numbers to be hit, not classes) and loss weights."""
     if isinstance(config, BertConfig):
-        return {head: asked for head, asked in bert.targets(batch).items() if head in config.heads}
+        asked = bert.targets(batch)
+        if not asked.keys() & set(config.heads):
+            raise ValueError(
+                f"BertConfig.heads={config.heads}: of these none learns from the task, whose features "
+                f"({', '.join(batch)}) are for {' and '.join(asked)}"
+            )
+        return {head: found for head, found in asked.items() if head in config.heads}
     return {"": (batch["decoder_target_tokens"], batch["decoder_loss_weights"])}
 
 
 def _sums(
     logits: Mapping[str, Array], targets: Mapping[str, tuple[Array, Array]], loss: LossConfig
 ) -> dict[str, Metrics]:
-    return {
-        head: cross_entropy_sums(
-            logits[head].reshape(*classes.shape, -1),
-            classes,
-            weights.astype(jnp.float32),
-            z_loss=loss.z_loss,
-            label_smoothing=loss.label_smoothing,
-        )
-        for head, (classes, weights) in targets.items()
-    }
+    def sums(logits: Array, right: Array, weights: Array) -> Metrics:
+        logits, weights = logits.reshape(*right.shape, -1), weights.astype(jnp.float32)
+        if jnp.issubdtype(right.dtype, jnp.floating):
+            return squared_error_sums(logits[..., 0], right, weights)
+        options = {"z_loss": loss.z_loss, "label_smoothing": loss.label_smoothing}
+        return cross_entropy_sums(logits, right, weights, **options)
+
+    return {head: sums(logits[head], right, weights) for head, (right, weights) in targets.items()}
 
 
 def train_step(
@@ -126,7 +130,8 @@ def train_step(
       The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats a
       target token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update);
       `target_tokens` and `input_tokens`, without padding; `skipped`, 1 where loss, gradients or update are not finite:
-      the step is then counted, and changes nothing else. BERT has the first four of each head, and the sum as `loss`.
+      the step is then counted, and changes nothing else. BERT has the first four of each head, and the sum as `loss`;
+      a head that is to hit a number only its `loss`, the squared error.
       Where not everything trains, `trainable_params`, the number of those that did; `grad_norm` is of what has
       gradients.
     """
@@ -202,20 +207,18 @@ def means(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for head, of in sums.items():
         count = jnp.maximum(of["weights"], 1e-9)
-        values = {
-            "loss": of["loss"] / count,
-            "cross_ent_loss": (of["loss"] - of["z_loss"]) / count,
-            "z_loss": of["z_loss"] / count,
-            "accuracy": of["correct"] / count,
-        }
+        values = {"loss": of["loss"] / count}
+        if "correct" in of:  # of classes, not of numbers
+            values["cross_ent_loss"] = (of["loss"] - of["z_loss"]) / count
+            values |= {"z_loss": of["z_loss"] / count, "accuracy": of["correct"] / count}
         found |= {f"{head}_{name}" if head else name: value for name, value in values.items()}
     return found if "" in sums else {"loss": sum(found[f"{head}_loss"] for head in sums)} | found
 
 
 def eval_step(params: Any, batch: Batch, *, config: Config) -> dict[str, Metrics]:
-    """Sums over a batch of the plain cross entropy (no z-loss, no smoothing), of each head ("" is T5's).
+    """Sums over a batch of the plain loss (no z-loss, no smoothing), of each head ("" is T5's).
 
-    They are `loss`, `correct` and `weights`.
+    They are `loss`, `weights` and, of classes, `correct`.
     """
     return _sums(_logits(config, params, batch), _targets(config, batch), LossConfig(z_loss=0.0))
 

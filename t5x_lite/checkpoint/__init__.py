@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import zlib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -66,6 +67,7 @@ def restore_params(
     *,
     info: Mapping[str, Any] | None = None,
     fresh: Mapping[str, Any] | None = None,
+    left_out: str | None = None,
 ):
     """The parameters of a checkpoint, without its optimizer state. What it leaves to its base comes from there.
 
@@ -74,7 +76,10 @@ def restore_params(
       abstract_params: tree of jax.ShapeDtypeStruct with shardings to restore onto, cast to its dtypes; None gives a
         nested dict of numpy arrays as they were saved.
       info: this run's facts as given to `Checkpointer`, to explain a mismatch.
-      fresh: "a/b/c" -> value of parameters that the checkpoint may be without.
+      fresh: "a/b/c" -> value of parameters that the checkpoint may be without, or, where `left_out` is found in their
+        name, have in another shape.
+      left_out: a regular expression; parameters in whose name it is found are not asked for: the checkpoint may have
+        them beyond those of abstract_params.
 
     Raises:
       FileNotFoundError: no checkpoint there, or not its base.
@@ -84,6 +89,12 @@ def restore_params(
     folder = _found(path)
     _refuse_damaged(folder)
     saved = _saved(folder, "params")
+    if left_out is not None and abstract_params is not None:
+        wanted = {name: leaf.shape for name, leaf in flat(abstract_params).items()}
+        spare = [k for k, (_, leaf) in saved.items() if re.search(left_out, k) and wanted.get(k) != tuple(leaf.shape)]
+        saved = {name: of for name, of in saved.items() if name not in spare}
+        if spare:
+            log.info("%d parameters of %s are left out: %s", len(spare), folder, ", ".join(sorted(spare)))
     origins = {name: origin for name, (origin, _) in saved.items()}
     for origin in dict.fromkeys(o for o in origins.values() if o != folder):
         _refuse_damaged(origin)
@@ -92,7 +103,8 @@ def restore_params(
         return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
     leaves = flat(abstract_params)
     new = {k: v for k, v in (fresh or {}).items() if k not in saved}
-    check(folder, "params", {k: v for k, v in leaves.items() if k not in new}, info or {}, same_dtype=False)
+    here = {k: v for k, v in leaves.items() if k not in new}
+    check(folder, "params", here, info or {}, same_dtype=False, saved={k: leaf for k, (_, leaf) in saved.items()})
     if new:
         log.info("%d parameters that %s is without begin as initialised: %s", len(new), folder, ", ".join(sorted(new)))
     return like(abstract_params, traverse_util.unflatten_dict(_read(leaves, origins) | new, sep="/"))
@@ -300,14 +312,22 @@ def _saved_here(folder: epath.Path, part: str) -> dict[str, Any]:
     return traverse_util.flatten_dict(metadata.tree, sep="/")
 
 
-def check(folder: epath.Path, part: str, wanted: Mapping[str, Any], info: Mapping[str, Any], same_dtype: bool) -> None:
-    """Raises ValueError with all differences between the `part` saved in `folder` and the leaves wanted."""
+def check(
+    folder: epath.Path,
+    part: str,
+    wanted: Mapping[str, Any],
+    info: Mapping[str, Any],
+    same_dtype: bool,
+    saved: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError with all differences between the `part` saved in `folder` (or `saved` of it) and the wanted."""
 
     def described(leaf: Any) -> str:
         return f"{list(leaf.shape)}" + (f" {np.dtype(leaf.dtype)}" if same_dtype else "")
 
     wanted = {k: v for k, v in wanted.items() if math.prod(v.shape)}
-    saved = {name: leaf for name, (_, leaf) in _saved(folder, part).items()}
+    if saved is None:
+        saved = {name: leaf for name, (_, leaf) in _saved(folder, part).items()}
     both = wanted.keys() & saved.keys()
     groups = {
         "missing (in this run, not in the checkpoint)": [

@@ -169,12 +169,12 @@ def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
 
 
 def tokenizer_file(path: str | Path) -> Path | None:
-    """The SentencePiece model that goes with a model: beside it, or what the config.gin of its run names."""
+    """The tokenizer's file that goes with a model: beside it, or what the config.gin of its run names."""
     path = Path(path).expanduser()
     found = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
     run = Path(found).parent.parent if found is not None and found.parent.name == checkpoint.FOLDER else path
     for folder in (path, run):
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, "vocab.txt"):
             if (folder / name).is_file():
                 return folder / name
     gin = run / "config.gin"
@@ -214,7 +214,9 @@ def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelC
 def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
     """The files of a model's tokenizer, those that there are."""
     if (file := tokenizer_file(source)) is not None:
-        shutil.copyfile(file, dest / "spiece.model")
+        shutil.copyfile(file, dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model"))
+        if (config_file := file.parent / "tokenizer_config.json").is_file():  # a vocab.txt alone does not say its case
+            shutil.copyfile(config_file, dest / config_file.name)
     elif isinstance(config, T5Config) and (model := tokenizer.rebuilt(source)) is not None:
         (dest / "spiece.model").write_bytes(model)  # which SeqIO needs
     for name in _HUB_TOKENIZER_FILES:

@@ -92,6 +92,9 @@ def source(folder: Path, hub: Mapping[str, Any], found: Mapping[str, Tensor]) ->
         held.pop(name, None)
     tensors.drop_copies(folder, held, _COPIES)
     heads: tuple[Head, ...] = tuple(head for head, weight in _HEADS.items() if weight in held)
+    num_labels = held[_HEADS["classify"]].shape[0] if "classify" in heads else 2
+    labels = tuple(hub.get("id2label", {}).get(str(i), "LABEL_") for i in range(num_labels))
+    named = "classify" in heads and not any(label.startswith("LABEL_") for label in labels)
     config = BertConfig(
         d_model=hub["hidden_size"],
         d_ff=hub["intermediate_size"],
@@ -101,7 +104,8 @@ def source(folder: Path, hub: Mapping[str, Any], found: Mapping[str, Tensor]) ->
         max_length=hub.get("max_position_embeddings", 512),
         num_segments=hub.get("type_vocab_size", 2),
         heads=heads,
-        num_labels=held[_HEADS["classify"]].shape[0] if "classify" in heads else 2,
+        num_labels=num_labels,
+        labels=labels if named else (),
         dropout_rate=hub.get("hidden_dropout_prob", 0.1),
     )
     return Source(config, held, NAMES.__getitem__, is_transposed)
@@ -133,7 +137,7 @@ def _architecture(config: BertConfig) -> str:
 
 def described(config: BertConfig) -> dict[str, Any]:
     """config.json. Raises ValueError: Hugging Face has no class with these heads."""
-    labels = [f"LABEL_{i}" for i in range(config.num_labels)]
+    labels = config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]
     return {
         "architectures": [_architecture(config)],
         "model_type": "bert",

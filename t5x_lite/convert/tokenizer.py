@@ -45,6 +45,16 @@ class Vocabulary:
     def __len__(self) -> int:
         return self._model.get_piece_size()
 
+    @property
+    def cls(self) -> int:
+        """[CLS] of a BERT that was pre-trained with this vocabulary: <extra_id_1>; [MASK] is <extra_id_0>."""
+        return len(self) - 2
+
+    @property
+    def sep(self) -> int:
+        """[SEP], likewise: <extra_id_2>."""
+        return len(self) - 3
+
     def encode(self, text: str) -> list[int]:
         """Without an end token."""
         return self._model.encode(text)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from t5x_lite import logs, packing, step
+from t5x_lite.bert import BertConfig
 from t5x_lite.chips import GIB
 from t5x_lite.machine import Functions, Machine
 from t5x_lite.options import Run
@@ -152,7 +153,7 @@ def decode_memory(run: Run, topology: Topology) -> Memory:
     Raises:
       ValueError: the model does not decode.
     """
-    if run.model.layout == "encoder":
+    if isinstance(run.model, BertConfig):
         raise ValueError("--decode: an encoder alone does not decode")
     machine = Machine(run, topology.devices)
     shape = (run.eval_batch_size, run.task_feature_lengths.get("inputs", 1))
@@ -167,13 +168,16 @@ def abstract_batch(run: Run, machine: Machine) -> dict[str, jax.ShapeDtypeStruct
     inputs, targets = (np.ones((1, lengths.get(feature, 0)), np.int32) for feature in ("inputs", "targets"))
     if run.model.layout == "encoder":
         row = dict.fromkeys(("inputs", "targets", "segments"), inputs) | {"random": np.ones((1, 1), np.int32)}
+    elif isinstance(run.model, BertConfig):
+        label = np.ones((1, 1), np.int32 if run.model.num_labels > 1 else np.float32)
+        row = {"inputs": inputs, "segments": inputs, "label": label}
     elif run.model.layout == "decoder":
         length = sum(lengths.values())
         row = packing.pack_joined(inputs, targets, length) if run.pack else packing.joined(inputs, targets)
     else:
         row = packing.pack(inputs, targets, lengths) if run.pack else packing.unpacked(inputs, targets)
     return {
-        name: jax.ShapeDtypeStruct((run.batch_size, *x.shape[1:]), np.int32, sharding=machine.batch_sharding)
+        name: jax.ShapeDtypeStruct((run.batch_size, *x.shape[1:]), x.dtype, sharding=machine.batch_sharding)
         for name, x in row.items()
     }
 

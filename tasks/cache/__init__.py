@@ -84,7 +84,7 @@ def _identity(which: seqio.Vocabulary) -> dict[str, Any]:
     """All that tells vocabularies apart; `name` is for people, for the same file may lie in two places."""
     which = resolved(which)
     kind = type(which).__name__
-    file = getattr(which, "sentencepiece_model_file", None)
+    file = getattr(which, "sentencepiece_model_file", getattr(which, "file", None))
     digest = None
     if file:
         with tf.io.gfile.GFile(file, "rb") as model:

@@ -16,6 +16,7 @@ from absl import logging
 
 from tasks import formats
 from tasks.vocabulary.trainer import train as train
+from tasks.vocabulary.wordpiece import WordPieceVocabulary as WordPieceVocabulary
 
 EXTRA_IDS = 100
 T5_MODEL = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
@@ -76,8 +77,8 @@ def set_default(vocabulary: str | seqio.Vocabulary | None) -> None:
     """Puts one vocabulary in force for all tasks, those already registered too.
 
     Args:
-      vocabulary: the path of a SentencePiece model (100 sentinels are added), "bytes" for ByT5's byte vocabulary with
-        100 sentinels, a ready SeqIO vocabulary, or None for T5's own.
+      vocabulary: the path of a SentencePiece model (100 sentinels are added) or of a BERT's vocab.txt, "bytes" for
+        ByT5's byte vocabulary with 100 sentinels, a ready SeqIO vocabulary, or None for T5's own.
 
     Raises FileNotFoundError or ValueError for a path that cannot serve. Datasets built before keep the old one.
     """
@@ -87,7 +88,7 @@ def set_default(vocabulary: str | seqio.Vocabulary | None) -> None:
     if vocabulary == "bytes":
         vocabulary = seqio.ByteVocabulary(EXTRA_IDS)
     elif isinstance(vocabulary, str):
-        vocabulary = load(vocabulary)
+        vocabulary = WordPieceVocabulary(vocabulary) if vocabulary.endswith(".txt") else load(vocabulary)
     _chosen = vocabulary
     logging.info("vocabulary: %s", "T5's" if vocabulary is None else vocabulary)
 

@@ -16,8 +16,11 @@ from core.test_convert import assert_same
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
-from t5x_lite import bert, convert
+from t5x_lite import bert, checkpoint, convert, sharding, step
 from t5x_lite.bert import Bert, BertConfig
+from t5x_lite.checkpoint import saving
+from t5x_lite.losses import LossConfig
+from t5x_lite.optim import adamw, linear, make_optimizer
 
 HUB = {
     "model_type": "bert",
@@ -284,6 +287,131 @@ def test_the_loss_is_of_chosen_tokens_and_of_rows(loaded):
     padded = {name: jnp.pad(x, [(0, 1), (0, 0)]) for name, x in BATCH.items()}
     for head, (_, weights) in bert.targets(padded).items():
         assert weights.sum() == {"mlm": 3, "nsp": 2}[head]
+
+
+# Of transformers' BertForSequenceClassification (5.23) in float64: the loss, and the norms of some gradients, by layer.
+CLASSIFIED = {
+    "classes": (
+        1.5397468265115892,
+        {
+            "token_embedder/embedding": (None, 0.012847934574187083),
+            "segment_embedding": (None, 0.011692835191818686),
+            "encoder/layers/attention/key/kernel": (0, 0.006855400313972835),
+            "encoder/layers/mlp_norm/scale": (1, 0.4237044515877716),
+            "pooler/kernel": (None, 0.6719576124542659),
+            "classify/kernel": (None, 1.4538835247102346),
+        },
+    ),
+    "number": (
+        7.650593841995967,
+        {
+            "token_embedder/embedding": (None, 0.06428960197566662),
+            "segment_embedding": (None, 0.1020922890520454),
+            "encoder/layers/attention/key/kernel": (0, 0.06429189960148057),
+            "encoder/layers/mlp_norm/scale": (1, 4.547712403321958),
+            "pooler/kernel": (None, 7.211801319168998),
+            "classify/kernel": (None, 12.765738515838166),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CLASSIFIED)
+def test_loss_and_gradients_of_a_classifier_are_hugging_faces(what, tmp_path):
+    found, label = tensors(["classify"]), np.array([[2], [0]])
+    if what == "number":
+        found |= {name: found[name][:1] for name in ("classifier.weight", "classifier.bias")}
+        label = np.array([[3.5], [1.25]], "f4")
+    config, params = convert.read(save(tmp_path, found))
+    # A row of padding, and one of a test set, which has no label, count in nothing.
+    batch = {"inputs": TOKENS[[0, 1, 0]], "segments": SEGMENTS[[0, 1, 0]], "label": [*label, [-1]]}
+    batch = {name: jnp.pad(jnp.array(x), [(0, 1), (0, 0)]) for name, x in batch.items()}
+
+    def mean(params):
+        return step.means(step.eval_step(params, batch, config=config))["loss"]
+
+    value, grads = jax.jit(jax.value_and_grad(mean))(params)
+    loss, norms = CLASSIFIED[what]
+    assert value == pytest.approx(loss, rel=1e-5)
+    named = checkpoint.flat(grads)
+    for name, (layer, norm) in norms.items():
+        gradient = named[name] if layer is None else named[name][layer]
+        assert np.linalg.norm(gradient) == pytest.approx(norm, rel=1e-4), name
+
+
+def test_a_classifier_learns_whether_two_words_are_the_same():
+    config = BertConfig(64, 48, 4, 2, vocab_size=6, max_length=5, heads=("pooler", "classify"), dropout_rate=0.0)
+    inputs = jnp.array([[2, a, 3, b, 3] for a in (4, 5) for b in (4, 5)])
+    label = (inputs[:, 1:2] == inputs[:, 3:4]).astype(jnp.int32)
+    batch = {"inputs": inputs, "segments": jnp.tile(jnp.array([0, 0, 0, 1, 1]), (4, 1)), "label": label}
+    optimizer = make_optimizer(adamw(rms_scaling=False), linear(0.003, 10, 80))
+    abstract = step.abstract_state(config, optimizer, sharding.make_mesh(1, devices=jax.devices()[:1]))
+    state = step.init_state(config, optimizer, jax.random.key(0), abstract)
+    train = jax.jit(functools.partial(step.train_step, config=config, optimizer=optimizer, loss=MEAN))
+    losses = []
+    for _ in range(80):
+        state, metrics = train(state, batch, jax.random.key(1))
+        losses.append(float(metrics["classify_loss"]))
+    assert losses[0] == pytest.approx(np.log(2), abs=0.01) and losses[-1] < 0.01
+
+
+MEAN = LossConfig(0.0, 0.0, "NUM_REAL_TARGET_TOKENS")
+
+
+def test_heads_that_learn_nothing_from_a_task_are_refused():
+    batch = {"inputs": BATCH["inputs"], "segments": BATCH["segments"], "label": jnp.zeros((2, 1), jnp.int32)}
+    with pytest.raises(ValueError, match=r"none learns from the task.*label\) are for classify"):
+        step.eval_step(init(CONFIG), batch, config=CONFIG)
+
+
+def test_a_new_head_begins_anew_and_others_stay_behind(tmp_path, caplog):
+    saving.save_params(tmp_path / "pretrained", init(CONFIG), info={"model": dataclasses.asdict(CONFIG)})
+    wanted = dataclasses.replace(CONFIG, heads=("pooler", "classify"), num_labels=3)
+    new = jax.tree.map(lambda x: x + 1, init(wanted))
+    caplog.set_level("INFO")
+    head = {name: x for name, x in checkpoint.flat(new).items() if name.startswith(("pooler", "classify"))}
+    options = {"fresh": head, "left_out": bert.ON_TOP}
+    got = checkpoint.restore_params(tmp_path / "pretrained", convert.abstract_params(wanted), **options)
+    assert_same(got["classify"], new["classify"])
+    assert_same(got["pooler"], init(CONFIG)["pooler"])
+    assert_same(got["encoder"], init(CONFIG)["encoder"])
+    assert "begin as initialised: classify/bias, classify/kernel" in caplog.text
+    assert "7 parameters" in caplog.text and "left out: mlm/bias" in caplog.text
+    with pytest.raises(ValueError, match=r"extra .*: 7"):
+        checkpoint.restore_params(tmp_path / "pretrained", convert.abstract_params(wanted), fresh=head)
+
+    # A head of another number of classes is another head; one that fits is taken.
+    saving.save_params(tmp_path / "three", got, info={})
+    two = dataclasses.replace(wanted, num_labels=2)
+    again = checkpoint.restore_params(
+        tmp_path / "three", convert.abstract_params(two), fresh=checkpoint.flat(init(two)), left_out=bert.ON_TOP
+    )
+    assert_same(again["classify"], init(two)["classify"])
+    same = checkpoint.restore_params(tmp_path / "three", convert.abstract_params(wanted), **options)
+    assert_same(same["classify"], got["classify"])
+
+
+def test_a_classifier_names_its_classes_there_and_back(tmp_path):
+    words = ("no", "perhaps", "yes", "why")
+    hub = save(tmp_path / "hub", tensors(["classify"]), id2label={str(i): word for i, word in enumerate(words)})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##b", "c"]
+    (hub / "vocab.txt").write_text("\n".join(pieces))
+    convert.convert(hub, tmp_path / "ours", "t5x_lite")
+    model = t5x_lite.load(tmp_path / "ours")
+    assert isinstance(model, t5x_lite.LoadedBert) and model.config.labels == words
+    texts = ["A bb", ("a b", "c"), "abb abb abb abb abb"]
+    tokens, segments = model.tokens(texts)
+    assert tokens[:, :8].tolist() == [[2, 5, 6, 7, 3, 0, 0, 0], [2, 5, 6, 3, 8, 3, 0, 0], [2, 5, 7, 7, 5, 7, 7, 5]]
+    assert segments[:, :8].tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0], [0] * 8]
+    said = np.argmax(model.classify(tokens, segments), axis=-1)
+    assert model.predict(texts, batch_size=2) == [words[i] for i in said]
+    convert.convert(tmp_path / "ours", tmp_path / "back", "huggingface")
+    assert json.loads((tmp_path / "back/config.json").read_text())["id2label"]["2"] == "yes"
+    assert (tmp_path / "back/vocab.txt").read_text() == "\n".join(pieces)
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        t5x_lite.LoadedBert(model.config, model.params).predict(texts)
+    with pytest.raises(ValueError, match=r"labels=\('a',\) must name num_labels=2"):
+        dataclasses.replace(CONFIG, labels=("a",))
 
 
 def test_scan_and_remat_change_the_program_but_not_the_gradients():

@@ -206,7 +206,7 @@ def test_rows_of_similar_length_share_a_narrow_batch_and_come_back_in_order(tmp_
     assert widths[:16] == sorted(widths[:16], reverse=True), "a window"
     assert sum(widths) * 4 < 1.2 * sum(len(text) + 1 + 32 for text in texts), "little is padding"
     examples = [[infer.Example("", "", None, np.ones(n), None)] for n in range(1, 2049)]
-    assert {infer._width(group, {"inputs": 2048}, "inputs") for group in examples} == set(range(256, 2049, 256))
+    assert {infer.width(group, {"inputs": 2048}, "inputs") for group in examples} == set(range(256, 2049, 256))
 
 
 def test_what_was_written_before_a_stop_is_gone_on_with_to_the_same_bytes(tmp_path):

@@ -1,0 +1,87 @@
+"""BERT's text to tokens without TensorFlow: the WordPiece tokenizer of a vocab.txt.
+
+Must not know models, checkpoints or tasks.
+"""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+_LONGEST = 100  # characters of a word; what is longer is unknown
+
+
+class WordPiece:
+    """The pieces of a vocab.txt, a line each; the same tokens as Hugging Face's BertTokenizer.
+
+    Text is lower-cased and loses its accents where `do_lower_case` of the tokenizer_config.json beside says so (without
+    a word of it, yes); where there is no such file, if no piece has a capital.
+
+    Raises ValueError: [PAD] is not its first line, or another special token is missing.
+    """
+
+    def __init__(self, file: str | Path):
+        file = Path(file)
+        self._pieces = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        self._ids = {piece: i for i, piece in enumerate(self._pieces)}
+        special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+        if self._pieces[0] != "[PAD]" or not self._ids.keys() >= set(special):
+            raise ValueError(f"{file} is no BERT's vocab.txt: it needs [PAD] in its first line, and {special[1:]}")
+        _, self._unknown, self.cls, self.sep, self.mask = (self._ids[piece] for piece in special)
+        config = file.parent / "tokenizer_config.json"
+        if config.is_file():
+            self._lower_case = bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
+        else:
+            self._lower_case = not any(p != p.lower() for p in self._pieces if not p.startswith("["))
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def encode(self, text: str) -> list[int]:
+        """Without special tokens."""
+        text = "".join(map(_cleaned, text))
+        if self._lower_case:
+            text = unicodedata.normalize("NFD", text.lower())
+            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+        text = "".join(f" {c} " if _alone(c) else c for c in text)
+        return [token for word in text.split() for token in self._word(word)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Words with single spaces between them, padding left out; special tokens as they are written."""
+        known = (self._pieces[i] if i < len(self._pieces) else "[UNK]" for i in map(int, tokens) if i)
+        return " ".join(known).replace(" ##", "")
+
+    def _word(self, word: str) -> list[int]:
+        """The longest piece that the word begins with, then of what is left: one unknown where there is none."""
+        tokens, start = [], 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self._ids), None)
+            if end is None or len(word) > _LONGEST:
+                return [self._unknown]
+            tokens.append(self._ids[prefix + word[start:end]])
+            start = end
+        return tokens
+
+
+def _cleaned(c: str) -> str:
+    kind = unicodedata.category(c)
+    if c in "\t\n\r" or kind.startswith("Z"):
+        return " "
+    return "" if c == "\ufffd" or kind in ("Cc", "Cf", "Co", "Cs") else c
+
+
+# Of Chinese and Japanese characters, as BERT has them.
+_IDEOGRAPHS = (
+    *((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)),
+    *((0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)),
+)
+
+
+def _alone(c: str) -> bool:
+    """Whether a character is a word of its own: punctuation (ASCII's symbols, too) and ideographs."""
+    code = ord(c)
+    if code < 128:
+        return 32 < code and not c.isalnum() and code != 127
+    return unicodedata.category(c).startswith("P") or any(first <= code <= last for first, last in _IDEOGRAPHS)
