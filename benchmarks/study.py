@@ -65,15 +65,18 @@ def experiments(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
 SPLITS = {"TRAIN": "train", "EVAL": "validation"}
 
 
+def flags(experiment: Experiment, out: pathlib.Path) -> list[str]:
+    options = {**experiment.options, "MODEL_DIR": str(out / experiment.name)}
+    files = [f"--gin_file={file}" for file in ("study/model.gin", *experiment.files)]
+    return [*files, *(f"--gin.{name}={value!r}" for name, value in options.items())]
+
+
 def run(experiment: Experiment, out: pathlib.Path) -> None:
     """Runs it to its end, or does nothing if that has been done; raises CalledProcessError where it fails."""
     if (out / experiment.name / "done").exists():
         return
-    options = {**experiment.options, "MODEL_DIR": str(out / experiment.name)}
-    files = [f"--gin_file={file}" for file in ("study/model.gin", *experiment.files)]
-    command = [sys.executable, "run.py", *files, *(f"--gin.{name}={value!r}" for name, value in options.items())]
     print(f"\n== {experiment.name}", flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "run.py", *flags(experiment, out)], cwd=ROOT, check=True)
     (out / experiment.name / "done").touch()
 
 
