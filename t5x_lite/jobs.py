@@ -318,7 +318,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
         )
         logger.settle()
     if jax.process_index() == 0:
-        report.after_training(folder.path, scores, int(state.step), _about(name), _vocabulary_file(run, name))
+        report.after_training(folder.path, scores, int(state.step), _about(run, name), _vocabulary_file(run, name))
         folder.publish()
 
 
@@ -378,13 +378,14 @@ def eval(run: Run) -> None:
     logger.settle()
     logger.close()
     if jax.process_index() == 0:
-        about = _about(name)
-        written = report.write_page(folder.path, about)
-        folder.publish()
+        about = _about(run, name)
         print(report.table(scores, about.baselines))
         if found := report.confusions(folder.path, at_step):
             print(f"\n{found}\n")
-        print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{written.name}")
+        if scores:
+            written = report.write_page(folder.path, about)
+            folder.publish()
+            print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{written.name}")
 
 
 def infer(run: Run) -> None:
@@ -551,8 +552,8 @@ def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
     return quickstart.baselines()
 
 
-def _about(name: str) -> report.About:
-    return report.About(name, _rates(name), _baselines(name))
+def _about(run: Run, name: str) -> report.About:
+    return report.About(name, _rates(name), _baselines(name), Path(run.model_dir).resolve().name)
 
 
 def _rates(name: str) -> dict[str, float]:

@@ -76,7 +76,8 @@ def write_page(folder: Path, about: About | None = None) -> Path:
         step, file = next(((step, file) for step, file in files if file.exists()), (0, None))
         if file is not None and (rows := read_predictions(file)):
             predicted[task] = step, rows
-    text = page.page(folder.resolve().name, train, tasks, predicted, about or About())
+    about = about or About()
+    text = page.page(about.run or folder.resolve().name, train, tasks, predicted, about)
     partial = folder / f"{PAGE}.partial"
     partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # predictions may hold half a surrogate pair
     return partial.replace(folder / PAGE)

@@ -25,6 +25,7 @@ class About:
     mixture: str = ""
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # share of training, by task
     baselines: Baselines = dataclasses.field(default_factory=dict)
+    run: str = ""  # its name, where that is not its folder's: a bucket's files are made in another
 
 
 def page(

@@ -40,6 +40,7 @@ thead th { color: var(--muted); font-size: .82rem; white-space: nowrap; }
 .rates .bar { width: 55%; padding-right: 0; }
 .rates .bar div { height: .8rem; min-width: 1px; background: var(--bar); }
 
+.confusion thead tr { border: 0; }
 .confusion td, .confusion thead th { text-align: right; padding: .25rem .7rem; }
 .confusion thead th:first-child { text-align: left; padding-left: 0; }
 .confusion tbody th { padding-right: .9rem; white-space: nowrap; }

@@ -39,7 +39,7 @@ def a_run(folder: pathlib.Path, rows: dict[str, list[dict]], steps: tuple[int, .
 class Document(html.parser.HTMLParser):
     """The elements of a page with their attributes, and its text; refuses what is not nested properly."""
 
-    VOID = ("meta", "br", "img")
+    VOID = ("meta", "br", "img", "wbr")
 
     def __init__(self, source: str):
         super().__init__()
@@ -254,6 +254,27 @@ def test_texts_that_are_hard_to_show(tmp_path):
     assert "(nothing)" in document.text
     assert document.text.count("… 600 characters …") == 4 and re.search("… 9,[56].. characters …", document.text)
     assert len(document.text) < 10_000
+
+
+def test_any_predictions_make_a_page():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    text = st.text(max_size=40) | st.sampled_from(["<b>", "&lt;", "</dd>", "1.5", "nan", "yes", EVIL])
+    rows = st.lists(st.builds(row, text, text, text), min_size=1, max_size=30)
+
+    @hypothesis.settings(max_examples=60, deadline=None)
+    @hypothesis.given(rows, st.sampled_from([1, 10]))
+    def holds(rows, times):
+        document = Document(predictions.section("t", 1, rows * times, "task-0"))
+        expected = "section h3 h4 p div small bdi ol li dl dt dd ins del table caption thead tbody tr th td wbr"
+        assert {tag for tag, _ in document.elements} <= set(expected.split())
+        for example in rows:
+            for side, pieces in zip(
+                ("targets", "prediction"), analysis.differences(example["targets"], example["prediction"]), strict=True
+            ):
+                assert "".join(piece for piece, _ in pieces) == example[side]
+
+    holds()
 
 
 def test_a_run_of_one_evaluation_has_no_curves(tmp_path):

@@ -125,6 +125,8 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
     assert "files" in said
     predictions = pathlib.Path("whole/predictions/files-6.jsonl").read_text().splitlines()
     assert [json.loads(line)["targets"] for line in predictions] == [line["targets"] for line in LINES]
+    page = pathlib.Path("whole/report.html").read_text()
+    assert "<h1>whole</h1>" in page and f"{len(LINES)} predictions at step 6" in page and "for a browser" in said
 
     # Nothing is left to train, and the scores are said again.
     assert "token_accuracy" in command("--gin_file=whole/config.gin")
