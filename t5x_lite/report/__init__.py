@@ -84,9 +84,10 @@ def write_page(folder: Path, about: About | None = None) -> Path:
 
 
 def read_predictions(path: Path) -> list[analysis.Row]:
-    """The rows of a file of predictions. Raises ValueError, with file and line, for what is none."""
+    """The rows that say what was due. Raises ValueError, with file and line, for what is no JSON."""
     with path.open(encoding="utf-8") as lines:
-        return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+        rows = [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [row for row in rows if "targets" in row]
 
 
 def _parsed(text: str, place: str) -> dict:
@@ -104,7 +105,6 @@ def after_training(folder: Path, scores: Scores, step: int, about: About, vocabu
     """
     losses = {f"{task}: baseline": named["loss"] for task, named in about.baselines.items() if "loss" in named}
     picture = logs.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
-    written = write_page(folder, about)
     if scores:
         print(f"\nAfter {step} steps, on validation data:\n{table(scores, about.baselines)}")
     for task in scores:
@@ -115,7 +115,7 @@ def after_training(folder: Path, scores: Scores, step: int, about: About, vocabu
     config = folder / "config.gin"
     mine = f""" --gin.VOCABULARY="'{vocabulary}'\"""" if vocabulary else ""
     print(f"""
-{written}  scores, curves and predictions, for a browser
+{write_page(folder, about)}  scores, curves and predictions, for a browser
 {picture}  training and validation loss
 {folder / logs.METRICS_FILE}  every number of the run; `tensorboard --logdir {folder}` shows them
 {folder / "predictions"}/*.jsonl  all predictions on validation data
@@ -133,13 +133,9 @@ What next: train on; ask it something, a question a line; or start from it on fi
 def _shown(file: Path) -> list[str]:
     """The first predictions of a file, an input with what was due and what came."""
     lines = []
-    with file.open(encoding="utf-8") as rows:
-        for row, _ in zip(rows, range(PREDICTIONS_SHOWN), strict=False):
-            example = json.loads(row)
-            lines.append(f"  {_short(example['inputs'])}")
-            lines.append(
-                f"    target:     {_short(example['targets'])}\n    prediction: {_short(example['prediction'])}"
-            )
+    for row in read_predictions(file)[:PREDICTIONS_SHOWN]:
+        lines.append(f"  {_short(row['inputs'])}")
+        lines.append(f"    target:     {_short(row['targets'])}\n    prediction: {_short(row.get('prediction', ''))}")
     return lines
 
 

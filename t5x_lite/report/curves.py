@@ -30,18 +30,18 @@ def losses(train: Curve, tasks: Curves) -> str:
     """One plot of the training loss and each task's validation loss; nothing where no loss has two points."""
     found = {task: named["loss"] for task, named in tasks.items() if len(named.get("loss", ())) > 1}
     lines: list[tuple[str, Points]] = [(task, list(curve.items())) for task, curve in found.items()]
+    classes = [f"c{1 + i % COLOURS}" for i in range(len(lines))]
     band: Points = []
     if len(train) > 1:
         bins = binned(train, BINS)
         lines.insert(0, ("training", [(step, mean) for step, mean, _, _ in bins]))
+        classes.insert(0, "c0")
         band = [(step, low) for step, _, low, _ in bins] + [(step, high) for step, _, _, high in reversed(bins)]
     if not lines:
         return ""
     steps = [step for _, points in lines for step, _ in points]
     early = min(steps) + SETTLED * (max(steps) - min(steps))
     top = max(value for _, points in lines for step, value in points if step >= early)
-    first = 0 if len(train) > 1 else 1
-    classes = [f"c{0 if not i + first else 1 + (i + first - 1) % COLOURS}" for i in range(len(lines))]
     cut = any(value > top for _, points in lines for _, value in points)
     caption = "Loss, nats a target token" + "<small>the first steps, above this, are cut off</small>" * cut
     return _plot(caption, lines, classes, band, max(300, LABEL * (len(lines) + 1)), 5, top=top)

@@ -158,6 +158,8 @@ def _example(row: Row, said: str, kind: str) -> str:
     if "prediction" in row:
         (target, target_left), (came, came_left) = _cut(row["targets"]), _cut(row["prediction"])
         lacking, extra = analysis.differences(target, came)
+        if kind == "right":  # in other digits, perhaps
+            lacking, extra = [(target, False)], [(came, False)]
         parts = [("target", _marked(lacking, "del"), target_left), ("prediction", _marked(extra, "ins"), came_left)]
     else:
         text, left = _cut(row["targets"])

@@ -295,6 +295,20 @@ def test_only_predictions_that_belong_to_scores(tmp_path):
     assert "old" in document.text and "1 prediction at step 10" in document.text and "stale" not in document.text
 
 
+def test_rows_without_targets_are_no_part_of_it(tmp_path):
+    known = [row("yes", "yes")] * 5 + [row("3", "3.000")]
+    document = shown(a_run(tmp_path / "some", {"t": [*known, {"inputs": "a test row", "prediction": "x"}]}))
+    assert "6 predictions" in document.text and "a test row" not in document.text
+    document = shown(a_run(tmp_path / "none", {"t": [{"inputs": "a test row", "prediction": "x"}]}))
+    assert "Predictions" not in document.text
+
+
+def test_a_right_number_in_other_digits_is_not_marked(tmp_path):
+    document = shown(a_run(tmp_path, {"t": [row(f"{i}.2", f"{i}.200") for i in range(20)]}))
+    assert "right" in document.text
+    assert len(document.all("ins")) == len(document.all("del")) == 1, "the legend's"
+
+
 def test_scores_without_predictions(tmp_path):
     rows = [{"inputs": "q", "targets": f"t{i}", "score": -float(i)} for i in range(20)]
     text = shown(a_run(tmp_path, {"t": rows})).text
