@@ -11,15 +11,19 @@ import seqio
 
 from tasks import formats, objectives, sources, vocabulary
 
+_FEATURES = ("text", "timestamp", "url")
+
 
 def _document(path: str, number: int, line: str) -> tuple[str, str, str]:
     document = formats.json_object(path, number, line)
     formats.check_columns(path, number, ["text"], list(document))
-    return document["text"], document.get("timestamp", ""), document.get("url", "")
+    values = (document["text"], document.get("timestamp") or "", document.get("url") or "")
+    text, timestamp, url = (formats.as_text(f"{path}:{number}", k, x) for k, x in zip(_FEATURES, values, strict=True))
+    return text, timestamp, url
 
 
 def _read_files(files: dict[str, list[str]]) -> seqio.DataSource:
-    return sources.LinesSource(files, _document, ("text", "timestamp", "url"))
+    return sources.LinesSource(files, _document, _FEATURES)
 
 
 source = sources.CorpusSource(

@@ -178,26 +178,13 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
             "'span_corruption'"
         )
     skipped = formats.Skipped(path)
-    for number, row in _first_rows(path, skipped):
+    for number, row in _rows(path, skipped):
         with skipped:
             _fill(path, number, row, templates)
             return True
     with skipped:
         raise formats.BadRow(f"{path}: holds no {'good ' if skipped.count else ''}rows")
     return False
-
-
-def _first_rows(path: str, skipped: formats.Skipped) -> Iterator[tuple[int, dict]]:
-    """Like `_rows`, without reading a large file of lines whole."""
-    if _ending(path) in _DELIMITERS:
-        yield from _rows(path, skipped)
-        return
-    compression = "GZIP" if path.endswith(".gz") else ""
-    for number, line in enumerate(tf.data.TextLineDataset(path, compression).as_numpy_iterator(), start=1):
-        with skipped:
-            row = _line_row(path, number, formats.decode_line(path, number, line))
-            if row is not None:
-                yield number, row
 
 
 # ----------------------------------------------------------------------------------------------------------- templates
@@ -234,12 +221,5 @@ def _substitute(path: str, number: int, row: dict, template: str) -> str:
     for literal, column, _, _ in string.Formatter().parse(template):
         pieces.append(literal)
         if column is not None:
-            value = row[column]
-            if isinstance(value, bool) or not isinstance(value, str | int | float):
-                raise formats.bad_row(
-                    path,
-                    number,
-                    f"column {column} holds {type(value).__name__} {str(value)[:40]!r}; text or a number is needed",
-                )
-            pieces.append(str(value))
+            pieces.append(formats.as_text(f"{path}:{number}", column, row[column]))
     return "".join(pieces)

@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import tensorflow as tf
 from absl import logging
@@ -45,6 +45,9 @@ _action: Action = "refuse"
 
 class BadRow(ValueError):
     """A row, or the rest of a damaged file, that cannot be read."""
+
+    def __init__(self, message: str):
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # it may cite what is no text
 
 
 def bad_row(path: str, line: int, problem: str) -> BadRow:
@@ -262,7 +265,7 @@ def csv_rows(path: str, delimiter: str, skipped: Skipped) -> Iterator[tuple[int,
                 break
             if not fields:
                 raise bad_row(path, number, EMPTY_LINE)
-            decode_line(path, number, "".join(fields).encode("utf-8", "surrogateescape").replace(b"\n", b" "))
+            decode_line(path, number, " ".join(fields).encode("utf-8", "surrogateescape").replace(b"\n", b" "))
             if header is None:
                 header = fields
             elif len(fields) != len(header):
@@ -280,19 +283,37 @@ def json_object(path: str, line: int, text: str) -> dict:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise bad_row(path, line, f"not JSON ({error.msg} at column {error.colno}); is the file cut short?") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in brackets
+        raise bad_row(path, line, f"JSON beyond what Python reads ({error})") from error
     if not isinstance(value, dict):
         raise bad_row(path, line, f"expected a JSON object, got {type(value).__name__}")
     return value
 
 
+def as_text(where: str, column: str, value: Any) -> str:
+    """A text or a number as text. Raises BadRow, which begins with `where`, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        kind = f"{type(value).__name__} {str(value)[:40]!r}"
+        raise BadRow(f"{where}: column {column} holds {kind}; text or a number is needed")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can say it all the same
+        raise BadRow(f"{where}: column {column} holds half of a surrogate pair: mend or remove the row") from error
+    return text
+
+
 def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:
     """Questions of a SQuAD v1.1 file, in the shape of TFDS's `squad/v1.1`: id, title, context, question, answers."""
+    text = decode(path, _content(path, Skipped(path, "refuse")), 1)
     try:
-        articles = json.loads(decode(path, _content(path, Skipped(path, "refuse")), 1))["data"]
+        articles = json.loads(text)["data"]
         paragraphs = [(article.get("title", ""), p) for article in articles for p in article["paragraphs"]]
         questions = [(title, p["context"], question) for title, p in paragraphs for question in p["qas"]]
     except json.JSONDecodeError as error:
         raise bad_row(path, error.lineno, f"not JSON ({error.msg}); is the file cut short?") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{path}: JSON beyond what Python reads ({error})") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: not in SQuAD v1.1's format: {error!r} where an article or paragraph is due"
@@ -306,7 +327,11 @@ def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:
                 raise BadRow(
                     f"{path}: {error!r} where a question of SQuAD v1.1 is due: {str(question)[:80]}"
                 ) from error
+            where = f"{path}: question {str(row['id'])[:80]}"
             if not answers["text"]:
-                raise BadRow(f"{path}: question {row['id']} has no answer; SQuAD v1.1 answers every question")
-            yield {**row, "answers": answers}
+                raise BadRow(f"{where} has no answer; SQuAD v1.1 answers every question")
+            if not all(type(start) is int and 0 <= start < 2**31 for start in answers["answer_start"]):
+                raise BadRow(f"{where}: answer_start {str(answers['answer_start'])[:80]}, not places in the context")
+            texts = [as_text(where, "answers", text) for text in answers["text"]]
+            yield {k: as_text(where, k, x) for k, x in row.items()} | {"answers": answers | {"text": texts}}
     skipped.log()

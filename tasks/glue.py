@@ -153,10 +153,10 @@ def _numbers(path: str, split: str, config: Glue) -> Callable[[Mapping[str, str]
         logging.info("%s: idx counts its own rows, for %s is not there", path, original)
         return lambda row, place: place
     rows = formats.tsv_rows(original, key, formats.Skipped(original, "refuse"))
-    places = {tuple(row[column] for column in key): line - 2 for line, row in rows}
+    places = {tuple(row.get(column) for column in key): line - 2 for line, row in rows}
 
     def number(row: Mapping[str, str], place: int) -> int:
-        named = tuple(row[column] for column in key)
+        named = tuple(row.get(column) for column in key)
         if named not in places:
             raise formats.bad_row(path, place + 2, f"{original} has no row {named}, by which this one is numbered")
         return places[named]
@@ -167,7 +167,7 @@ def _numbers(path: str, split: str, config: Glue) -> Callable[[Mapping[str, str]
 def _label(value: str, config: Glue, path: str, line: int) -> float:
     """A label as its id (written as a word or as an id), or STS-B's score."""
     try:
-        if not config.labels:
+        if not config.labels and 0 <= float(value) <= 5:
             return float(value)
         if value in config.labels:
             return config.labels.index(value)
@@ -176,7 +176,7 @@ def _label(value: str, config: Glue, path: str, line: int) -> float:
     except ValueError:
         pass  # refused below with the rest
     raise formats.bad_row(
-        path, line, f"unknown label {value!r}; {config.name} has {', '.join(config.labels) or 'a number'}"
+        path, line, f"unknown label {value!r}; {config.name} has {', '.join(config.labels) or 'numbers from 0 to 5'}"
     )
 
 
