@@ -3,9 +3,9 @@
     python tests/torture.py --kills=50 [--processes=2] [--seed=0] [--folder=/tmp/torture]
 
 The run is the real command: a small T5 with dropout on a shuffled, packed mixture of two tasks, with evaluations and
-checkpoints. It is killed by SIGKILL at random times and at the points of torture_faults.py, until it is done; then the
-next one begins, until there have been so many kills. Each must have every record of metrics.jsonl once, with the same
-loss to the last bit, and so must TensorBoard. A summary is printed as JSON.
+checkpoints. It is killed by SIGKILL at random times, and at the points of torture_faults.py (at some it is told to stop
+by SIGTERM), until it is done; then the next one begins, until there have been so many kills. Each must have every
+record of metrics.jsonl once, with the same loss to the last bit, and so must TensorBoard. A summary is printed as JSON.
 """
 
 import argparse
@@ -20,14 +20,15 @@ import tempfile
 import time
 import types
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torture_faults
 
 REPO = Path(__file__).resolve().parents[1]
-STEPS = 24
+STEPS, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_LAST = 24, 6, 3, 2
+TOLD = 75  # the exit code of a run that SIGTERM has told to stop
 CONFIG = f"""
 T5Config:
     d_model = 16
@@ -45,9 +46,9 @@ DATA_SHARDS = 2
 BATCH_SIZE = 4
 TRAIN_STEPS = {STEPS}
 LOG_PERIOD = 1
-EVAL_PERIOD = 6
-CHECKPOINT_PERIOD = 3
-KEEP_LAST = 2
+EVAL_PERIOD = {EVAL_PERIOD}
+CHECKPOINT_PERIOD = {CHECKPOINT_PERIOD}
+KEEP_LAST = {KEEP_LAST}
 DROPOUT_RATE = 0.1
 DTYPE = "float32"
 WARMUP_STEPS = 10
@@ -82,7 +83,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(folder: Path, name: str, fault: Fault = ("never", 1), processes: int = 1, victim: int = 0) -> int:
-    """Runs the command on MODEL_DIR=folder/name, as many processes; returns 0, or -SIGKILL where it was killed.
+    """Runs the command on MODEL_DIR=folder/name, as many processes; returns 0, -SIGKILL where it was killed, or 75.
 
     Args:
       victim: the process that meets the fault; the others are killed when it has died.
@@ -113,13 +114,13 @@ def run(folder: Path, name: str, fault: Fault = ("never", 1), processes: int = 1
         deadline = time.monotonic() + (count / 1000 if point == "random" else 600)
         while time.monotonic() < deadline and all(process.poll() is None for process in started):
             time.sleep(0.02)
-        if point == "random" or any(process.poll() not in (0, None) for process in started):
+        if point == "random" or any(process.poll() not in (0, TOLD, None) for process in started):
             for process in started:
                 process.kill()
         codes = [process.wait(timeout=300) for process in started]
     killed = -signal.SIGKILL in codes
-    assert killed or codes == [0] * processes, (folder / f"{name}.log").read_text()[-6000:]
-    return -signal.SIGKILL if killed else 0
+    assert killed or codes in ([0] * processes, [TOLD] * processes), (folder / f"{name}.log").read_text()[-6000:]
+    return -signal.SIGKILL if killed else codes[0]
 
 
 def curve(model_dir: Path) -> list[dict[str, Any]]:
@@ -150,12 +151,27 @@ def compare(found: Path, expected: Path) -> None:
     assert events(found) == shown, found
 
 
-def faults(rng: random.Random, seconds: float) -> Iterator[Fault]:
-    """Every point in turn, shuffled, and after each a random time."""
-    while True:
-        for point, most in rng.sample(torture_faults.POINTS, len(torture_faults.POINTS)):
-            yield point, rng.randint(1, most)
-            yield "random", int(1000 * rng.uniform(0.4, 1.0) * seconds)
+class Faults:
+    """Each point that can be passed from where a run is, in turn, shuffled, and after each a random time."""
+
+    def __init__(self, rng: random.Random, seconds: float):
+        self._rng, self._seconds = rng, seconds
+        self._due: list[str] = []
+        self._at_random = False
+
+    def next(self, model_dir: Path) -> Fault:
+        self._at_random = not self._at_random
+        if not self._at_random:
+            return "random", int(1000 * self._rng.uniform(0.4, 1.0) * self._seconds)
+        folder = model_dir / "checkpoints"
+        there = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
+        passes = torture_faults.passes(there, STEPS, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_LAST)
+        possible = {point: most for point, most in passes.items() if most > 0}
+        if possible.keys().isdisjoint(self._due):
+            self._due += self._rng.sample(sorted(passes), len(passes))
+        point = next(point for point in self._due if point in possible)
+        self._due.remove(point)
+        return point, possible[point] if "at an" in point else self._rng.randint(1, min(possible[point], 9))
 
 
 def torture(folder: Path, kills: int, processes: int, seed: int) -> dict[str, Any]:
@@ -167,13 +183,14 @@ def torture(folder: Path, kills: int, processes: int, seed: int) -> dict[str, An
     assert run(folder, "again", processes=processes) == 0
     compare(folder / "again", folder / "alone")
     seconds = time.monotonic() - begun
-    planned, met, runs, starts = faults(rng, seconds), Counter(), 0, 0
+    planned, met, runs, starts = Faults(rng, seconds), Counter(), 0, 0
     while sum(met.values()) < kills:
         name, code, left = f"killed{runs}", -1, rng.randint(4, 12)
         runs += 1
         while code != 0:
-            fault = next(planned) if left and sum(met.values()) < kills else ("never", 1)
-            code = run(folder, name, fault, processes, victim=rng.randrange(processes))
+            fault = planned.next(folder / name) if left and sum(met.values()) < kills else ("never", 1)
+            victim = 0 if fault[0] in torture_faults.OF_THE_FIRST else rng.randrange(processes)
+            code = run(folder, name, fault, processes, victim)
             starts, left = starts + 1, left - 1
             met[fault[0]] += code != 0
             print(f"run {runs}, start {starts}: {fault} -> {code}", flush=True)

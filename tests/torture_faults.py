@@ -1,4 +1,6 @@
-"""The command, killed by SIGKILL when it comes to a point for the n-th time: `python torture_faults.py POINT N FLAGS`.
+"""The command, killed when it comes to a point for the n-th time: `python torture_faults.py POINT N FLAGS`.
+
+By SIGKILL; at the points whose names begin with "told", by SIGTERM.
 
 The points are put into the product from here, so that it has no code for being tested.
 """
@@ -15,8 +17,19 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at(count: int, owner: Any, name: str, before: Callable[..., Any] | None = None, after: bool = False) -> None:
-    """Dies at the `count`-th call of `owner.name`: at once, after `before(*arguments)`, or after the call itself."""
+def tell() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def at(
+    count: int,
+    owner: Any,
+    name: str,
+    before: Callable[..., Any] | None = None,
+    after: bool = False,
+    end: Callable[[], None] = die,
+) -> None:
+    """Ends at the `count`-th call of `owner.name`: at once, after `before(*arguments)`, or after the call itself."""
     original, calls = getattr(owner, name), 0
 
     def called(*args: Any, **options: Any) -> Any:
@@ -28,7 +41,7 @@ def at(count: int, owner: Any, name: str, before: Callable[..., Any] | None = No
             original(*args, **options)
         if before is not None:
             before(*args, **options)
-        return die()
+        return end()
 
     setattr(owner, name, called)
 
@@ -53,7 +66,8 @@ def half_the_scores(logger: Any, step: int, scores: Any) -> None:
     from t5x_lite import logs
 
     task = sorted(scores)[0]
-    logger._write(logs._record(step, "validation", task, scores[task]))
+    if logger._writes:
+        logger._write(logs._record(step, "validation", task, scores[task]))
 
 
 def plant(point: str, count: int) -> None:
@@ -62,6 +76,7 @@ def plant(point: str, count: int) -> None:
     from t5x_lite import checkpoint, jobs, logs, report
     from t5x_lite.checkpoint import checksums, position, saving
 
+    point = point.split(" at ")[0]
     if point == "evaluating":
         import tasks  # noqa: F401  before seqio is used
         from t5x_lite import data, evaluate  # noqa: F401  which takes TensorFlow off the accelerators
@@ -74,6 +89,7 @@ def plant(point: str, count: int) -> None:
         "metrics taken back": lambda: at(count, logs.os, "fsync"),
         "first step": lambda: at(count, jobs.loop, "train"),
         "logging": lambda: at(count, logs.MetricLogger, "train", half_a_line),
+        "told": lambda: at(count, logs.MetricLogger, "train", after=True, end=tell),
         "scores": lambda: at(count, logs.MetricLogger, "evaluation", half_the_scores),
         "save begun": lambda: at(count, position.DataPositionSave, "of", after=True),
         "save halfway": lambda: at(count, position.DataPositionHandler, "async_save", half_put_down),
@@ -87,11 +103,30 @@ def plant(point: str, count: int) -> None:
     plants[point]()
 
 
-POINTS = (  # each with the most that it may be passed before: more often, and a run might end first
-    *(("started", 1), ("restored", 1), ("metrics taken back", 1), ("first step", 1), ("logging", 9), ("scores", 2)),
-    *(("evaluating", 2), ("save begun", 3), ("save halfway", 3), ("save written", 3), ("before commit", 3)),
-    *(("after commit", 3), ("deleting", 2), ("last save", 1), ("reporting", 1)),
-)
+# What only the first of several processes does.
+OF_THE_FIRST = ("metrics taken back", "save written", "before commit", "deleting", "reporting")
+
+
+def passes(checkpoints: list[int], steps: int, evaluate: int, save: int, keep: int) -> dict[str, int]:
+    """How often each point is passed on the way to the last of `steps`, from the newest of the checkpoints there are.
+
+    Args:
+      evaluate, save: after so many steps.
+      keep: so many checkpoints.
+    """
+    here = max(checkpoints, default=0)
+    evaluations, saves = (steps // period - here // period for period in (evaluate, save))
+    until_evaluation = (evaluate - 1 - here) % evaluate or evaluate  # it is told when the step after it is under way
+    return {
+        **dict.fromkeys(("started", "first step", "last save", "reporting"), 1),
+        **dict.fromkeys(("restored", "metrics taken back"), int(here > 0)),
+        **dict.fromkeys(("logging", "told"), steps - here - 1),
+        "told at an evaluation": until_evaluation if here + until_evaluation < steps else 0,
+        **dict.fromkeys(("scores", "evaluating"), evaluations),
+        **dict.fromkeys(("save begun", "save halfway", "save written", "before commit", "after commit"), saves),
+        "deleting": saves - (keep - len(checkpoints)),
+    }
+
 
 if __name__ == "__main__":
     import run
