@@ -193,11 +193,12 @@ def _passages(text: str, target: str) -> str:
         return escaped(text)
     half = LONGEST // 2
     first = text.rfind(" ", 0, half) + 1 or half
-    at = text.find(target, first)
-    begin, end = (max(first, at - half // 2), at + half // 2) if target and at >= 0 else (len(text) - half, len(text))
-    begin = begin if begin == first else text.find(" ", begin, begin + half // 4) + 1 or begin
-    end = min(end, len(text))
-    return f"{escaped(text[:first])}{_rest(begin - first)} {escaped(text[begin:end])}{_rest(len(text) - end)}"
+    at = text.find(target, first) if target else -1
+    begin, end = (at - half // 2, at + half // 2) if at >= 0 else (len(text) - half, len(text))
+    begin = max(first, text.find(" ", begin, begin + half // 4) + 1 or begin)
+    end = len(text) if end >= len(text) else max(text.rfind(" ", begin, end), end - half // 4)
+    gap = f"{_rest(begin - first)} " if begin > first else ""
+    return f"{escaped(text[:first])}{gap}{escaped(text[begin:end])}{_rest(len(text) - end)}"
 
 
 def _rest(left: int) -> str:

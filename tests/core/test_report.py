@@ -354,6 +354,8 @@ def test_a_long_input_is_cut_round_the_answer():
     assert len(left) == 2 and len(shown) < 500
     assert sum(left) + len(shown.replace(" ", "")) < len(context) < sum(left) + len(shown)
     assert predictions._passages("x" * 1000, "none").endswith("x" * 200)
+    assert "one two" in predictions._passages("one two " * 100, "two")
+    assert "  " not in predictions._passages("one two " * 100, "two")
 
 
 def test_the_worst_of_many_equals_are_spread():
