@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Browser:
 
     def _next(self) -> dict:
         while b"\0" not in self._unread:
+            assert select.select([self._from], [], [], 60)[0], "the browser has not answered for a minute"
             read = os.read(self._from, 1 << 16)
             assert read, "the browser has ended"
             self._unread += read
