@@ -82,9 +82,9 @@ class Evaluation:
             for start in range(0, len(examples), size):
                 group = examples[start : start + size]
                 answers += answered(classify, group, width, size, task.output_features["label"])
-            known = [i for i, example in enumerate(examples) if example.targets is not None]
-            right = [np.asarray(examples[i].target_tokens).item() for i in known]
-            said = [answers[i].value for i in known]
+            labels = [np.asarray(example.target_tokens).item() for example in examples]
+            known = [i for i, label in enumerate(labels) if label >= 0]
+            right, said = [labels[i] for i in known], [answers[i].value for i in known]
             found[task.name] = {}
             for metric in task.metric_fns if known else ():
                 found[task.name] |= metric(right, said)
@@ -123,8 +123,10 @@ def answered(
 
 
 def word(label: seqio.utils.Feature, value: int | float) -> str:
-    """A class by its name, where the task gives them names; a number as it is."""
+    """A class by its name, where the task gives them names; a number as it is; "<unk>" for what is not known."""
     words = getattr(label.vocabulary, "words", ())
+    if value < 0 and not label.dtype.is_floating:
+        return "<unk>"
     return words[int(value)] if words else f"{value:g}"
 
 
@@ -150,9 +152,9 @@ def task_source(
         dataset = task.get_dataset(lengths, split=split, shuffle=False, use_cached=use_cached, seed=seed, num_epochs=1)
         dataset = dataset.take(-1 if num_examples is None else num_examples).skip(start)
         for i, row in enumerate(dataset.as_numpy_iterator(), start):
-            known = word(features["label"], row["label"].item()) if row["label"].item() >= 0 else None
             text = text_of(row, "inputs", features["inputs"])
-            yield Example(f"{task_name}[{i}]", text, known, row["inputs"], row["label"], row["segments"])
+            right = word(features["label"], row["label"].item())
+            yield Example(f"{task_name}[{i}]", text, right, row["inputs"], row["label"], row["segments"])
 
     total = min((n for n in (num_examples, task.num_input_examples(split)) if n is not None), default=None)
     about = {"task": task_name, "split": split, "examples": num_examples, "cached": use_cached, "seed": seed}
