@@ -23,6 +23,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import packing
+from tasks import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,20 @@ def text_vocabulary(name: str) -> seqio.Vocabulary:
     """That of the targets, or of the inputs where the targets are classes."""
     features = find_provider(name).output_features
     return features["targets" if "targets" in features else "inputs"].vocabulary
+
+
+def keep_tokenizer(name: str, folder: Path) -> None:
+    """Puts the tokenizer's files of a task or mixture into `folder`, where `t5x_lite.load` looks for them."""
+    vocabulary = text_vocabulary(name)
+    if vocabulary is vocabularies.SHARED:
+        vocabulary = vocabularies.default_vocabulary()
+    kept = {"sentencepiece_model_file": "spiece.model", "file": "vocab.txt"}  # of SentencePiece; of WordPiece
+    for attribute, as_name in kept.items():
+        if path := getattr(vocabulary, attribute, None):
+            tf.io.gfile.copy(path, str(folder / as_name), overwrite=True)
+            beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")  # says a WordPiece tokenizer's case
+            if attribute == "file" and tf.io.gfile.exists(beside):
+                tf.io.gfile.copy(beside, str(folder / "tokenizer_config.json"), overwrite=True)
 
 
 def tasks_with_split(name: str, split: str) -> list[str]:

@@ -248,21 +248,22 @@ def _train(run: Run, config: str, machine: Machine) -> None:
     last = last_step(run)
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
     name = _prepare_tasks(run)
+    from t5x_lite import data
+
     run = _with_labels(run, name)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
     log.info("%s on %s", _parameters(run, machine), machine)
     batches = _train_batches(run, name, machine.local_rows(run.batch_size))
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
     evaluation = _evaluation(run, name, machine, Functions(run, machine), folder)
-    lengths = run.task_feature_lengths
-    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     with (
-        contextlib.closing(logs.MetricLogger(folder.path, last, flops, folder.publish)) as logger,
+        contextlib.closing(logs.MetricLogger(folder.path, last, _flops(run, machine), folder.publish)) as logger,
         _checkpointer(run, start, machine, logger.settle) as saver,
         watch.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
             (folder.path / "config.gin").write_text(config)
+            data.keep_tokenizer(name, folder.path)
 
         log.info(start.reason)
         keys = jax.jit(  # compiled, so that they lie on all hosts
@@ -318,8 +319,17 @@ def _train(run: Run, config: str, machine: Machine) -> None:
         )
         logger.settle()
     if jax.process_index() == 0:
-        report.after_training(folder.path, scores, int(state.step), _about(run, name), _vocabulary_file(run, name))
+        made_with = (_vocabulary_file(run, name), run.model.layout)
+        report.after_training(folder.path, scores, int(state.step), _about(run, name), *made_with)
         folder.publish()
+
+
+def _flops(run: Run, machine: Machine) -> float | None:
+    """Of a step; None where a part of the model is frozen, whose gradients are not computed: no MFU is claimed then."""
+    if run.optimizer.trainable.split(machine.abstract.params)[1]:
+        return None
+    lengths = run.task_feature_lengths
+    return logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
 
 
 def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:

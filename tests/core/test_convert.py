@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import flax.serialization
+import gin
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -16,6 +17,7 @@ from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+import run
 import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.convert import __main__ as convert_command
@@ -72,6 +74,14 @@ def test_what_is_converted_can_begin_a_run_but_is_not_resumed(hub, tmp_path):
     convert.convert(hub, tmp_path / "ours", "t5x_lite")
     assert checkpoint.choose_start(tmp_path / "run", tmp_path / "ours").kind == "initial"
     assert checkpoint.choose_start(tmp_path / "ours").kind == "fresh"
+
+
+def test_what_is_converted_comes_with_its_sizes_as_a_gin_file(hub, tmp_path):
+    config = convert.convert(hub, tmp_path / "ours", "t5x_lite")
+    gin.clear_config()
+    found = run.configure([str(tmp_path / "ours" / "model.gin")], ["DTYPE='float32'", "DROPOUT_RATE=0.25"]).model
+    assert dataclasses.replace(found, dropout_rate=config.dropout_rate) == config
+    assert found.dropout_rate == 0.25  # which is a run's to say
 
 
 def test_shards_and_a_mesh_give_the_same_parameters(hub, golden_t5):

@@ -7,7 +7,9 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite import data, describe
+import tasks  # noqa: F401  registers C4
+from t5x_lite import convert, data, describe
+from tasks import vocabulary
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=10)
 LENGTHS = {"inputs": 24, "targets": 12}
@@ -199,6 +201,17 @@ def test_eval_batches_of_two_hosts_are_those_of_one_cut_in_two():
     parts = [list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4, rows=rows)) for rows in ((0, 2), (2, 4))]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
     assert equal(joined, whole)
+
+
+def test_the_tokenizer_is_kept_where_load_finds_it(tmp_path, data_dir):
+    file = data_dir / "vocab" / "sentencepiece.model"
+    vocabulary.set_default(str(file))
+    try:
+        data.keep_tokenizer("c4_v220_span_corruption", tmp_path)
+    finally:
+        vocabulary.set_default(None)
+    assert convert.tokenizer_file(tmp_path) == tmp_path / "spiece.model"
+    assert (tmp_path / "spiece.model").read_bytes() == file.read_bytes()
 
 
 def test_tasks_with_split(caplog):

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ CONFIG = T5Config(16, 24, 2, 8, 1, 1, vocab_size=384, mlp_activations=("relu",),
 def model(seed=0):
     tokens = jax.numpy.ones((1, 1), jax.numpy.int32)
     params = T5(CONFIG).init(jax.random.key(seed), tokens, tokens)["params"]
-    return LoadedModel(CONFIG, jax.tree.map(lambda leaf: getattr(leaf, "value", leaf), params))
+    return LoadedModel(CONFIG, nn.meta.unbox(params))
 
 
 @pytest.fixture
