@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import run
 import t5x_lite
-from t5x_lite import classify, data, packing, step
+from t5x_lite import classify, convert, data, packing, step
 from t5x_lite.bert import BertConfig
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert.wordpiece import WordPiece
@@ -357,3 +357,47 @@ def _tokens(predicted):
         first, second = (vocab.encode(text) for text in row["inputs"].split(" [SEP] "))
         inputs, segments = packing.pair(first, second, ids.cls, ids.sep, 16)
         yield {"inputs": np.pad(inputs, (0, 16 - len(inputs))), "segments": np.pad(segments, (0, 16 - len(segments)))}
+
+
+@pytest.mark.slow
+def test_from_real_text_to_mrpc_and_back_from_hugging_face(data_dir, tmp_path, monkeypatch, capsys):
+    """Pre-trained on C4 and fine-tuned on MRPC by the commands that the reports name; then gone on with elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    vocabulary.set_default(None)
+    handlers = logging.getLogger().handlers[:]
+    sizes = SIZES | {"vocab_size": 32128, "max_length": 64}
+    common = ["DTYPE='float32'", "BATCH_SIZE=16", "EVAL_STEPS=1", "LOG_PERIOD=1", "WARMUP_STEPS=1"]
+    common += [f"BertConfig.{name}={value}" for name, value in sizes.items()] + ["TASK_FEATURE_LENGTHS={'inputs': 64}"]
+
+    def command(*arguments):
+        assert run.main(["run.py", *arguments, *(f"--gin.{binding}" for binding in common)]) == 0
+        return capsys.readouterr().out
+
+    said = command(
+        "--gin_file=models/bert.gin",
+        "--gin_file=runs/pretrain_bert.gin",
+        "--gin.MODEL_DIR='bert'",
+        "--gin.TRAIN_STEPS=4",
+    )
+    assert records("bert", "train")[-1].keys() >= {"mlm_loss", "nsp_loss"}
+    assert "--mode=infer" not in said
+    hinted = [word for word in said.replace("\\\n", " ").replace('"', "").split() if word.startswith("--gin")]
+    hinted = hinted[hinted.index("--gin_file=runs/finetune_bert.gin") - 1 :]  # all of one command
+    said = command(*hinted, "--gin.TRAIN_STEPS=4", "--gin.EVAL_EXAMPLES=50")
+    assert "--mode=infer" in said
+    (scores,) = records("runs/mrpc", "validation")
+    assert scores["task"] == "glue_mrpc_bert"
+    assert scores.keys() >= {"f1", "accuracy", "classify_loss"}
+    rows = jsonl("runs/mrpc/predictions/glue_mrpc_bert-4.jsonl")
+    assert len(rows) == 50
+    right = [row["targets"] == row["prediction"] for row in rows]
+    assert scores["accuracy"] == pytest.approx(100 * np.mean(right))
+
+    # Out to Hugging Face's format, in again, and asked in Python: the same predictions of the same text.
+    convert.convert("runs/mrpc", "hub", "huggingface")
+    again = t5x_lite.load("hub")
+    assert again.config.labels == ("not_equivalent", "equivalent")
+    texts = [tuple(row["inputs"].split(" [SEP] ")) for row in rows[:20]]
+    cut = t5x_lite.load("runs/mrpc").predict(texts)
+    assert again.predict(texts) == cut == [row["prediction"] for row in rows[:20]]
+    logging.getLogger().handlers[:] = handlers
