@@ -525,6 +525,69 @@ def test_files_that_the_system_refuses_to_write(tmp_path, caplog):
     assert "Step 20 could not be saved, and training goes on" in caplog.text and "File too large" in caplog.text
 
 
+ONE_OF_TWO = """
+import contextlib, errno, logging, os, sys, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+folder, port, here = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, here)
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from t5x_lite.checkpoint import saving
+logging.basicConfig(level=logging.WARNING)
+rows = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec("data"))
+one = NamedSharding(rows.mesh, PartitionSpec())
+class State:
+    step, w = jax.jit(lambda: (jnp.int32(2), jnp.ones((4, 3))), out_shardings=(one, rows))()
+    params, opt_state = {"w": w}, {}
+class Position:
+    def save(self, path):
+        full(step == 30 and here == 1)
+        content = "bad" if step == 20 and here == 1 else "good"
+        open(f"{path}/{here}", "w").write(content)
+def full(is_full):
+    if is_full:
+        raise OSError(errno.ENOSPC, "full")
+paths = type(epath.Path(""))
+write = paths.write_bytes
+paths.write_bytes = lambda self, content: full(content == b"bad") or write(self, content)
+with saving.Checkpointer(folder, keep_last=None, before_commit=lambda: full(step == 50)) as checkpointer:
+    for step in (10, 20, 30, 40, 50, 60):
+        checkpointer.save(step, State(), Position())
+        with contextlib.suppress(OSError):
+            checkpointer.wait()
+    print(checkpointer.all_steps())
+"""
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_cannot_write_both_give_the_save_up_at_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO, str(tmp_path), port, str(here)],
+            env=environment | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for here in (0, 1)
+    ]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    for here, (out, log) in enumerate(said):
+        assert out.splitlines()[-1] == "[10, 40, 60]", log
+        failed = re.findall(r"Step (\d+) could not be saved, and training goes on \((.*)\)\.", log)
+        assert [step for step, _ in failed] == ["20", "30", "50"], log
+        assert all(("full" if here == of else f"process {of} could not write") in why
+                   for of, (_, why) in zip((1, 1, 0), failed, strict=True)), failed  # fmt: skip
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "40", "60"]
+
+
 # A bucket
 
 
