@@ -38,6 +38,10 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
         self.file, self.lower_case = path, _lower_case(path, self.pieces)
         super().__init__(path, start_of_sequence_id=ids["[CLS]"], end_of_sequence_id=ids["[SEP]"])
 
+    @property
+    def _base_vocab_size(self) -> int:
+        return len(self.pieces)  # SeqIO's has one more, which TensorFlow's table keeps for what [UNK] stands for here
+
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         text = tf.strings.regex_replace(s, r"[\t\n\r\p{Zs}\p{Zl}\p{Zp}]", " ")
         text = tf.strings.regex_replace(text, r"[\p{C}\x{FFFD}]", "")

@@ -14,6 +14,7 @@ from core.test_model import PARAMETERS
 
 import run
 from t5x_lite import logs, step
+from t5x_lite.bert import BertConfig
 from t5x_lite.machine import Machine
 from t5x_lite.model import T5Config
 from t5x_lite.options import Run, last_step
@@ -216,6 +217,12 @@ def test_run_files_follow_the_published_recipes():
     finetune = configured(SMALL, "--gin_file=runs/finetune.gin", "--gin.INITIAL_CHECKPOINT_PATH=None")
     assert [float(finetune.optimizer.schedule(n)) for n in (0, 40_000)] == pytest.approx([0.001, 0.001])
     assert finetune.model.dropout_rate == 0.1
+    bert = configured(
+        "--gin_file=models/bert.gin", "--gin_file=runs/finetune_bert.gin", "--gin.INITIAL_CHECKPOINT_PATH='bert'"
+    )
+    assert isinstance(bert.model, BertConfig)
+    assert (bert.model.layout, bert.model.num_labels, bert.model.dropout_rate) == ("classifier", 2, 0.1)
+    assert [float(bert.optimizer.schedule(n)) for n in (17, 34, 189)] == pytest.approx([1e-5, 2e-5, 1e-5])
     for name in ("eval", "infer", "score"):
         assert isinstance(configured(SMALL, f"--gin_file=runs/{name}.gin").model, T5Config)
 

@@ -20,9 +20,9 @@ T5 = {"head_dim": 6, "num_encoder_layers": 1, "num_decoder_layers": 1}
 def task():
     def read(split, shuffle_files, seed=None):
         row = dict.fromkeys(("inputs", "targets", "segments"), np.full((40, 6), 7, np.int32))
-        return tf.data.Dataset.from_tensor_slices(row | {"random": np.ones((40, 1), np.int32)})
+        return tf.data.Dataset.from_tensor_slices(row | dict.fromkeys(("random", "label"), np.ones((40, 1), np.int32)))
 
-    features = ("inputs", "targets", "segments", "random")
+    features = ("inputs", "targets", "segments", "random", "label")
     seqio.TaskRegistry.add(
         TASK,
         source=seqio.FunctionDataSource(read, splits=["train"]),
@@ -34,13 +34,16 @@ def task():
 
 
 @pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("layout", ["encoder_decoder", "decoder", "encoder"])
+@pytest.mark.parametrize("layout", ["encoder_decoder", "decoder", "encoder", "classifier"])
 def test_the_batch_of_a_plan_is_that_of_training(layout, pack):
-    sizes = MODEL | {"num_layers": 1} if layout == "encoder" else MODEL | T5
+    is_bert = layout in ("encoder", "classifier")
+    sizes = MODEL | {"num_layers": 1} if is_bert else MODEL | T5
+    if layout == "classifier":
+        sizes["heads"] = ("pooler", "classify")
     if layout == "decoder":
         sizes["num_encoder_layers"] = 0
-    part = "BertConfig" if layout == "encoder" else "T5Config"
-    lengths = {"inputs": 12} if layout == "encoder" else {"inputs": 12, "targets": 10}
+    part = "BertConfig" if is_bert else "T5Config"
+    lengths = {"inputs": 12} if is_bert else {"inputs": 12, "targets": 10}
     bindings = [f"--gin.{part}.{name}={value}" for name, value in sizes.items()]
     run = configured(
         *bindings, f"--gin.Run.model=@{part}()", f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.BATCH_SIZE=8"
