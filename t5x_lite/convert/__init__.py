@@ -205,8 +205,9 @@ def model_gin(config: ModelConfig) -> str:
     """The model's sizes as a gin file for run.py; what a run decides (dropout, dtype ...) is left to its macros."""
     name, of_a_run = type(config).__name__, ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
     values = {key: value for key, value in vars(config).items() if key not in of_a_run}
-    lines = (f"    {key} = {value!r}" for key, value in values.items())
-    return "\n".join((f"# The model of this checkpoint: give it to run.py as a --gin_file.\n\n{name}:", *lines)) + "\n"
+    lines = [f"    {key} = {value!r}" for key, value in values.items()]
+    head = "# The model of this checkpoint: give it to run.py as a --gin_file."
+    return "\n".join((head, "", f"Run.model = @{name}()", f"{name}:", *lines)) + "\n"
 
 
 def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, Mapping[str, Any]]:

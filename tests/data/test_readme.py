@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from t5x_lite.bert import Bert, BertConfig
 from t5x_lite.convert import huggingface
 from t5x_lite.model import T5, T5Config
 
@@ -68,3 +69,29 @@ def test_question_answering_in_four_steps(tmp_path, data_dir):
     assert scores["step"] == 2 and 0 <= scores["em"] <= scores["f1"] <= 100
     answers = carried_out(ask, tmp_path, SMALL).splitlines()
     assert len(answers) == 1
+
+
+@pytest.mark.slow
+def test_bert_on_a_pair_of_sentences_in_four_steps(tmp_path, data_dir):
+    pretrained = tmp_path / "bert-base-uncased"
+    pretrained.mkdir()
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'-$"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (pretrained / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    config = BertConfig(32, 48, 2, 2, vocab_size=len(pieces), max_length=64)
+    params = Bert(config).init(jax.random.key(0), jnp.ones((1, 1), jnp.int32))["params"]
+    huggingface.write(pretrained, config, nn.meta.unbox(params))
+
+    load, look, train, write, ask = commands("BERT on a pair of sentences, in four steps")
+    small = {"BATCH_SIZE": 4, "TASK_FEATURE_LENGTHS": "{'inputs': 64}", "TRAIN_STEPS": 2, "EVAL_EXAMPLES": 8}
+    small |= {"WARMUP_STEPS": 1, "EVAL_STEPS": 1}
+    carried_out(load, tmp_path, small)
+    assert "[CLS]" in carried_out(look, tmp_path, small)
+    carried_out(train, tmp_path, small)
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "mrpc" / "metrics.jsonl").read_text().splitlines()]
+    (scores,) = [row for row in rows if row["split"] == "validation"]
+    assert scores["step"] == 2 and 0 <= scores["accuracy"] <= 100 and "f1" in scores
+    carried_out(write, tmp_path, {})
+    carried_out(ask, tmp_path, {})
+    (answers,) = (tmp_path / "runs" / "mrpc" / "infer").glob("*.jsonl")
+    assert json.loads(answers.read_text())["prediction"] in ("equivalent", "not_equivalent")
