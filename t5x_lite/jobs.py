@@ -7,14 +7,10 @@ without them has been, for that takes seconds. This module knows every part, and
 import contextlib
 import dataclasses
 import errno
-import importlib
 import json
 import logging
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +18,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, logs, report, step, watch
+from t5x_lite import checkpoint, logs, report, step, watch, work
 from t5x_lite import train as loop
-from t5x_lite.bert import ON_TOP, BertConfig
+from t5x_lite.bert import ON_TOP
 from t5x_lite.checkpoint import lock, saving
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
@@ -40,120 +36,6 @@ Scores = loop.Scores
 # What every mode needs
 
 
-def _prepare_tasks(run: Run) -> str:
-    """Fills SeqIO's registries, the user's tasks included; returns the name of what to work on, checked."""
-    if not (run.mixture_or_task_name or run.train_files):
-        raise ValueError(
-            "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
-        )
-    _import_tasks(run)
-    from t5x_lite import data
-
-    name = run.mixture_or_task_name or ""
-    if run.train_files:
-        if name:
-            log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
-        name = _register_files(run)
-    from tasks import cache, sources
-
-    describe = cache.describe if run.use_cached_tasks else sources.describe
-    for task, read in describe(data.find_provider(name)).items():
-        log.info("%s reads %s", task, read)
-    data.check_vocabulary(name, run.model.vocab_size)
-    data.check_lengths(name, run.task_feature_lengths, run.model.layout)
-    if isinstance(run.model, BertConfig) and run.model.layout == "classifier":
-        data.check_labels(name, run.model.num_labels)
-    return name
-
-
-def _with_labels(run: Run, name: str) -> Run:
-    """A classifier's run with the names of the task's classes, for its checkpoints to say."""
-    if not (isinstance(run.model, BertConfig) and run.model.layout == "classifier"):
-        return run
-    from t5x_lite import data
-
-    labels = getattr(data.find_provider(name).output_features["label"].vocabulary, "words", ())
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, labels=labels))
-
-
-def _import_tasks(run: Run) -> None:
-    """Imports this project's tasks and MIXTURE_OR_TASK_MODULE; sets the vocabulary, BAD_ROWS and cache folders."""
-    log.info("Loading TensorFlow and SeqIO ...")
-    with _without_chatter():
-        import seqio
-
-        import tasks
-        from t5x_lite import data  # noqa: F401  takes TensorFlow off the accelerators before its first op
-
-    tasks.formats.set_bad_rows(run.bad_rows)
-    modules = run.mixture_or_task_module or []
-    for module in [modules] if isinstance(modules, str) else modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # a module that the user's module asks for
-            raise ValueError(
-                f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or among those installed"
-            ) from None
-    if run.vocabulary:
-        tasks.vocabulary.set_default(run.vocabulary)
-    folders = run.seqio_additional_cache_dirs or []
-    seqio.add_global_cache_dirs([folders] if isinstance(folders, str) else folders)
-
-
-@contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Holds back what TensorFlow's C++ writes to stderr while it is loaded, unless that fails."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-def _register_files(run: Run) -> str:
-    from tasks import files
-
-    assert run.train_files
-    name = "files"
-    files.register_files(
-        name,
-        run.train_files,
-        run.eval_files,
-        objective=run.files_objective,
-        inputs_template=run.files_inputs_template,
-        targets_template=run.files_targets_template,
-        text_template=run.files_text_template,
-    )
-    return name
-
-
-def _train_batches(run: Run, name: str, rows: tuple[int, int] | None = None) -> Any:
-    from t5x_lite import data
-
-    return data.TrainBatches(
-        name,
-        run.task_feature_lengths,
-        batch_size=run.batch_size,
-        seed=run.random_seed,
-        layout=run.model.layout,
-        pack=run.pack,
-        shuffle=run.shuffle_train_examples,
-        use_cached=run.use_cached_tasks,
-        rows=rows,
-        shards=run.data_shards,
-    )
-
-
 def _checkpoint_to_read(run: Run) -> tuple[str, int]:
     """The checkpoint that eval, infer and score read, and its step."""
     start = checkpoint.choose_start(
@@ -167,58 +49,6 @@ def _checkpoint_to_read(run: Run) -> tuple[str, int]:
     log.info("Reading the checkpoint %s: %s.", start.path, why)
     step_name = Path(start.path).name
     return start.path, int(step_name) if step_name.isdecimal() else 0
-
-
-def _evaluation(
-    run: Run, name: str, machine: Machine, functions: Functions, folder: Folder
-) -> Callable[[Any, int], Scores]:
-    """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
-    from t5x_lite import classify, data, evaluate
-
-    batches = {
-        task: data.EvalBatches(
-            task,
-            run.task_feature_lengths,
-            batch_size=run.eval_batch_size,
-            layout=run.model.layout,
-            split=run.eval_split,
-            num_batches=run.eval_steps,
-            seed=run.random_seed,
-            use_cached=run.use_cached_tasks,
-            rows=machine.local_rows(run.eval_batch_size),
-        )
-        for task in data.tasks_with_split(name, run.eval_split)
-    }
-    if not batches:
-        log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
-    options = {
-        "batch_size": run.eval_batch_size,
-        "split": run.eval_split,
-        "num_examples": run.eval_examples,
-        "use_cached": run.use_cached_tasks,
-        "seed": run.random_seed,
-        "predictions": _only_first(folder.path / "predictions"),
-    }
-    answers: dict[str, Callable]
-    if run.model.layout == "classifier":
-        metrics: Any = classify.Evaluation(name, run.task_feature_lengths, **options)
-        answers = {"classify": functions.classify}
-    else:
-        metrics = evaluate.Evaluation(name, run.task_feature_lengths, **options)
-        answers = {"predict": functions.predict, "score": functions.score}
-
-    def evaluated(params: Any, at_step: int) -> Scores:
-        scores = {task: functions.loss(params, rows) for task, rows in batches.items()}
-        found = metrics.run(**{name: partial(answer, params) for name, answer in answers.items()}, step=at_step)
-        scores = {task: {**values, **found.get(task, {})} for task, values in scores.items()}
-        return scores | evaluate.averages(scores)
-
-    return evaluated
-
-
-def _only_first(path: Path) -> Path | None:
-    """The path, on the one process that writes."""
-    return path if jax.process_index() == 0 else None
 
 
 # The modes
@@ -247,15 +77,15 @@ def train(run: Run, config: str) -> None:
 def _train(run: Run, config: str, machine: Machine) -> None:
     last = last_step(run)
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
-    name = _prepare_tasks(run)
+    name = work.prepare(run)
     from t5x_lite import data
 
-    run = _with_labels(run, name)
-    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in _rates(name).items()))
+    run = work.with_labels(run, name)
+    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in work.rates(name).items()))
     log.info("%s on %s", _parameters(run, machine), machine)
-    batches = _train_batches(run, name, machine.local_rows(run.batch_size))
+    batches = work.train_batches(run, name, machine.local_rows(run.batch_size))
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
-    evaluation = _evaluation(run, name, machine, Functions(run, machine), folder)
+    evaluation = work.evaluation(run, name, machine, Functions(run, machine), folder)
     with (
         contextlib.closing(logs.MetricLogger(folder.path, last, _flops(run, machine), folder.publish)) as logger,
         _checkpointer(run, start, machine, logger.settle) as saver,
@@ -274,12 +104,7 @@ def _train(run: Run, config: str, machine: Machine) -> None:
         if start.step is not None:
             state = saver.restore(start.step, machine.abstract, batches)
         else:
-            state = step.init_state(run.model, run.optimizer, parameter_key, machine.abstract)
-            if start.path is not None:
-                named = checkpoint.flat(state.params)
-                added = {name: leaf for name, leaf in named.items() if re.search(f"{ADDED}|{ON_TOP}", name)}
-                params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added, left_out=ON_TOP)
-                state = dataclasses.replace(state, params=params)
+            state = _first_state(run, start, machine, parameter_key)
         schedule = loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period)
         evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
         evaluated = evaluated or not schedule.due(schedule.evaluate, int(state.step))
@@ -319,9 +144,20 @@ def _train(run: Run, config: str, machine: Machine) -> None:
         )
         logger.settle()
     if jax.process_index() == 0:
-        made_with = (_vocabulary_file(run, name), run.model.layout)
-        report.after_training(folder.path, scores, int(state.step), _about(run, name), *made_with)
+        made_with = (work.vocabulary_file(run, name), run.model.layout)
+        report.after_training(folder.path, scores, int(state.step), work.about(run, name), *made_with)
         folder.publish()
+
+
+def _first_state(run: Run, start: checkpoint.Start, machine: Machine, key: jax.Array) -> step.TrainState:
+    """Random parameters; where INITIAL_CHECKPOINT_PATH has them, its own. The optimizer is new."""
+    state = step.init_state(run.model, run.optimizer, key, machine.abstract)
+    if start.path is None:
+        return state
+    named = checkpoint.flat(state.params)
+    added = {name: leaf for name, leaf in named.items() if re.search(f"{ADDED}|{ON_TOP}", name)}
+    params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added, left_out=ON_TOP)
+    return dataclasses.replace(state, params=params)
 
 
 def _flops(run: Run, machine: Machine) -> float | None:
@@ -379,16 +215,16 @@ def eval(run: Run) -> None:
     """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
     path, at_step = _checkpoint_to_read(run)
     machine = Machine(run)
-    name = _prepare_tasks(run)
+    name = work.prepare(run)
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
-    evaluation = _evaluation(run, name, machine, Functions(run, machine), folder)
+    evaluation = work.evaluation(run, name, machine, Functions(run, machine), folder)
     scores = evaluation(checkpoint.restore_params(path, machine.abstract.params), at_step)
     logger = logs.MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
     logger.settle()
     logger.close()
     if jax.process_index() == 0:
-        about = _about(run, name)
+        about = work.about(run, name)
         print(report.table(scores, about.baselines))
         if found := report.confusions(folder.path, at_step):
             print(f"\n{found}\n")
@@ -418,7 +254,7 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
     machine = Machine(run)
     functions = Functions(run, machine)
     named = run.mixture_or_task_name or run.train_files or run.infer_input is None
-    name = _prepare_tasks(run) if named else _import_tasks(run)
+    name = work.prepare(run) if named else work.import_tasks(run)
     from t5x_lite import classify, data, infer
     from tasks import vocabulary
 
@@ -489,14 +325,14 @@ def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["
 
 def inspect(run: Run) -> None:
     """Prints one training batch as the model gets it, or that in the .npz INFER_INPUT, decoded back to text."""
-    name = _prepare_tasks(run)
+    name = work.prepare(run)
     from t5x_lite import data, describe
 
     if run.infer_input is not None:
         with np.load(run.infer_input, allow_pickle=False) as arrays:
             batch = dict(arrays)
     else:
-        batch = next(_train_batches(run, name))
+        batch = next(work.train_batches(run, name))
     print(describe.describe_batch(batch, data.text_vocabulary(name)))
 
 
@@ -512,12 +348,12 @@ def dry_run(run: Run, mode: str) -> None:
         print(f"steps       {steps}\nstart       {reason}")
     elif mode != "inspect":
         print(f"checkpoint  {_checkpoint_to_read(run)[0]}")
-    name = _prepare_tasks(run)
+    name = work.prepare(run)
     if mode in ("train", "inspect"):
         print(f"data        {name}, this host's batches:")
-        for feature, shape in _train_batches(run, name, machine.local_rows(run.batch_size)).shapes.items():
+        for feature, shape in work.train_batches(run, name, machine.local_rows(run.batch_size)).shapes.items():
             print(f"            {feature} {list(shape)}")
-    for task, rate in _rates(name).items():
+    for task, rate in work.rates(name).items():
         print(f"            {rate:7.3%} {task}")
     print("Dry run: nothing was computed or written.")
 
@@ -544,36 +380,3 @@ def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
     (folder.path / "plan.json").write_text(json.dumps(values, indent=1) + "\n")
     folder.publish()
     print(f"as JSON: {folder}/plan.json")
-
-
-def _vocabulary_file(run: Run, name: str) -> str | None:
-    """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
-    from t5x_lite import data
-
-    return run.vocabulary or getattr(data.text_vocabulary(name), "sentencepiece_model_file", None)
-
-
-def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
-    """What needs no model, to print beside the scores; the embedded default computes its own."""
-    if not name.startswith("quickstart"):
-        return {}
-    from tasks import quickstart
-
-    return quickstart.baselines()
-
-
-def _about(run: Run, name: str) -> report.About:
-    return report.About(name, _rates(name), _baselines(name), Path(run.model_dir).resolve().name)
-
-
-def _rates(name: str) -> dict[str, float]:
-    """The share of each task of a mixture in training, largest first."""
-    import seqio
-
-    from t5x_lite import data
-
-    provider = data.find_provider(name)
-    if not isinstance(provider, seqio.Mixture):
-        return {name: 1.0}
-    rates = {t.name: provider.get_rate(t) for t in provider.tasks if "train" in t.splits}
-    return {task: rates[task] / sum(rates.values()) for task in sorted(rates, key=lambda task: -rates[task])}

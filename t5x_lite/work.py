@@ -1,0 +1,227 @@
+"""What a run works on: its task or mixture, registered and checked; its batches, its evaluation, its baselines.
+
+TensorFlow and SeqIO are imported only when one of these functions is called, for that takes seconds. This module knows
+the options, the data half and the model as functions; nothing of training, checkpoints, flags and gin.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from t5x_lite import report
+from t5x_lite.bert import BertConfig
+from t5x_lite.folder import Folder
+from t5x_lite.machine import Functions, Machine
+from t5x_lite.options import Run
+from t5x_lite.train import Scores
+
+log = logging.getLogger("t5x_lite")
+
+
+def prepare(run: Run) -> str:
+    """Fills SeqIO's registries, the user's tasks included; returns the name of what to work on, checked."""
+    if not (run.mixture_or_task_name or run.train_files):
+        raise ValueError(
+            "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
+        )
+    import_tasks(run)
+    from t5x_lite import data
+
+    name = run.mixture_or_task_name or ""
+    if run.train_files:
+        if name:
+            log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
+        name = _register_files(run)
+    from tasks import cache, sources
+
+    describe = cache.describe if run.use_cached_tasks else sources.describe
+    for task, read in describe(data.find_provider(name)).items():
+        log.info("%s reads %s", task, read)
+    data.check_vocabulary(name, run.model.vocab_size)
+    data.check_lengths(name, run.task_feature_lengths, run.model.layout)
+    if isinstance(run.model, BertConfig) and run.model.layout == "classifier":
+        data.check_labels(name, run.model.num_labels)
+    return name
+
+
+def with_labels(run: Run, name: str) -> Run:
+    """A classifier's run with the names of the task's classes, for its checkpoints to say."""
+    if not (isinstance(run.model, BertConfig) and run.model.layout == "classifier"):
+        return run
+    from t5x_lite import data
+
+    labels = getattr(data.find_provider(name).output_features["label"].vocabulary, "words", ())
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, labels=labels))
+
+
+def import_tasks(run: Run) -> None:
+    """Imports this project's tasks and MIXTURE_OR_TASK_MODULE; sets the vocabulary, BAD_ROWS and cache folders."""
+    log.info("Loading TensorFlow and SeqIO ...")
+    with _without_chatter():
+        import seqio
+
+        import tasks
+        from t5x_lite import data  # noqa: F401  takes TensorFlow off the accelerators before its first op
+
+    tasks.formats.set_bad_rows(run.bad_rows)
+    modules = run.mixture_or_task_module or []
+    for module in [modules] if isinstance(modules, str) else modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # a module that the user's module asks for
+            raise ValueError(
+                f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or among those installed"
+            ) from None
+    if run.vocabulary:
+        tasks.vocabulary.set_default(run.vocabulary)
+    folders = run.seqio_additional_cache_dirs or []
+    seqio.add_global_cache_dirs([folders] if isinstance(folders, str) else folders)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Holds back what TensorFlow's C++ writes to stderr while it is loaded, unless that fails."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _register_files(run: Run) -> str:
+    from tasks import files
+
+    assert run.train_files
+    name = "files"
+    files.register_files(
+        name,
+        run.train_files,
+        run.eval_files,
+        objective=run.files_objective,
+        inputs_template=run.files_inputs_template,
+        targets_template=run.files_targets_template,
+        text_template=run.files_text_template,
+    )
+    return name
+
+
+def train_batches(run: Run, name: str, rows: tuple[int, int] | None = None) -> Any:
+    from t5x_lite import data
+
+    return data.TrainBatches(
+        name,
+        run.task_feature_lengths,
+        batch_size=run.batch_size,
+        seed=run.random_seed,
+        layout=run.model.layout,
+        pack=run.pack,
+        shuffle=run.shuffle_train_examples,
+        use_cached=run.use_cached_tasks,
+        rows=rows,
+        shards=run.data_shards,
+    )
+
+
+def evaluation(
+    run: Run, name: str, machine: Machine, functions: Functions, folder: Folder
+) -> Callable[[Any, int], Scores]:
+    """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
+    from t5x_lite import classify, data, evaluate
+
+    batches = {
+        task: data.EvalBatches(
+            task,
+            run.task_feature_lengths,
+            batch_size=run.eval_batch_size,
+            layout=run.model.layout,
+            split=run.eval_split,
+            num_batches=run.eval_steps,
+            seed=run.random_seed,
+            use_cached=run.use_cached_tasks,
+            rows=machine.local_rows(run.eval_batch_size),
+        )
+        for task in data.tasks_with_split(name, run.eval_split)
+    }
+    if not batches:
+        log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
+    options = {
+        "batch_size": run.eval_batch_size,
+        "split": run.eval_split,
+        "num_examples": run.eval_examples,
+        "use_cached": run.use_cached_tasks,
+        "seed": run.random_seed,
+        "predictions": _only_first(folder.path / "predictions"),
+    }
+    answers: dict[str, Callable]
+    if run.model.layout == "classifier":
+        metrics: Any = classify.Evaluation(name, run.task_feature_lengths, **options)
+        answers = {"classify": functions.classify}
+    else:
+        metrics = evaluate.Evaluation(name, run.task_feature_lengths, **options)
+        answers = {"predict": functions.predict, "score": functions.score}
+
+    def evaluated(params: Any, at_step: int) -> Scores:
+        scores = {task: functions.loss(params, rows) for task, rows in batches.items()}
+        found = metrics.run(**{name: partial(answer, params) for name, answer in answers.items()}, step=at_step)
+        scores = {task: {**values, **found.get(task, {})} for task, values in scores.items()}
+        return scores | evaluate.averages(scores)
+
+    return evaluated
+
+
+def _only_first(path: Path) -> Path | None:
+    """The path, on the one process that writes."""
+    return path if jax.process_index() == 0 else None
+
+
+def vocabulary_file(run: Run, name: str) -> str | None:
+    """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
+    from t5x_lite import data
+
+    return run.vocabulary or getattr(data.text_vocabulary(name), "sentencepiece_model_file", None)
+
+
+def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
+    """What needs no model, to print beside the scores; the embedded default computes its own."""
+    if not name.startswith("quickstart"):
+        return {}
+    from tasks import quickstart
+
+    return quickstart.baselines()
+
+
+def about(run: Run, name: str) -> report.About:
+    return report.About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
+
+
+def rates(name: str) -> dict[str, float]:
+    """The share of each task of a mixture in training, largest first."""
+    import seqio
+
+    from t5x_lite import data
+
+    provider = data.find_provider(name)
+    if not isinstance(provider, seqio.Mixture):
+        return {name: 1.0}
+    rates = {t.name: provider.get_rate(t) for t in provider.tasks if "train" in t.splits}
+    return {task: rates[task] / sum(rates.values()) for task in sorted(rates, key=lambda task: -rates[task])}
