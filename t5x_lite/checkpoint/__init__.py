@@ -5,6 +5,7 @@ optimizer, SeqIO or TensorFlow.
 """
 
 import dataclasses
+import importlib
 import json
 import logging
 import math
@@ -46,6 +47,12 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path | None:
 
 def _steps(folder: epath.Path) -> list[int]:
     """The finished checkpoints in `folder`, in rising order."""
+    if str(folder).startswith("gs://"):
+        try:
+            importlib.import_module("google.cloud.storage")
+        except ImportError:
+            cure = "Orbax lists buckets by a package that is not installed: pip install google-cloud-storage"
+            raise ValueError(f"{folder}: {cure}") from None
     return sorted(s.step for s in ocp.path.step.standard_name_format().find_all(folder)) if folder.exists() else []
 
 

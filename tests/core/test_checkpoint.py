@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -610,6 +611,8 @@ def bucket(tmp_path, monkeypatch):
         monkeypatch.setattr(backend, name, Bucket())
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    for name in ("google.cloud", "google.cloud.storage"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setattr(
         gcs_utils,
         "get_kvstore_for_gcs",
@@ -640,6 +643,12 @@ def test_in_a_bucket_too_damage_is_found_and_put_aside_and_failed_saves_leave_no
     assert (bucket / "bucket/run/damaged/20/params").exists()
     assert sorted(os.listdir(bucket / "bucket/run/checkpoints")) == ["10", "30"]
     assert checkpoint.choose_start(run, strict=True).step == 30
+
+
+def test_what_a_bucket_needs_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(ValueError, match=r"gs://bucket/run/checkpoints: .*pip install google-cloud-storage"):
+        checkpoint.choose_start("gs://bucket/run")
 
 
 # One run in a MODEL_DIR
