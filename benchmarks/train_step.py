@@ -13,7 +13,8 @@ What memory costs in time, each setting in a process of its own, so that peaks a
         python benchmarks/train_step.py --remat=$remat --microbatches=$parts
     done; done | tee sweep.jsonl
 
-and with `--attention` likewise: batch, rows, flash or cudnn.
+and with `--attention` likewise: batch, rows, flash or cudnn; with `--adapt`, what training a part of the model saves:
+full, adapters, lora, bias_norm or frozen_encoder, of gin_configs/adapt/ (`model_flops_per_step` is the whole's).
 """
 
 import argparse
@@ -25,7 +26,7 @@ import resource
 import statistics
 import sys
 import time
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -37,13 +38,19 @@ from t5x_lite import logs, optim, sharding, step  # noqa: E402
 from t5x_lite.attention import Implementation  # noqa: E402
 from t5x_lite.losses import LossConfig  # noqa: E402
 from t5x_lite.model import T5Config  # noqa: E402
+from t5x_lite.trainable import Trainable  # noqa: E402
+
+
+def said(file: str) -> dict[str, Any]:
+    """The plain values of T5Config, and the macros, in a file of gin_configs/."""
+    text = (ROOT / "gin_configs" / f"{file}.gin").read_text()
+    found = re.findall(r"^\s*(?:T5Config\.)?([A-Za-z_]+) = ([^%@\n]+)$", text, re.MULTILINE)
+    return {key: ast.literal_eval(value.strip()) for key, value in found}
 
 
 def model_config(name: str, **options) -> T5Config:
     """The published size `name` ("t5_1_1/small"), as its gin file says it."""
-    text = (ROOT / "gin_configs" / "models" / f"{name}.gin").read_text()
-    found = re.findall(r"^\s*(?:T5Config\.)?([a-z_]+) = ([^%@\n]+)$", text, re.MULTILINE)
-    return T5Config(**{key: ast.literal_eval(value.strip()) for key, value in found} | options)
+    return T5Config(**said(f"models/{name}") | options)
 
 
 def synthetic_batch(args: argparse.Namespace, vocab_size: int) -> dict[str, np.ndarray]:
@@ -76,6 +83,7 @@ def main() -> None:
     parser.add_argument("--dropout_rate", type=float, default=0.0)
     parser.add_argument("--remat", default="none", choices=["none", "minimal", "full"])
     parser.add_argument("--attention", choices=get_args(Implementation), help="default: by platform and shape")
+    parser.add_argument("--adapt", default="full", choices=["full", "adapters", "lora", "bias_norm", "frozen_encoder"])
     parser.add_argument("--unroll", action="store_true", help="layers unrolled instead of scanned")
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--microbatches", type=int, default=1)
@@ -84,15 +92,18 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=size)
     args = parser.parse_args()
 
+    adapt = said(f"adapt/{args.adapt}")
+    trainable = Trainable(adapt.pop("TRAINABLE"))
     config = model_config(
         args.model,
+        **adapt,
         dtype=args.dtype,
         dropout_rate=args.dropout_rate,
         remat=args.remat,
         attention=args.attention,
         scan_layers=not args.unroll,
     )
-    optimizer = optim.Optimizer(optim.adafactor(), optim.constant(1e-3))
+    optimizer = optim.Optimizer(optim.adafactor(), optim.constant(1e-3), trainable=trainable)
     compiler = step.Compiler(sharding.make_mesh(args.data, args.fsdp, args.tensor))
     abstract = step.abstract_state(config, optimizer, compiler.mesh)
     train_step = compiler.train_step(
@@ -122,6 +133,8 @@ def main() -> None:
                 "device": jax.devices()[0].device_kind,
                 "devices": jax.device_count(),
                 "parameters": step.param_count(state.params),
+                "trained": trainable.count(state.params),
+                "optimizer_mb": round(sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) / 2**20, 2),
                 "step_seconds": round(median, 5),
                 "step_seconds_all": [round(s, 5) for s in seconds[2:]],
                 "tokens_per_second": round(args.batch_size * (args.inputs + args.targets) / median),
