@@ -423,6 +423,9 @@ def test_from_real_text_to_mrpc_and_back_from_hugging_face(data_dir, tmp_path, m
     right = [row["targets"] == row["prediction"] for row in rows]
     assert scores["accuracy"] == pytest.approx(100 * np.mean(right))
 
+    evaluated = command(*hinted, "--gin.TRAIN_STEPS=4", "--gin.EVAL_EXAMPLES=50", "--mode=eval")
+    assert f"{scores['f1']:.4g}" in evaluated
+
     # Out to Hugging Face's format, in again, and asked in Python: the same predictions of the same text.
     convert.convert("runs/mrpc", "hub", "huggingface")
     again = t5x_lite.load("hub")
