@@ -17,9 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite.attention import Implementation, Visibility, dot_product_attention
+from t5x_lite.config import Dtype, Remat, check_choices
 from t5x_lite.layers import PRODUCT, Embed, named_axes, project
-from t5x_lite.model import Dtype, Remat, check_choices, stack
 from t5x_lite.sharding import constrain
+from t5x_lite.stacks import stack
 
 Head = Literal["pooler", "mlm", "nsp", "classify"]
 

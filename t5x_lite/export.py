@@ -22,9 +22,9 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt32
 
 from t5x_lite import convert, decode
+from t5x_lite.config import Dtype
 from t5x_lite.convert import tensors
 from t5x_lite.load import LoadedModel, load
-from t5x_lite.model import Dtype
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

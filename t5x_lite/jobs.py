@@ -22,9 +22,9 @@ from t5x_lite import checkpoint, logs, report, step, watch, work
 from t5x_lite import train as loop
 from t5x_lite.bert import ON_TOP
 from t5x_lite.checkpoint import lock, saving
+from t5x_lite.config import ADDED
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
-from t5x_lite.model import ADDED
 from t5x_lite.options import Run, last_step
 
 log = logging.getLogger("t5x_lite")

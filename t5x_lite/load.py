@@ -20,9 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import convert, decode, packing, sharding
 from t5x_lite.bert import BertConfig
+from t5x_lite.config import Dtype
 from t5x_lite.convert import tokenizer, wordpiece
 from t5x_lite.load_bert import LoadedBert
-from t5x_lite.model import T5, Dtype, T5Config
+from t5x_lite.model import T5, T5Config
 
 Texts = Sequence[str]
 Tokens = Sequence[Sequence[int]] | np.ndarray | jax.Array

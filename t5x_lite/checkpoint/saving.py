@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import os
 import threading
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -40,14 +41,17 @@ DAMAGED = "damaged"  # in MODEL_DIR: where damaged checkpoints are put out of th
 
 class _WithoutOrbaxChatter(logging.Filter):
     """Drops what Orbax says below WARNING, some forty lines a save through absl's one logger, and its tracebacks of a
-    failed save, of which `Checkpointer` says in one line."""
+    failed save, of which `Checkpointer` says in one line; asyncio adds one for each array that it left alone."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        ours = f"{os.sep}orbax{os.sep}" not in record.pathname
+        raised = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+        files = [record.pathname, *(frame.f_code.co_filename for frame, _ in raised)]
+        ours = not any(f"{os.sep}orbax{os.sep}" in file for file in files)
         return ours or (record.levelno >= logging.WARNING and record.exc_info is None)
 
 
-logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_WithoutOrbaxChatter())
 
 
 # A training state (step.TrainState), a dataclass: step is an int32 scalar, params a nested dict, opt_state any tree.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import get_args
 
 from t5x_lite.bert import BertConfig
+from t5x_lite.config import Remat
 from t5x_lite.machine import Machine
-from t5x_lite.model import Remat
 from t5x_lite.options import Run
 from t5x_lite.plan import Plan, gib, make, shard_bytes
 from t5x_lite.plan.topologies import Topology

@@ -16,7 +16,8 @@ from flax import traverse_util
 
 from t5x_lite import checkpoint, convert, optim, sharding, step
 from t5x_lite.checkpoint import saving
-from t5x_lite.model import ADDED, T5, T5Config
+from t5x_lite.config import ADDED
+from t5x_lite.model import T5, T5Config
 from t5x_lite.trainable import Trainable, gradual_unfreezing
 
 ADAPTERS = (("/adapter/|norm/scale", True),)

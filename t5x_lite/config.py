@@ -1,0 +1,101 @@
+"""What one T5 is: `T5Config`, its sizes and how it is computed, checked; the choices that BERT's config has, too.
+
+This module knows no arrays. The dimensions' letters are those of model.py.
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+
+from t5x_lite.attention import Implementation
+from t5x_lite.layers import ACTIVATIONS
+
+Remat = Literal["none", "minimal", "full"]
+Dtype = Literal["float32", "bfloat16"]
+RelativeBias = Literal["shared", "per_layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """One T5. The published sizes are in `gin_configs/models/`.
+
+    num_encoder_layers: 0 makes a decoder alone: inputs and targets follow each other in its row.
+    prefix_lm: such a decoder sees all of the inputs from everywhere in them, not only what comes before.
+    relative_bias: one table for all layers of a stack, or one in every layer (UMT5).
+    adapter_size: hidden units of an adapter after each MLP (`layers.Adapter`); 0: none.
+    lora_rank: of what is added to the kernels of query and value of every attention (`layers.LowRank`); 0: nothing.
+    dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
+    scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
+    remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
+    attention: its implementation, where it can do what is asked; None: by platform and shape (attention.py).
+    """
+
+    d_model: int
+    d_ff: int
+    num_heads: int
+    head_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    tie_embeddings: bool = False
+    vocab_size: int = 32128
+    prefix_lm: bool = False
+    relative_bias: RelativeBias = "shared"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    adapter_size: int = 0
+    lora_rank: int = 0
+    dropout_rate: float = 0.0
+    dtype: Dtype = "float32"
+    scan_layers: bool = True
+    remat: Remat = "none"
+    attention: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "num_decoder_layers": 1, "vocab_size": 1}
+        for name, least in {**sizes, "num_encoder_layers": 0, "adapter_size": 0, "lora_rank": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.prefix_lm and not self.decoder_only:
+            raise ValueError(
+                f"T5Config.prefix_lm is for a decoder alone, num_encoder_layers=0; got {self.num_encoder_layers}"
+            )
+        if unknown := [a for a in self.mlp_activations if a not in ACTIVATIONS]:
+            raise ValueError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
+        if not self.mlp_activations:
+            raise ValueError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        if self.relative_buckets < 4 or self.relative_buckets % 4 or self.relative_max_distance < self.relative_buckets:
+            raise ValueError(
+                f"T5Config.relative_buckets={self.relative_buckets} must be a multiple of 4 and at most "
+                f"relative_max_distance={self.relative_max_distance}"
+            )
+        check_choices(self, dtype=Dtype, remat=Remat, relative_bias=RelativeBias)
+
+    @property
+    def decoder_only(self) -> bool:
+        return self.num_encoder_layers == 0
+
+    @property
+    def layout(self) -> Literal["encoder_decoder", "decoder"]:
+        """How inputs and targets lie in a batch: apart, or one behind the other in one row."""
+        return "decoder" if self.decoder_only else "encoder_decoder"
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def check_choices(config: Any, **kinds: Any) -> None:
+    """Raises ValueError: a field is none of its kind's literals, or `attention` no implementation."""
+    choices = {name: get_args(kind) for name, kind in kinds.items()} | {"attention": (*get_args(Implementation), None)}
+    for name, among in choices.items():
+        if getattr(config, name) not in among:
+            raise ValueError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
+
+
+# Found in the names of the parameters that adapter_size and lora_rank add to a model.
+ADDED = r"/adapter/|_lora/"

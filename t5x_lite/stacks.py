@@ -1,0 +1,315 @@
+"""T5's two stacks of layers, and the cache of a decoder that is part of the way through.
+
+The layers of a stack are stored stacked on a leading axis L, under the name `layers`, whether they are run by a scan
+or unrolled. Axes and names are those of model.py. This module knows embedded tokens, not tokens or logits of them.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.config import T5Config
+from t5x_lite.layers import PRODUCT, Adapter, Dense, GatedMlp, LowRank, RelativePositionBias, RMSNorm
+from t5x_lite.sharding import constrain
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
+
+    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start, or
+    None without an encoder; several rows, one behind the other, may share one of these: the beams or samples of an
+    input. The length comes last: a product with one query would else move it there, at each step.
+    """
+
+    self_key: Float[Array, "L B H K T"]
+    self_value: Float[Array, "L B H K T"]
+    cross_key: Float[Array, "L _ H K S"] | None = None
+    cross_value: Float[Array, "L _ H K S"] | None = None
+
+
+def _extended(
+    x_LBHKT: Float[Array, "L B H K T"],
+    new_BTHK: Float[Array, "B _ H K"],
+    layer: Int[Array, ""],
+    index: Int[Array, ""] | int,
+    parents_B: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "L B H K T"], Float[Array, "B T H K"]]:
+    """A cache with new tokens of a layer at `index`, written in place where XLA can; and that layer's part of it."""
+    new_BHKT = jnp.moveaxis(new_BTHK, 1, -1)
+    if parents_B is None:
+        x_LBHKT = jax.lax.dynamic_update_slice(x_LBHKT, new_BHKT[None], (layer, 0, 0, 0, index))
+        return x_LBHKT, _of_layer(x_LBHKT, layer)
+    x_BHKT = jax.lax.dynamic_update_slice(x_LBHKT[layer][parents_B], new_BHKT, (0, 0, 0, index))
+    return jax.lax.dynamic_update_slice(x_LBHKT, x_BHKT[None], (layer, 0, 0, 0, 0)), jnp.moveaxis(x_BHKT, -1, 1)
+
+
+def _of_layer(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> Float[Array, "B T H K"]:
+    return jnp.moveaxis(x_LBHKT[layer], -1, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; keys and values come from `keys_values` (of x itself, of the encoder, or of a cache)."""
+
+    config: T5Config
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        joined = c.num_heads * c.head_dim
+        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+        def query_init(*args: Any) -> Array:
+            return normal(*args) / jnp.sqrt(c.head_dim)  # the scale that the logits do not get
+
+        self.query = Dense(joined, ("embed", "joined_kv"), query_init, c.compute_dtype)
+        self.key = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
+        self.value = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
+        self.out = Dense(c.d_model, ("joined_kv", "embed"), normal, c.compute_dtype)
+        if c.lora_rank:
+            self.query_lora = LowRank(c.lora_rank, joined, ("embed", "joined_kv"), c.compute_dtype)
+            self.value_lora = LowRank(c.lora_rank, joined, ("embed", "joined_kv"), c.compute_dtype)
+
+    def _split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
+        x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        return constrain(x, "batch", "length", "heads", "kv")
+
+    def keys_values(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+        value = self.value(x_BSD)
+        if self.config.lora_rank:
+            value += self.value_lora(x_BSD)
+        return self._split_heads(self.key(x_BSD)), self._split_heads(value)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        key_BSHK: Float[Array, "B S H K"],
+        value_BSHK: Float[Array, "B S H K"],
+        bias_HTS: Float[Array, "H T S"] | None,
+        visibility: Visibility,
+    ) -> Float[Array, "B T D"]:
+        rate = self.config.dropout_rate if self.train else 0.0
+        query = self.query(x_BTD)
+        if self.config.lora_rank:
+            query += self.query_lora(x_BTD)
+        y_BTHK = dot_product_attention(
+            self._split_heads(query),
+            key_BSHK,
+            value_BSHK,
+            bias_HTS,
+            visibility,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+            implementation=self.config.attention,
+        )
+        y_BTHK = checkpoint_name(y_BTHK, PRODUCT)  # kept, a fused kernel's forward pass is not run again
+        return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
+
+
+def _relative_bias(config: T5Config, **options: Any) -> RelativePositionBias:
+    return RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance, **options)
+
+
+class EncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Where no bias is given, the layer has its own."""
+
+    config: T5Config
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, visibility: Visibility
+    ) -> tuple[Float[Array, "B S D"], None]:
+        c = self.config
+        if bias_HSS is None:
+            positions_S = jnp.arange(x_BSD.shape[1])
+            bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
+        dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+        h_BSD = RMSNorm(c.compute_dtype, name="pre_attention_layer_norm")(x_BSD)
+        attention = Attention(c, self.train, name="attention")
+        h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HSS, visibility)
+        x_BSD += dropout(h_BSD)
+        h_BSD = RMSNorm(c.compute_dtype, name="pre_mlp_layer_norm")(x_BSD)
+        mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, name="mlp")
+        h_BSD = mlp(h_BSD)
+        if c.adapter_size:
+            h_BSD = Adapter(c.adapter_size, c.compute_dtype, name="adapter")(h_BSD)
+        x_BSD += dropout(h_BSD)
+        return constrain(x_BSD, "batch", "length", "embed"), None
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoded inputs if any, and the MLP, each on a normed input and added.
+
+    Where no bias is given, the layer has its own.
+    """
+
+    config: T5Config
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(c.compute_dtype)
+        self.self_attention = Attention(c, self.train)
+        if c.relative_bias == "per_layer":
+            self.relpos_bias = _relative_bias(c, bidirectional=False)
+        if not c.decoder_only:
+            self.pre_cross_attention_layer_norm = RMSNorm(c.compute_dtype)
+            self.encoder_decoder_attention = Attention(c, self.train)
+        self.pre_mlp_layer_norm = RMSNorm(c.compute_dtype)
+        self.mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train)
+        if c.adapter_size:
+            self.adapter = Adapter(c.adapter_size, c.compute_dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+
+    def __call__(
+        self,
+        state: tuple[Float[Array, "B T D"], Cache | None],
+        layer: Int[Array, ""],
+        encoded_BSD: Float[Array, "B S D"] | None,
+        bias_HTS: Float[Array, "H T _"] | None,
+        self_visibility: Visibility,
+        cross_visibility: Visibility,
+        parents_B: Int[Array, " B"] | None,
+    ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
+        x_BTD, cache = state
+        h_BTD = self.pre_self_attention_layer_norm(x_BTD)
+        key, value = self.self_attention.keys_values(h_BTD)
+        if cache is not None:
+            where = (layer, self_visibility.offset, parents_B)
+            self_key, key = _extended(cache.self_key, key, *where)
+            self_value, value = _extended(cache.self_value, value, *where)
+            cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
+        if bias_HTS is None:
+            positions_T = self_visibility.offset + jnp.arange(x_BTD.shape[1])
+            bias_HTS = self.relpos_bias(positions_T, jnp.arange(key.shape[1]))
+        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_visibility))
+
+        if not self.config.decoder_only:
+            h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
+            cross = self.encoder_decoder_attention
+            if encoded_BSD is not None:
+                key, value = cross.keys_values(encoded_BSD)
+            else:
+                assert cache is not None and cache.cross_key is not None and cache.cross_value is not None
+                key, value = _of_layer(cache.cross_key, layer), _of_layer(cache.cross_value, layer)
+            # Rows that are decoded from the same inputs, one behind the other, are queries of one row: all see all.
+            h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_visibility)
+            x_BTD += self.dropout(h_BTD.reshape(x_BTD.shape))
+
+        h_BTD = self.mlp(self.pre_mlp_layer_norm(x_BTD))
+        if self.config.adapter_size:
+            h_BTD = self.adapter(h_BTD)
+        x_BTD += self.dropout(h_BTD)
+        return (constrain(x_BTD, "batch", "length", "embed"), cache), None
+
+    def cross_keys_values(self, carry: None, encoded_BSD: Float[Array, "B S D"]) -> tuple[None, tuple[Array, Array]]:
+        key, value = self.encoder_decoder_attention.keys_values(encoded_BSD)
+        return carry, (jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -1))
+
+
+def _remat(layer: type[nn.Module], config: Any) -> type[nn.Module]:
+    if config.remat == "none":
+        return layer
+    # By name, for JAX's policies for products do not see into functions with a backward pass of their own, as Dense is.
+    policy = None if config.remat == "full" else jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    # A scan already keeps XLA from merging the recomputation with the first pass; unrolled layers need the barrier.
+    return nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def stack(layer: type[nn.Module], config: Any, length: int, **in_axes: tuple) -> type[nn.Module]:
+    """`length` layers under one name, parameters on a leading axis, as config.scan_layers and config.remat say.
+
+    in_axes: method -> scan axes of its arguments.
+    """
+    options = {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True, "dropout": True},
+        "length": length,
+        "unroll": 1 if config.scan_layers else length,
+        "metadata_params": {nn.PARTITION_NAME: "layers"},
+    }
+    return nn.scan(
+        _remat(layer, config), methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()}
+    )
+
+
+class Encoder(nn.Module):
+    """Embedded inputs to encodings."""
+
+    config: T5Config
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+        c = self.config
+        dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+        bias_HSS = None
+        if c.relative_bias == "shared":
+            positions_S = jnp.arange(x_BSD.shape[1])
+            bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
+        layers = stack(EncoderLayer, c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
+        x_BSD = dropout(constrain(x_BSD, "batch", "length", "embed"))
+        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias_HSS, visibility)
+        return dropout(RMSNorm(c.compute_dtype, name="encoder_norm")(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Embedded tokens, attending to the encodings (or to a cache of them) if there are any, to hidden states."""
+
+    config: T5Config
+    train: bool
+
+    def setup(self) -> None:
+        c = self.config
+        if c.relative_bias == "shared":
+            self.relpos_bias = _relative_bias(c, bidirectional=False)
+        everywhere = nn.broadcast
+        self.layers = stack(
+            DecoderLayer,
+            c,
+            c.num_decoder_layers,
+            __call__=(0, everywhere, everywhere, everywhere, everywhere, everywhere),
+            cross_keys_values=(everywhere,),
+        )(c, self.train)
+        self.decoder_norm = RMSNorm(c.compute_dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
+        if not c.tie_embeddings:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            self.logits_dense = Dense(
+                c.vocab_size, ("embed", "vocab"), init, c.compute_dtype, output_dtype=jnp.dtype("float32")
+            )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        encoded_BSD: Float[Array, "B S D"] | None,
+        self_visibility: Visibility,
+        cross_visibility: Visibility,
+        cache: Cache | None = None,
+        parents_B: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        bias_HTS = None
+        if self.config.relative_bias == "shared":
+            length = x_BTD.shape[1]
+            keys = length if cache is None else cache.self_key.shape[-1]
+            bias_HTS = self.relpos_bias(self_visibility.offset + jnp.arange(length), jnp.arange(keys))
+        x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
+        layers = jnp.arange(self.config.num_decoder_layers)
+        (x_BTD, cache), _ = self.layers(
+            (x_BTD, cache), layers, encoded_BSD, bias_HTS, self_visibility, cross_visibility, parents_B
+        )
+        return self.dropout(self.decoder_norm(x_BTD)), cache
+
+    def start_cache(self, encoded_BSD: Float[Array, "B S D"] | None, rows: int, max_length: int) -> Cache:
+        c = self.config
+        cross = (None, None) if encoded_BSD is None else self.layers.cross_keys_values(None, encoded_BSD)[1]
+        empty_LBHKT = jnp.zeros((c.num_decoder_layers, rows, c.num_heads, c.head_dim, max_length), c.compute_dtype)
+        return Cache(empty_LBHKT, empty_LBHKT, *cross)
