@@ -304,6 +304,16 @@ def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
     assert [record.message for record in caplog.records if record.name == "absl"] == ["of somebody else"]
 
 
+def test_what_asyncio_says_of_orbax_is_left_out_and_what_it_says_of_others_is_not(caplog):
+    """On a full disk it logs a traceback for each array whose writing Orbax has left alone."""
+    for raises in (lambda: serialization.estimate_write_memory_footprint(None), lambda: 1 / 0):
+        try:
+            raises()
+        except Exception:
+            logging.getLogger("asyncio").exception("exception was never retrieved")
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
 def test_bad_settings_are_refused(tmp_path, unchecked_types):
     for options in ({"keep_last": 0}, {"keep_best": 0}, {"best_mode": "most"}):
         with pytest.raises(ValueError, match="must be"):
