@@ -6,6 +6,7 @@ where it runs. Every process goes through all examples with the same calls; only
 writes.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -118,7 +119,8 @@ class Evaluation:
                 try:
                     self._write(path, task, outputs[task])
                 except OSError as error:  # a full disk: the scores are worth more than the texts
-                    (path.parent / f"{path.name}.partial").unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        (path.parent / f"{path.name}.partial").unlink()
                     logger.warning("The predictions in %s could not be written (%s); the scores are.", path, error)
         return {task: _floats(task, values) for task, values in metrics.result().items()}
 

@@ -119,6 +119,14 @@ def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
     assert len(list((tmp_path / "predictions").iterdir())) == 4
 
 
+def test_predictions_that_cannot_be_written_do_not_cost_the_scores(tmp_path, caplog):
+    (tmp_path / "predictions").write_text("a file where the folder should be")
+    model, options = Model(), {"batch_size": 2, "predictions": tmp_path / "predictions"}
+    found = evaluate.Evaluation("eval_test_first", LENGTHS, **options).run(model.predict, model.score, step=7)
+    assert found == {"eval_test_first": {"accuracy": 100.0}}
+    assert "predictions/eval_test_first-7.jsonl could not be written" in caplog.text
+
+
 def test_a_limit_and_a_task_that_cannot_be_evaluated():
     model = Model()
     limited = evaluate.Evaluation("eval_test_first", LENGTHS, batch_size=4, num_examples=3)
