@@ -8,13 +8,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torture
 
 import run
-from t5x_lite import watch
+from t5x_lite import logs, watch
 
 LINES = [{"inputs": f"reverse: {word}", "targets": word[::-1]} for word in "one two three four five six seven".split()]
 
@@ -157,7 +158,12 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
 
 @pytest.mark.slow
 def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_on(command, monkeypatch):
+    settled, settle = [], logs.MetricLogger.settle
+    monkeypatch.setattr(
+        logs.MetricLogger, "settle", lambda self: settled.append(threading.current_thread().name) or settle(self)
+    )
     command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='whole'")
+    assert len([name for name in settled if name != "MainThread"]) == 2, "before each checkpoint counts"
     with monkeypatch.context() as told:
         told.setattr(watch.StopNotice, "__call__", lambda self, step: step == 3)
         with pytest.raises(SystemExit) as stopped:
