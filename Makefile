@@ -1,5 +1,6 @@
 # make quickstart   set up .venv, then train, evaluate and sample a small T5 on text that ships with Python
 # make test         set up .venv, then run the fast tests;   make test-slow: the others
+# make test-exhaustive   what they do to a part, on the whole of it: all rows of all corpora, all mesh shapes
 # make torture      kill a small run at KILLS=50 moments and start it again each time; PROCESSES=2: one of two hosts
 # make study        pre-train a small T5 on T5X_LITE_DATA_DIR, adapt it in every way, compare: benchmarks/study.py
 # make lint         ruff and pyright
@@ -16,7 +17,7 @@ CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: venv quickstart test test-slow torture study lint cache clean
+.PHONY: venv quickstart test test-slow test-exhaustive torture study lint cache clean
 
 venv: $(VENV)/installed
 
@@ -24,10 +25,13 @@ quickstart: venv
 	$(BIN)/python run.py --gin_file=quickstart.gin
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(PYTEST_FLAGS)
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-exhaustive: venv
+	$(BIN)/python -m pytest -m exhaustive $(PYTEST_FLAGS)
 
 torture: venv
 	$(BIN)/python tests/torture.py --kills=$(or $(KILLS),50) --processes=$(or $(PROCESSES),1)

@@ -111,7 +111,11 @@ def test_summed_loss_with_z_loss_agrees_with_t5x(golden_t5):
     np.testing.assert_allclose(sums["z_loss"], golden_t5.outputs["t5x_z_loss"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [(8, 1, 1), (2, 2, 2), (1, 2, 4), pytest.param((1, 8, 1), marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 def test_eight_devices_train_as_one_with_one_compilation(mesh):
     config = dataclasses.replace(CONFIG, dropout_rate=0.1)
     alone, sharded = run(config), run(config, mesh)  # one device's program comes from the compilation cache

@@ -131,7 +131,7 @@ def test_glue(config, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary
     compare_glue(config, ROWS, data_dir, tmp_path, monkeypatch, prepare)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", glue.CONFIGS, ids=lambda config: config.name)
 def test_glue_whole(config, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
     compare_glue(config, None, data_dir, tmp_path, monkeypatch, prepare)
@@ -152,7 +152,7 @@ def lay_out_squad(real, folder, articles):
 SQUAD_TASKS = [name for name in seqio.TaskRegistry.names() if name.startswith("squad_v")]
 
 
-@pytest.mark.parametrize("articles", [2, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("articles", [2, pytest.param(None, marks=pytest.mark.exhaustive)])
 def test_squad(articles, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
     folder = tmp_path / "files/squad"
     lay_out_squad(data_dir / "squad", folder, articles)
