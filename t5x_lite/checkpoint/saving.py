@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -34,7 +35,7 @@ from t5x_lite.checkpoint.position import DataIterator, DataPositionRestore, Data
 log = logging.getLogger(__name__)
 
 FAILED_SAVES = 3  # in a row, that end a run
-_PATIENCE_SECONDS = 60  # with parts of a failed save that are still being written
+_PATIENCE_SECONDS = 10  # for all writers of a failed save: what one of them leaves later, the next save removes
 EVALUATED = "evaluated"  # false in the `info` of a checkpoint that was saved before its scores were known
 DAMAGED = "damaged"  # in MODEL_DIR: where damaged checkpoints are put out of the way of new ones
 
@@ -310,9 +311,10 @@ class Checkpointer:
 
 def _wait_for_writers() -> None:
     """Orbax says that a save has failed when the first of its parts has, while it still writes the others."""
+    until = time.monotonic() + _PATIENCE_SECONDS
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            threading.Thread.join(thread, _PATIENCE_SECONDS)  # its own `join` raises what was raised in it
+            threading.Thread.join(thread, max(until - time.monotonic(), 0))  # its own raises what was raised in it
 
 
 # Parameters alone.

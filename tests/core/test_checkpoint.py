@@ -588,7 +588,12 @@ def test_where_one_of_two_processes_cannot_write_both_give_the_save_up_at_once(t
         )
         for here in (0, 1)
     ]
-    said = [process.communicate(timeout=120) for process in started]
+    try:
+        said = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in started] == [0, 0], said
     for here, (out, log) in enumerate(said):
         assert out.splitlines()[-1] == "[10, 40, 60]", log
