@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_cure(tmp_path, monkeyp
         quickstart.vocabulary_file.__wrapped__()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_another_process_gets_the_same_and_importing_touches_nothing(tmp_path):
     code = (
         "from tasks import quickstart, stdlib_text\n"
