@@ -3,6 +3,7 @@ none says so and skips."""
 
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 
@@ -23,6 +24,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Shapes and types that signatures state are checked at every call; only here, for a run should not pay for it.
 if importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook("t5x_lite", "beartype.beartype")
+
+
+@pytest.fixture
+def same_root_logger():
+    """For tests of the command, which sets up logging."""
+    handlers = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = handlers
 
 
 @pytest.fixture

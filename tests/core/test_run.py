@@ -1,7 +1,6 @@
 """The command line: gin files and flags to a `Run`, and what the user is told of each mistake."""
 
 import dataclasses
-import logging
 import re
 import subprocess
 import sys
@@ -23,11 +22,7 @@ REPO = Path(run.__file__).parent
 SMALL = "--gin_file=models/t5_1_1/small.gin"
 
 
-@pytest.fixture(autouse=True)
-def _same_root_logger():
-    handlers = logging.getLogger().handlers[:]
-    yield
-    logging.getLogger().handlers[:] = handlers
+pytestmark = pytest.mark.usefixtures("same_root_logger")
 
 
 def configured(*arguments: str) -> Run:
