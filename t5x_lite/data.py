@@ -82,9 +82,7 @@ def text_vocabulary(name: str) -> seqio.Vocabulary:
 
 def keep_tokenizer(name: str, folder: Path) -> None:
     """Puts the tokenizer's files of a task or mixture into `folder`, where `t5x_lite.load` looks for them."""
-    vocabulary = text_vocabulary(name)
-    if vocabulary is vocabularies.SHARED:
-        vocabulary = vocabularies.default_vocabulary()
+    vocabulary = vocabularies.resolved(text_vocabulary(name))
     kept = {"sentencepiece_model_file": "spiece.model", "file": "vocab.txt"}  # of SentencePiece; of WordPiece
     for attribute, as_name in kept.items():
         if path := getattr(vocabulary, attribute, None):

@@ -37,8 +37,7 @@ def special(vocab: seqio.Vocabulary) -> Special:
 
     Raises ValueError where the vocabulary has neither.
     """
-    if vocab is vocabulary.SHARED:
-        vocab = vocabulary.default_vocabulary()
+    vocab = vocabulary.resolved(vocab)
     if isinstance(vocab, seqio.BertWordPieceVocabulary):
         found = np.asarray(vocab._vocab.lookup(tf.constant(["[CLS]", "[SEP]", "[MASK]"]))).tolist()
         if min(found) < 0:
@@ -47,6 +46,14 @@ def special(vocab: seqio.Vocabulary) -> Special:
     vocabulary.require_sentinels(vocab, 3)
     last = vocab.vocab_size - 1
     return Special(cls=last - 1, sep=last - 2, mask=last)
+
+
+def needed_length(sequence_length: objectives.Lengths | None) -> int:
+    """Tokens of a row, enough for a pair. Raises ValueError where they are not, or not given."""
+    length = objectives.needed_lengths(sequence_length, "inputs")["inputs"]
+    if length < 5:
+        raise ValueError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
+    return length
 
 
 def sentences(dataset: tf.data.Dataset, output_features: objectives.Features) -> tf.data.Dataset:
@@ -67,9 +74,7 @@ def masked_pairs(
     dataset: tf.data.Dataset, sequence_length: objectives.Lengths | None, output_features: objectives.Features
 ) -> tf.data.Dataset:
     """Documents in sentences to the four features above."""
-    length = objectives.needed_lengths(sequence_length, "inputs")["inputs"]
-    if length < 5:
-        raise ValueError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
+    length = needed_length(sequence_length)
     vocab = output_features["targets"].vocabulary
     ids = special(vocab)
 

@@ -56,9 +56,7 @@ def pairs(
     dataset: tf.data.Dataset, sequence_length: objectives.Lengths | None, output_features: objectives.Features
 ) -> tf.data.Dataset:
     """`first` and `second` to `inputs` and `segments`; the rest stays."""
-    length = objectives.needed_lengths(sequence_length, "inputs")["inputs"]
-    if length < 5:
-        raise ValueError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
+    length = bert.needed_length(sequence_length)
     ids = bert.special(output_features["inputs"].vocabulary)
     cls, sep = tf.constant([ids.cls], tf.int32), tf.constant([ids.sep], tf.int32)
 

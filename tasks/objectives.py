@@ -186,9 +186,7 @@ def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dat
     tf-text is used, not the sentencepiece package, whose releases from 0.2.2 on are quicker and break ties between
     equally good pieces differently: "???!" would be other tokens than T5 was trained with.
     """
-    vocabulary = output_features["targets"].vocabulary
-    if vocabulary is vocabularies.SHARED:
-        vocabulary = vocabularies.default_vocabulary()
+    vocabulary = vocabularies.resolved(output_features["targets"].vocabulary)
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):  # others take one text at a time
         tokens = dataset.map(lambda x: {"targets": vocabulary.encode_tf(x["targets"])}, tf.data.AUTOTUNE)
         return tokens.filter(lambda x: tf.size(x["targets"]) > 0)

@@ -82,7 +82,7 @@ def _vocabularies(task: seqio.Task) -> dict[str, dict[str, Any]]:
 
 def _identity(which: seqio.Vocabulary) -> dict[str, Any]:
     """All that tells vocabularies apart; `name` is for people, for the same file may lie in two places."""
-    which = resolved(which)
+    which = vocabulary.resolved(which)
     kind = type(which).__name__
     file = getattr(which, "sentencepiece_model_file", getattr(which, "file", None))
     digest = None
@@ -96,11 +96,6 @@ def _identity(which: seqio.Vocabulary) -> dict[str, Any]:
         "extra_ids": which.extra_ids,
         "sha256": digest,
     }
-
-
-def resolved(which: seqio.Vocabulary) -> seqio.Vocabulary:
-    """The vocabulary itself where `which` stands for the one in force."""
-    return vocabulary.default_vocabulary() if which is vocabulary.SHARED else which
 
 
 def _show(identity: Mapping[str, Any]) -> str:

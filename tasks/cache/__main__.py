@@ -23,7 +23,7 @@ import seqio
 import tensorflow as tf
 from absl import app, flags, logging
 
-from tasks import cache, formats
+from tasks import cache, formats, vocabulary
 
 _ENVIRONMENT = (formats.DATA_DIR_VARIABLE, "TFDS_DATA_DIR")  # what says where examples come from
 
@@ -115,7 +115,7 @@ def _to_do(tasks: Sequence[seqio.Task], root: str, overwrite: bool) -> list[seqi
 
 
 def _with_vocabularies(features: Mapping[str, seqio.utils.Feature]) -> dict[str, seqio.utils.Feature]:
-    return {k: dataclasses.replace(f, vocabulary=cache.resolved(f.vocabulary)) for k, f in features.items()}
+    return {k: dataclasses.replace(f, vocabulary=vocabulary.resolved(f.vocabulary)) for k, f in features.items()}
 
 
 def _folder(task: seqio.Task, root: str) -> str:

@@ -171,6 +171,11 @@ class _SharedVocabulary(seqio.Vocabulary):
 SHARED = _SharedVocabulary()
 
 
+def resolved(which: seqio.Vocabulary) -> seqio.Vocabulary:
+    """The vocabulary itself where `which` stands for the one in force."""
+    return default_vocabulary() if which is SHARED else which
+
+
 def _shared() -> _SharedVocabulary:
     return SHARED
 
