@@ -440,7 +440,7 @@ def test_dropout_needs_a_key_and_depends_on_it():
     np.testing.assert_array_equal(said[0], forward(CONFIG, init(CONFIG), BATCH)["mlm"])
 
 
-def test_bfloat16_is_near_with_float32_logits(loaded):
+def test_bfloat16_is_near_with_float32_logits_and_gradients(loaded):
     model, _ = loaded
     half = dataclasses.replace(model.config, dtype="bfloat16")
     said = forward(half, model.params, BATCH)
@@ -450,6 +450,9 @@ def test_bfloat16_is_near_with_float32_logits(loaded):
     }
     error = np.linalg.norm(said["mlm"] - exact["mlm"]) / np.linalg.norm(exact["mlm"])
     assert 1e-4 < error < 2e-2
+    slopes = [jax.jit(jax.grad(functools.partial(loss, config)))(model.params) for config in (half, model.config)]
+    vector, right = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(slope)]) for slope in slopes)
+    assert vector.dtype == np.float32 and 1e-4 < np.linalg.norm(vector - right) / np.linalg.norm(right) < 5e-2
 
 
 def test_parameters_begin_as_published():

@@ -199,6 +199,17 @@ def test_remat_and_packing_train_alike():
     assert abs(plain[1][0]["loss"] - run()[1][0]["loss"]) > 1e-3  # segments matter
 
 
+@pytest.mark.parametrize(("tied", "mesh"), [(False, (1, 1, 1)), (True, (1, 1, 1)), (True, (2, 2, 2))])
+def test_bfloat16_trains_as_float32_does_but_for_its_rounding(tied, mesh):
+    whole = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    half = run(dataclasses.replace(whole, dtype="bfloat16"), mesh)
+    whole = run(whole, mesh)
+    for name in ("loss", "grad_norm"):
+        got, expected = ([metrics[name] for metrics in of[1]] for of in (half, whole))
+        np.testing.assert_allclose(got, expected, rtol=0.03, err_msg=name)
+        assert np.all(np.not_equal(got, expected))
+
+
 def test_metrics_are_what_they_say():
     state, metrics, _ = run(steps=1, loss=LossConfig(z_loss=0.1))
     batch, got = make_batch(), metrics[0]
