@@ -8,7 +8,7 @@ to write writes.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from etils import epath
 from t5x_lite import data, infer, packing
 from t5x_lite.evaluate import text_of
 from t5x_lite.infer import Example, Source
-from t5x_lite.results import json_line
+from t5x_lite.results import write_whole
 from tasks import bert, formats
 
 logger = logging.getLogger(__name__)
@@ -77,28 +77,22 @@ class Evaluation:
         found = {}
         for task in self._tasks:
             examples = self._examples[task.name]
-            width, size = infer.width(examples, self._lengths, "inputs"), self._batch_size
-            answers: list[Answer] = []
-            for start in range(0, len(examples), size):
-                group = examples[start : start + size]
-                answers += answered(classify, group, width, size, task.output_features["label"])
+            answers: dict[int, Answer] = {}
+            for group in packing.by_length([len(e.input_tokens) for e in examples], self._batch_size):
+                chosen = [examples[i] for i in group]
+                width = infer.width(chosen, self._lengths, "inputs")
+                said = answered(classify, chosen, width, self._batch_size, task.output_features["label"])
+                answers |= zip(group, said, strict=True)
             labels = [np.asarray(example.target_tokens).item() for example in examples]
             known = [i for i, label in enumerate(labels) if label >= 0]
-            right, said = [labels[i] for i in known], [answers[i].value for i in known]
+            right, values = [labels[i] for i in known], [answers[i].value for i in known]
             found[task.name] = {}
             for metric in task.metric_fns if known else ():
-                found[task.name] |= metric(right, said)
+                found[task.name] |= metric(right, values)
             if self._predictions is not None:
-                self._write(self._predictions / f"{task.name}-{step}.jsonl", examples, answers)
+                rows = (_said(example) | answers[i].row for i, example in enumerate(examples))
+                write_whole(self._predictions / f"{task.name}-{step}.jsonl", rows)
         return found
-
-    def _write(self, path: epath.Path, examples: Sequence[Example], answers: Sequence[Answer]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f"{path.name}.partial"  # the file takes its name when all went well
-        with partial.open("w") as file:
-            for example, answer in zip(examples, answers, strict=True):
-                file.write(json_line(_said(example) | answer.row))
-        partial.replace(path)
 
 
 def answered(
@@ -133,32 +127,16 @@ def word(label: seqio.utils.Feature, value: int | float) -> str:
 # Examples: a label is their target, as text and as an array of one.
 
 
-def task_source(
-    task_name: str,
-    lengths: Mapping[str, int],
-    *,
-    split: str = "validation",
-    num_examples: int | None = None,
-    use_cached: bool = False,
-    seed: int = 0,
-) -> Source:
-    """The examples of one task in the order of its split."""
+def task_source(task_name: str, lengths: Mapping[str, int], **options: Any) -> Source:
+    """The examples of one task in the order of its split. Args: those of infer.task_source."""
     data.check_lengths(task_name, lengths, "classifier")
-    data.check_split(task_name, split)
-    task = seqio.TaskRegistry.get(task_name)
-    features = task.output_features
+    return infer.task_source(task_name, lengths, **options, example=_labelled)
 
-    def read(start: int) -> Iterator[Example]:
-        dataset = task.get_dataset(lengths, split=split, shuffle=False, use_cached=use_cached, seed=seed, num_epochs=1)
-        dataset = dataset.take(-1 if num_examples is None else num_examples).skip(start)
-        for i, row in enumerate(dataset.as_numpy_iterator(), start):
-            text = text_of(row, "inputs", features["inputs"])
-            right = word(features["label"], row["label"].item())
-            yield Example(f"{task_name}[{i}]", text, right, row["inputs"], row["label"], row["segments"])
 
-    total = min((n for n in (num_examples, task.num_input_examples(split)) if n is not None), default=None)
-    about = {"task": task_name, "split": split, "examples": num_examples, "cached": use_cached, "seed": seed}
-    return Source(read, total, about | {"lengths": dict(lengths)})
+def _labelled(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.utils.Feature]) -> Example:
+    text = text_of(row, "inputs", features["inputs"])
+    right = word(features["label"], row["label"].item())
+    return Example(where, text, right, row["inputs"], row["label"], row["segments"])
 
 
 def file_source(

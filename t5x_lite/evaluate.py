@@ -6,8 +6,6 @@ where it runs. Every process goes through all examples with the same calls; only
 writes.
 """
 
-import contextlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +18,7 @@ import tensorflow as tf
 from etils import epath
 
 from t5x_lite import data, packing
-from t5x_lite.results import json_line
+from t5x_lite.results import write_whole
 from tasks.metrics import glue_average, glue_missing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ class Evaluation:
 
     Args:
       name: task or mixture; tasks without the split or without metrics are left out, which the log says.
-      lengths: {"inputs": S, "targets": T}; longer inputs are cut. Where no example is as long, batches are narrower.
+      lengths: {"inputs": S, "targets": T}; longer inputs are cut. Rows are sorted, and batches of short ones narrower.
       batch_size: rows of each call of the model.
       num_examples: the first so many of each task; None for all.
       predictions: folder for `<task>-<step>.jsonl`; None writes nothing.
@@ -81,7 +79,6 @@ class Evaluation:
                 num_examples=num_examples,
                 async_compute_metrics=False,  # a thread would be out of the reach of the transfer guard below
             )
-            self._used = _used([self._evaluator.cached_task_datasets[task] for task in self.tasks], lengths)
 
     def run(self, predict: Predict, score: Score, *, step: int) -> dict[str, dict[str, float]]:
         """{task: {metric: value}}. `predict` and `score` are only called where a task's metrics ask for it.
@@ -115,38 +112,31 @@ class Evaluation:
             metrics, outputs = self._evaluator.evaluate(compute_metrics=True, step=step, model_fns=functions)
         if self._predictions is not None:
             for task in self.tasks:
-                path = self._predictions / f"{task}-{step}.jsonl"
-                try:
-                    self._write(path, task, outputs[task])
-                except OSError as error:  # a full disk: the scores are worth more than the texts
-                    with contextlib.suppress(OSError):
-                        (path.parent / f"{path.name}.partial").unlink()
-                    logger.warning("The predictions in %s could not be written (%s); the scores are.", path, error)
+                write_whole(self._predictions / f"{task}-{step}.jsonl", self._said(task, outputs[task]))
         return {task: _floats(task, values) for task, values in metrics.result().items()}
 
     def _rows(self, dataset: tf.data.Dataset) -> Iterator[tuple[list[int], data.Batch]]:
-        for n, rows in dataset.batch(self._batch_size).prefetch(1).as_numpy_iterator():
-            rows = {k: v[:, : self._used["inputs" if k == _INPUTS else "targets"]] for k, v in rows.items()}
-            yield n.tolist(), data.fill_up(rows, self._batch_size)
+        for n, window in dataset.batch(packing.WINDOW * self._batch_size).prefetch(1).as_numpy_iterator():
+            used_N = {k: _used(window[k]) for k in (_INPUTS, _TARGETS)}
+            for group in packing.by_length((used_N[_INPUTS] + used_N[_TARGETS]).tolist(), self._batch_size):
+                widths = {k: packing.width(int(used_N[k][group].max()), window[k].shape[1]) for k in used_N}
+                rows = {k: v[group, : widths.get(k, widths[_TARGETS])] for k, v in window.items()}
+                yield n[group].tolist(), data.fill_up(rows, self._batch_size)
 
-    def _write(self, path: epath.Path, task: str, outputs: Mapping[Output, Any]) -> None:
+    def _said(self, task: str, outputs: Mapping[Output, Any]) -> Iterator[dict[str, Any]]:
         tokens = outputs.get(Output.PREDICTION)
         if tokens is None and Output.PREDICTION_WITH_AUX in outputs:
             tokens, _ = outputs[Output.PREDICTION_WITH_AUX]
         scores = outputs.get(Output.SCORE)
         features = seqio.TaskRegistry.get(task).output_features
         examples = self._evaluator.cached_task_datasets[task].as_numpy_iterator()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f"{path.name}.partial"  # the file takes its name when all went well
-        with partial.open("w") as file:
-            for i, example in enumerate(examples):
-                row: dict[str, Any] = {k: text_of(example, k, features[k]) for k in ("inputs", "targets")}
-                if tokens is not None:
-                    row["prediction"] = features["targets"].vocabulary.decode(tokens[i].tolist())
-                if scores is not None:
-                    row["score"] = float(scores[i])
-                file.write(json_line(row))
-        partial.replace(path)
+        for i, example in enumerate(examples):
+            row: dict[str, Any] = {k: text_of(example, k, features[k]) for k in ("inputs", "targets")}
+            if tokens is not None:
+                row["prediction"] = features["targets"].vocabulary.decode(tokens[i].tolist())
+            if scores is not None:
+                row["score"] = float(scores[i])
+            yield row
 
 
 def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -159,12 +149,9 @@ def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, f
     return {}
 
 
-def _used(datasets: Iterable[tf.data.Dataset], lengths: Mapping[str, int]) -> dict[str, int]:
-    """The longest example in steps of 64, at most `lengths`: what is wider than any example is only computed away."""
-    used = dict.fromkeys(lengths, 1)
-    for example in itertools.chain.from_iterable(dataset.as_numpy_iterator() for dataset in datasets):
-        used = {k: max(used[k], len(example[k])) for k in used}
-    return {k: min(length, -(-used[k] // 64) * 64) for k, length in lengths.items()}
+def _used(tokens_NS: np.ndarray) -> np.ndarray:
+    """The lengths of N rows up to the padding, [N]."""
+    return np.max((tokens_NS != 0) * np.arange(1, tokens_NS.shape[1] + 1), axis=1)
 
 
 def _floats(task: str, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -178,7 +165,7 @@ def _floats(task: str, metrics: Mapping[str, Any]) -> dict[str, float]:
 
 # Batches, and the model's answers to them.
 
-_INPUTS = "encoder_input_tokens"
+_INPUTS, _TARGETS = "encoder_input_tokens", "decoder_target_tokens"
 
 
 def _predicted(predict: Predict, rows: data.Batch) -> np.ndarray:

@@ -27,10 +27,11 @@ import seqio
 from jaxtyping import Array, Float
 
 import tasks
-from t5x_lite import data
+from t5x_lite import data, infer, packing
 from t5x_lite.checkpoint import find_checkpoint
 from t5x_lite.evaluate import text_of
 from t5x_lite.load import LoadedModel, load
+from t5x_lite.results import json_line
 
 BATCH_SIZE = 64  # rows of one call of the encoder
 SPLITS = ("train", "validation")
@@ -99,13 +100,10 @@ def _is_number(text: str) -> bool:
 def features(model: LoadedModel, inputs: Sequence[np.ndarray], length: int) -> Float[np.ndarray, "M D"]:
     """The mean of the encoder's outputs over the tokens of each of M rows, cut to `length`."""
     found_MD = np.zeros((len(inputs), model.config.d_model), np.float32)
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))  # rows of one call are about as long as each other
-    for start in range(0, len(order), BATCH_SIZE):
-        rows = order[start : start + BATCH_SIZE]
-        width = -(-min(length, max(len(inputs[i]) for i in rows)) // 32) * 32
-        tokens_BS = np.zeros((BATCH_SIZE, width), np.int32)
-        for place, i in enumerate(rows):
-            tokens_BS[place, : min(len(inputs[i]), length)] = inputs[i][:length]
+    inputs = [tokens[:length] for tokens in inputs]
+    for rows in packing.by_length(list(map(len, inputs)), BATCH_SIZE):
+        width = -(-len(inputs[rows[0]]) // 32) * 32
+        tokens_BS = infer.padded([inputs[i] for i in rows], width, BATCH_SIZE)
         seen_BS1 = (tokens_BS > 0)[..., None]
         encoded_BSD = np.asarray(model.encode(tokens_BS))
         sums_BD = np.sum(encoded_BSD, axis=1, where=seen_BS1)
@@ -144,7 +142,7 @@ def transfer(path: str, task_name: str, cache: Path, length: int = 128) -> dict[
     with (cache / f"{task_name}.jsonl").open("w") as file:
         for example, prediction in zip(examples["validation"], predictions, strict=True):
             row = {name: _text(task, example, name) for name in ("inputs", "targets")} | {"prediction": prediction}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_line(row))
     return metrics(task, examples["validation"], predictions)
 
 

@@ -29,8 +29,6 @@ from tasks import formats
 # log-likelihoods [B, N], float32; -inf where there is no such result.
 Generate = Callable[[np.ndarray], tuple[Any, Any]]
 
-WINDOW = 16  # batches whose examples are sorted by length and written together
-
 Rows = list[dict[str, Any]]
 
 
@@ -62,6 +60,13 @@ class Source:
     about: Mapping[str, Any]
 
 
+def _text_to_text(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.utils.Feature]) -> Example:
+    """Those of a language model's task have no inputs."""
+    texts = {k: text_of(row, k, features[k]) for k in ("inputs", "targets") if k in row}
+    tokens = row.get("inputs", np.zeros(0, np.int32))
+    return Example(where, texts.get("inputs", ""), texts["targets"], tokens, row["targets"])
+
+
 def task_source(
     task_name: str,
     lengths: Mapping[str, int],
@@ -70,19 +75,21 @@ def task_source(
     num_examples: int | None = None,
     use_cached: bool = False,
     seed: int = 0,
+    example: Callable[[str, Mapping[str, Any], Mapping[str, seqio.utils.Feature]], Example] = _text_to_text,
 ) -> Source:
-    """The examples of one task in the order of its split; those of a language model's task have no inputs."""
+    """The examples of one task in the order of its split.
+
+    Args:
+      example: makes one of where it is from, SeqIO's features of it and what the task says of these.
+    """
     data.check_split(task_name, split)
     task = seqio.TaskRegistry.get(task_name)
-    features = task.output_features
 
     def read(start: int) -> Iterator[Example]:
         dataset = task.get_dataset(lengths, split=split, shuffle=False, use_cached=use_cached, seed=seed, num_epochs=1)
         dataset = dataset.take(-1 if num_examples is None else num_examples).skip(start)
         for i, row in enumerate(dataset.as_numpy_iterator(), start):
-            texts = {k: text_of(row, k, features[k]) for k in ("inputs", "targets") if k in row}
-            tokens = row.get("inputs", np.zeros(0, np.int32))
-            yield Example(f"{task_name}[{i}]", texts.get("inputs", ""), texts["targets"], tokens, row["targets"])
+            yield example(f"{task_name}[{i}]", row, task.output_features)
 
     total = min((n for n in (num_examples, task.num_input_examples(split)) if n is not None), default=None)
     about = {"task": task_name, "split": split, "examples": num_examples, "cached": use_cached, "seed": seed}
@@ -262,16 +269,14 @@ def write(
     about: Mapping[str, Any],
 ) -> int:
     """Writes what `answer` says of the examples, a batch at a time; see the module's beginning."""
-    results = Results(path, about, WINDOW * batch_size)
+    results = Results(path, about, packing.WINDOW * batch_size)
     if results.complete:
         return results.count
     examples = source.read(results.count)
     with results, Progress(results.count, source.total) as progress, jax.transfer_guard("allow"):
-        while window := list(itertools.islice(examples, WINDOW * batch_size)):
+        while window := list(itertools.islice(examples, packing.WINDOW * batch_size)):
             rows: Rows = [{}] * len(window)
-            by_length = sorted(range(len(window)), key=lambda i: -_length(window[i]))
-            for start in range(0, len(window), batch_size):
-                group = by_length[start : start + batch_size]
+            for group in packing.by_length([_length(example) for example in window], batch_size):
                 for i, row in zip(group, answer([window[i] for i in group]), strict=True):
                     rows[i] = row
                 progress.add(len(group))
@@ -284,11 +289,9 @@ def _length(example: Example) -> int:
 
 
 def width(group: list[Example], lengths: Mapping[str, int], feature: str) -> int:
-    """The longest example's length, rounded up to one of eight widths: each is compiled by itself."""
-    limit = lengths.get(feature, 1)
-    step = -(-limit // 512) * 64
-    longest = max(1, *(len(getattr(example, f"{feature[:-1]}_tokens")) for example in group))
-    return min(limit, -(-longest // step) * step)
+    """Of a batch of these examples; see packing.width."""
+    longest = max(len(getattr(example, f"{feature[:-1]}_tokens")) for example in group)
+    return packing.width(longest, lengths.get(feature, 1))
 
 
 def padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:

@@ -5,11 +5,25 @@ of seqio.PrefixLMFeatureConverter (inputs and targets one behind the other, loss
 over TensorFlow tensors at the cost of all the rest of a pipeline. Must not know: datasets, tasks, models.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 Scatter = Callable[[np.ndarray], np.ndarray]
+
+WINDOW = 16  # batches that are read together where rows of similar length are to share one
+
+
+def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """The indices of all examples in groups of `size`, the longest first: those of a group are about equally long."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def width(longest: int, limit: int) -> int:
+    """The longest example's length, rounded up to one of eight widths up to `limit`: each is compiled by itself."""
+    step = -(-limit // 512) * 64
+    return min(limit, -(-max(longest, 1) // step) * step)
 
 
 def unpacked(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,18 +3,20 @@
 It must not know what the lines mean, the model or the data.
 """
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -27,6 +29,24 @@ Row = Mapping[str, Any]
 
 def json_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: epath.Path, rows: Iterable[Row]) -> None:
+    """JSON lines that come with an evaluation's scores: the file is there only when all went well.
+
+    What cannot be written (a full disk) is a warning, for the scores are worth more.
+    """
+    partial = path.parent / f"{path.name}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w") as file:
+            for row in rows:
+                file.write(json_line(row))
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        logger.warning("The predictions in %s could not be written (%s); the scores are.", path, error)
 
 
 class Results:

@@ -9,13 +9,14 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite import data, evaluate
+from t5x_lite import data, evaluate, packing
 from tasks import metrics
 
 VOCABULARY = seqio.ByteVocabulary()
 FEATURES = {k: seqio.Feature(VOCABULARY, add_eos=True) for k in ("inputs", "targets")}
 LENGTHS = {"inputs": 8, "targets": 6}
 WORDS = ["one", "two", "three", "four", "five"]
+LONG_WORDS = ["ab" * n for n in (1, 90, 2, 200, 3, 4, 40, 5, 6)]
 
 
 def accuracy(targets, predictions):
@@ -31,9 +32,9 @@ def confidence(targets, predictions, aux_values):
     return {"confidence": np.mean(aux_values["scores"])}
 
 
-def register(name, metric_fns, splits=("validation",), postprocess_fn=None):
+def register(name, metric_fns, splits=("validation",), postprocess_fn=None, words=WORDS):
     def read(split, shuffle_files, seed=None):
-        return tf.data.Dataset.from_tensor_slices({"inputs": WORDS, "targets": [w.upper() for w in WORDS]})
+        return tf.data.Dataset.from_tensor_slices({"inputs": words, "targets": [w.upper() for w in words]})
 
     seqio.TaskRegistry.add(
         name,
@@ -51,11 +52,12 @@ def registered():
     register("eval_test_first", [accuracy], postprocess_fn=lambda text, example, is_target: text[0])
     register("eval_test_train_only", [accuracy], splits=("train",))
     register("eval_test_unmeasured", [])
+    register("eval_test_lengths", [accuracy, likelihood], words=LONG_WORDS)
     names = ["eval_test_all", "eval_test_first", "eval_test_train_only", "eval_test_unmeasured"]
     seqio.MixtureRegistry.add("eval_test_mix", names, default_rate=1)
     yield
     seqio.MixtureRegistry.remove("eval_test_mix")
-    for name in names:
+    for name in (*names, "eval_test_lengths"):
         seqio.TaskRegistry.remove(name)
 
 
@@ -151,11 +153,21 @@ def test_fill_up_adds_rows_of_nothing():
     assert data.fill_up({"a": np.ones((1, 2), np.int32)}, 3)["a"].tolist() == [[1, 1], [0, 0], [0, 0]]
 
 
-def test_batches_are_no_wider_than_the_longest_example():
-    evaluation = evaluate.Evaluation("eval_test_first", {"inputs": 500, "targets": 60}, batch_size=2)
-    model = Model()
-    evaluation.run(model.predict, model.score, step=0)
-    assert model.shapes == {(2, 64)}
+def test_short_rows_share_narrow_batches_and_every_answer_finds_its_example(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 3)  # of 3 x 2 rows, and one of 3
+    lengths, widths = {"inputs": 500, "targets": 450}, []
+    evaluation = evaluate.Evaluation("eval_test_lengths", lengths, batch_size=2, predictions=tmp_path)
+
+    def predict(tokens_BS):
+        widths.append(tokens_BS.shape[1])
+        capitals_BS = np.where(tokens_BS > 1, tokens_BS - 32, tokens_BS)
+        return np.pad(capitals_BS, [(0, 0), (0, 450 - tokens_BS.shape[1])])
+
+    found = evaluation.run(predict, Model().score, step=0)
+    assert widths == [448, 64, 64, 128, 64]
+    assert found["eval_test_lengths"]["accuracy"] == 100.0
+    scores = [row["score"] for row in lines(tmp_path / "eval_test_lengths-0.jsonl")]
+    assert scores == [-len(word) - 1 for word in LONG_WORDS]
 
 
 def test_the_glue_average_stands_beside_its_tasks_or_the_log_says_what_it_lacks(caplog):
