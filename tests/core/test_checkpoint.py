@@ -285,7 +285,7 @@ def test_info_explains_a_checkpoint(saved):
 
 
 def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")  # which absl sets when flags are parsed, as the command does
     checkpointer = saving.Checkpointer(tmp_path, keep_best_metric="a/b")
     checkpointer.save(1, make_state(), Position())
     checkpointer.close()
