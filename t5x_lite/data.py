@@ -1,7 +1,7 @@
 """From a SeqIO task or mixture to numpy batches of this host's share, in an order that one seed fixes.
 
 `TrainBatches` is endless, packed and shuffled, and can save its position and go on from it. `EvalBatches` is one task's
-split in its fixed order, unpacked, its last batch filled up with rows of weight 0.
+split in its fixed order, its last batch filled up with rows of weight 0.
 
 This module knows SeqIO and TensorFlow, which it keeps off the accelerators. It must not know JAX, the model (beyond the
 size of its vocabulary) or gin. SeqIO is pinned down as follows [seqio 0.0.20]: one seed goes to the source (order of
@@ -365,7 +365,7 @@ class EvalBatches:
     """One task's split, in its order, as batches of one host; can be gone through again and again.
 
     Every host reads the whole split and takes its rows of each batch, so all hosts have the same number of batches.
-    Arrays as in `TrainBatches`, unpacked. Rows that only fill up the last batch are all 0, weights too.
+    Arrays as in `TrainBatches`. Rows that only fill up the last batch are all 0, weights too.
 
     Args:
       num_batches: stop after so many; they are then kept in memory, for evaluation comes back to them.
@@ -380,6 +380,7 @@ class EvalBatches:
         batch_size: int,
         split: str = "validation",
         layout: Layout = "encoder_decoder",
+        pack: bool = False,
         num_batches: int | None = None,
         seed: int = 0,
         use_cached: bool = False,
@@ -394,7 +395,7 @@ class EvalBatches:
         examples = find_provider(task_name).get_dataset(
             sequence_length=lengths, split=split, use_cached=use_cached, shuffle=False, num_epochs=1, seed=seed
         )
-        dataset = _rows(task_name, examples, lengths, layout, pack=False).rebatch(batch_size)
+        dataset = _rows(task_name, examples, lengths, layout, pack).rebatch(batch_size)
         self._dataset = dataset.take(-1 if num_batches is None else num_batches)
 
     def __iter__(self) -> Iterator[Batch]:

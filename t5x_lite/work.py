@@ -154,6 +154,7 @@ def evaluation(
             run.task_feature_lengths,
             batch_size=run.eval_batch_size,
             layout=run.model.layout,
+            pack=run.pack,
             split=run.eval_split,
             num_batches=run.eval_steps,
             seed=run.random_seed,

@@ -196,6 +196,16 @@ def test_eval_batches_are_whole_in_order_and_weigh_what_fills_up_as_nothing():
     assert next(iter(limited)) is next(iter(limited)), "read once"
 
 
+def test_packed_eval_batches_are_the_same_examples_in_fewer_rows():
+    plain, packed = (
+        list(data.EvalBatches("data_test_long", LENGTHS, batch_size=2, pack=pack)) for pack in (False, True)
+    )
+    for name in ("encoder_input_tokens", "decoder_target_tokens"):
+        tokens = [np.concatenate([batch[name].ravel() for batch in of]) for of in (plain, packed)]
+        assert np.array_equal(*(row[row > 0] for row in tokens))
+    assert len(plain) == 4 and len(packed) == 2 and packed[0]["encoder_segment_ids"].max() == 2
+
+
 def test_eval_batches_of_two_hosts_are_those_of_one_cut_in_two():
     whole = list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4))
     parts = [list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4, rows=rows)) for rows in ((0, 2), (2, 4))]
