@@ -1,21 +1,25 @@
 """`make study`: pre-trains a small T5 on the text at hand, adapts it in every way, and puts the scores side by side.
 
-    python benchmarks/study.py [--out=runs/study] [--only=REGEX] [--seeds=0,1]
+    python benchmarks/study.py [--out=runs/study] [--only=REGEX] [--seeds=0,1] [--jobs=2]
 
-Every run is `run.py` on gin files of gin_configs/study/ and gin_configs/adapt/, in a folder of its own below --out. A
-run that is there is not done again, and one that was stopped goes on where it was: give the command again. Afterwards,
-and after each run, --out holds study.md and study.csv (scores of the last and of the best step of each task, with
-majority and bag-of-words baselines) and curves.png (each task over the steps, by proportions of the mixture).
+Every run is `run.py` on gin files of gin_configs/study/ and gin_configs/adapt/, in a folder of its own below --out and
+with a log beside it. A run that is there is not done again, and one that was stopped goes on where it was: give the
+command again. After each run, --out holds study.md and study.csv (scores of the last and of the best step of each task,
+below those of majority, bag of words and a linear head on the encoder's features) and curves.png (each task over the
+steps, by proportions of the mixture). --jobs are fine-tuning runs side by side, each on its part of the cores: not for
+accelerators.
 
-Needs $T5X_LITE_DATA_DIR. Cost with two cores: about three hours, half of them for pre-training.
+Needs $T5X_LITE_DATA_DIR. Cost with two cores and --jobs=2: about two hours, half of them for pre-training.
 """
 
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
 import json
 import os
 import pathlib
+import queue
 import re
 import subprocess
 import sys
@@ -23,6 +27,8 @@ from collections.abc import Iterator, Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from t5x_lite import logs  # noqa: E402
 
 Scores = Mapping[str, float]  # of tasks, in percent
 
@@ -57,95 +63,157 @@ def experiments(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
     yield finetuned("frozen_encoder", "frozen_encoder")
     yield finetuned("gradual_unfreezing", "gradual_unfreezing")
     yield finetuned("bias_norm", "bias_norm")
-    squad = {"MIXTURE_OR_TASK_NAME": "squad_v010_allanswers", "MAX_DECODE_LENGTH": 24, "EVAL_PERIOD": 150}
+    squad = {
+        "MIXTURE_OR_TASK_NAME": "squad_v010_allanswers",
+        "TASK_FEATURE_LENGTHS": {"inputs": 384, "targets": 32},
+        "MAX_DECODE_LENGTH": 24,
+        "EVAL_PERIOD": 150,
+    }
     yield finetuned("squad", **squad)
     yield finetuned("squad_random_initialisation", INITIAL_CHECKPOINT_PATH=None, **squad)
 
 
 SPLITS = {"TRAIN": "train", "EVAL": "validation"}
+VOCABULARY = "corpus/vocabulary.model"
 
 
 def flags(experiment: Experiment, out: pathlib.Path) -> list[str]:
-    options = {**experiment.options, "MODEL_DIR": str(out / experiment.name)}
+    folders = {"MODEL_DIR": str(out / experiment.name), "VOCABULARY": str(out / VOCABULARY)}
     files = [f"--gin_file={file}" for file in ("study/model.gin", *experiment.files)]
-    return [*files, *(f"--gin.{name}={value!r}" for name, value in options.items())]
+    return [*files, *(f"--gin.{name}={value!r}" for name, value in {**experiment.options, **folders}.items())]
 
 
-def run(experiment: Experiment, out: pathlib.Path) -> None:
-    """Runs it to its end, or does nothing if that has been done; raises CalledProcessError where it fails."""
-    if (out / experiment.name / "done").exists():
-        return
-    print(f"\n== {experiment.name}", flush=True)
-    subprocess.run([sys.executable, "run.py", *flags(experiment, out)], cwd=ROOT, check=True)
-    (out / experiment.name / "done").touch()
+def prepare(out: pathlib.Path) -> None:
+    """Makes what the runs need and is not there yet: text, a vocabulary of it, the baselines' scores."""
+    text = out / "corpus" / "train.jsonl"
+    make(text, "benchmarks/study_corpus.py", text.parent)
+    learn = ("-m", "tasks.vocabulary", "train", "--size=8092", "--files", text)
+    make(out / VOCABULARY, *learn, f"--output={out / VOCABULARY}")
+    make(out / "baselines.json", "benchmarks/study_baselines.py", out / "baselines.json")
+
+
+def make(file: pathlib.Path, *command: object) -> None:
+    """Runs a Python command that writes `file`, unless it is there."""
+    if not file.exists():
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+
+def run(experiment: Experiment, out: pathlib.Path) -> str:
+    """Runs it to its end, or does nothing if that has been done, and returns its name.
+
+    Raises RuntimeError where it fails, with the end of its log.
+    """
+    done, log = out / experiment.name / "done", out / f"{experiment.name}.log"
+    if not done.exists():
+        print(f"{experiment.name}: see {log}", flush=True)
+        with log.open("a") as file:
+            command = [sys.executable, "run.py", *flags(experiment, out)]
+            failed = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode
+        if failed:
+            raise RuntimeError(f"{experiment.name} ended with {failed}; {log} ends\n{log.read_text()[-2000:]}")
+        done.touch()
+    return experiment.name
+
+
+def side_by_side(experiments: list[Experiment], out: pathlib.Path, jobs: int) -> Iterator[str]:
+    """Runs them, `jobs` at a time, each on its own cores where the system can tie it to them; names as they end."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for job in range(jobs):
+        shares.put(cores[job::jobs])
+
+    def take_share() -> None:
+        if share := shares.get():
+            os.sched_setaffinity(0, share)  # of this thread, and so of what it starts
+
+    with concurrent.futures.ThreadPoolExecutor(jobs, initializer=take_share) as pool:
+        running = [pool.submit(run, experiment, out) for experiment in experiments]
+        try:
+            for one in concurrent.futures.as_completed(running):
+                yield one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[int, float]]:
     """{task: {step: score}}: the mean of a task's own metrics, as T5 has it for tasks that have two."""
     found: dict[str, dict[int, float]] = {}
-    if (folder / "metrics.jsonl").exists():
-        for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-            names = row.keys() - {"step", "split", "task", "loss", "token_accuracy"}
-            if row["split"] == "validation" and names:
-                found.setdefault(row["task"], {})[row["step"]] = sum(row[name] for name in names) / len(names)
+    for row in logs.read_metrics(folder) if (folder / logs.METRICS_FILE).exists() else ():
+        names = row.keys() - {"step", "split", "task", "loss", "token_accuracy"}
+        if row["split"] == "validation" and names:
+            found.setdefault(row["task"], {})[row["step"]] = sum(row[name] for name in names) / len(names)
     return found
 
 
-def trained(folder: pathlib.Path) -> int | None:
-    """How many parameters a run trains, from its metrics."""
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        if (count := json.loads(line).get("trainable_params")) is not None:
-            return int(count)
-    return None
+def trained(folder: pathlib.Path) -> int | str:
+    """How many parameters a run trains, from its metrics, which say so where it is not all."""
+    counts = (row["trainable_params"] for row in logs.read_metrics(folder) if "trainable_params" in row)
+    return next(map(int, counts), "all")
 
 
 def write_tables(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
-    """study.csv and study.md: a line a run, a column a task; the score at the last step, and in brackets the best."""
-    runs = {folder.name: read(folder) for folder in sorted(out.iterdir(), key=lambda path: path.stat().st_ctime)}
-    runs = {name: scores for name, scores in runs.items() if scores and (out / name / "done").exists()}
-    tasks = list(dict.fromkeys(task for scores in (*baselines.values(), *runs.values()) for task in scores))
-    rows: list[tuple[str, int | None, dict[str, tuple[float, float]]]] = []
-    for name, row in baselines.items():
-        rows.append((name, None, {task: (score, score) for task, score in row.items()}))
-    for name, scores in runs.items():
-        cells = {task: (steps[max(steps)], max(steps.values())) for task, steps in scores.items()}
-        rows.append((name, trained(out / name), cells))
+    """study.csv and study.md: a line a run, a column a task; the score at the last step, and in brackets the best.
+
+    The average is of the GLUE tasks that the baselines have, at each step that has a score of them all.
+    """
+    kinds = [_kind(experiment.name) for experiment in experiments(out, 0)]
+    folders = sorted(
+        (file.parent for file in out.glob("*/done")), key=lambda at: (kinds.index(_kind(at.name)), at.name)
+    )
+    rows = {name: {task: {0: score} for task, score in row.items()} for name, row in baselines.items()}
+    rows |= {folder.name: scores for folder in folders if (scores := read(folder))}
+    glue = list(dict.fromkeys(task for row in baselines.values() for task in row))
+    for scores in rows.values():
+        steps = set.intersection(*(set(scores.get(task, ())) for task in glue))
+        if steps:
+            scores["average"] = {step: sum(scores[task][step] for task in glue) / len(glue) for step in steps}
+    tasks = list(dict.fromkeys(task for scores in rows.values() for task in scores))
+    found = {name: {task: (at[max(at)], max(at.values())) for task, at in row.items()} for name, row in rows.items()}
+    counts = {name: "" if name in baselines else trained(out / name) for name in rows}
     with (out / "study.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["run", "trained", *(f"{task}/{which}" for task in tasks for which in ("last", "best"))])
-        for name, count, cells in rows:
-            table.writerow([name, count, *(x for task in tasks for x in cells.get(task, ("", "")))])
+        for name, cells in found.items():
+            table.writerow([name, counts[name], *(x for task in tasks for x in cells.get(task, ("", "")))])
     short = [re.sub(r"^glue_|_v\d+.*$", "", task) for task in tasks]
     lines = [f"| run | trained | {' | '.join(short)} |", f"| --- | {'---: | ' * (len(tasks) + 1)}".rstrip()]
-    for name, count, cells in rows:
+    for name, cells in found.items():
         shown = (f"{cells[task][0]:.1f} ({cells[task][1]:.1f})" if task in cells else "" for task in tasks)
-        lines.append(f"| {name} | {'' if count is None else f'{count:,}'} | {' | '.join(shown)} |")
+        count = counts[name]
+        lines.append(f"| {name} | {f'{count:,}' if isinstance(count, int) else count} | {' | '.join(shown)} |")
     (out / "study.md").write_text("\n".join(lines) + "\n")
 
 
-def draw(out: pathlib.Path, seed: int) -> None:
-    """curves.png: a panel a task, a line for each proportion of the mixture."""
+def _kind(name: str) -> str:
+    """What a run's folder is called without its seed."""
+    return re.sub(r"-\d+$", "", name)
+
+
+def draw(out: pathlib.Path, seed: int, baselines: Mapping[str, Scores]) -> None:
+    """curves.png: a panel a task, a line for each proportion of the mixture, and the baselines' scores."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    mixed = {name: read(out / f"{name}-{seed}") for name in ("full", "temperature_2", "equal", "random_initialisation")}
-    tasks = [task for task in dict.fromkeys(task for scores in mixed.values() for task in scores) if "glue" in task]
-    if not tasks:
-        return
+    lines = {"full": "proportional", "temperature_2": "temperature 2", "equal": "equal"}
+    lines |= {"random_initialisation": "proportional, not pre-trained"}
+    found = {label: read(out / f"{name}-{seed}") for name, label in lines.items()}
+    tasks = list(dict.fromkeys(task for row in baselines.values() for task in row))
     figure, axes = pyplot.subplots(2, -(-len(tasks) // 2), figsize=(11, 6), sharex=True, layout="constrained")
     for task, ax in zip(tasks, axes.flat, strict=False):
-        for name, scores in mixed.items():
-            if task in scores:
-                steps = sorted(scores[task])
-                label = "proportional" if name == "full" else name.replace("_", " ")
-                ax.plot(steps, [scores[task][step] for step in steps], marker="o", markersize=3, label=label)
+        for name, style in (("majority", ":"), ("bag_of_words", "--")):
+            ax.axhline(baselines[name][task], color="grey", linestyle=style, label=name.replace("_", " "))
+        for label, scores in found.items():
+            steps = sorted(scores.get(task, ()))
+            ax.plot(steps, [scores[task][step] for step in steps], marker="o", markersize=3, label=label)
         ax.set_title(task)
         ax.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     figure.supxlabel("steps")
+    figure.supylabel("score on all dev rows")
     figure.savefig(out / "curves.png", dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> int:
@@ -153,24 +221,36 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "study")
     parser.add_argument("--only", default="", help="do the runs whose names this regular expression is found in")
     parser.add_argument("--seeds", default="0", help="of fine-tuning, with commas")
+    parser.add_argument("--jobs", type=int, default=1, help="fine-tuning runs at a time")
     asked = parser.parse_args()
     if not os.environ.get("T5X_LITE_DATA_DIR"):
         print("study: set T5X_LITE_DATA_DIR to the folder that holds c4/, glue/ and squad/", file=sys.stderr)
         return 2
-    out = asked.out.resolve()
-    if not (out / "corpus" / "validation.jsonl").exists():
-        subprocess.run([sys.executable, "benchmarks/study_corpus.py", out / "corpus"], cwd=ROOT, check=True)
-    if not (out / "baselines.json").exists():
-        subprocess.run([sys.executable, "benchmarks/study_baselines.py", out / "baselines.json"], cwd=ROOT, check=True)
-    baselines = json.loads((out / "baselines.json").read_text())
-    seeds = [int(seed) for seed in asked.seeds.split(",")]
-    for experiment in (experiment for seed in seeds for experiment in experiments(out, seed)):
-        if re.search(asked.only, experiment.name):
-            run(experiment, out)
-            write_tables(out, baselines)
-            draw(out, seeds[0])
-    print((out / "study.md").read_text())
+    try:
+        study(asked.out.resolve(), asked.only, [int(seed) for seed in asked.seeds.split(",")], asked.jobs)
+    except RuntimeError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def study(out: pathlib.Path, only: str, seeds: list[int], jobs: int) -> None:
+    """Does what is not done yet of the runs whose names `only` is found in, and prints the table of all that is."""
+    prepare(out)
+    baselines: dict[str, Scores] = json.loads((out / "baselines.json").read_text())
+    chosen = [one for seed in seeds for one in experiments(out, seed) if re.search(only, one.name)]
+    if chosen and chosen[0].name == "pretrain":
+        run(chosen.pop(0), out)  # the others start from it
+    if (out / "pretrain" / "done").exists():
+        heads = out / "features.json"
+        make(heads, "benchmarks/study_features.py", out / "pretrain", out / VOCABULARY, heads)
+        baselines |= json.loads(heads.read_text())
+    for name in side_by_side(chosen, out, jobs):
+        print(f"{name}: done", flush=True)
+        write_tables(out, baselines)
+        draw(out, seeds[0], baselines)
+    write_tables(out, baselines)
+    print((out / "study.md").read_text())
 
 
 if __name__ == "__main__":

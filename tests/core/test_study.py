@@ -2,7 +2,8 @@
 
 import csv
 import json
-import logging
+import os
+import threading
 
 import gin
 import pytest
@@ -11,12 +12,7 @@ import run
 from benchmarks import study
 from t5x_lite.machine import Machine
 
-
-@pytest.fixture(autouse=True)
-def _same_root_logger():
-    handlers = logging.getLogger().handlers[:]
-    yield
-    logging.getLogger().handlers[:] = handlers
+pytestmark = pytest.mark.usefixtures("same_root_logger")
 
 
 def test_every_run_is_one_that_the_command_takes(tmp_path):
@@ -35,25 +31,61 @@ def test_every_run_is_one_that_the_command_takes(tmp_path):
             assert found.initial_checkpoint_path == pretrained
         machine = Machine(found, devices=None)
         trained[experiment.name] = found.optimizer.trainable.count(machine.abstract.params)
-    assert trained["full-0"] == trained["equal-0"] == 16_094_976
+    assert trained["full-0"] == trained["equal-0"] == 11_540_224
     assert trained["bias_norm-0"] < trained["lora-0"] < trained["adapters-0"] < trained["frozen_encoder-0"]
 
 
 def test_the_table_has_the_last_and_the_best_score_of_each_task(tmp_path):
-    for name, finished in (("full-0", True), ("lora-0", False)):
+    def row(step, task, f1, accuracy):
+        return {"step": step, "split": "validation", "task": task, "loss": 1.0, "f1": f1, "accuracy": accuracy}
+
+    for name, finished in (("full-0", True), ("lora-0", False), ("full-1", True)):
         (tmp_path / name).mkdir()
         rows = [
-            {"step": 1, "split": "train", "loss": 2.0, "trainable_params": 123.0},
-            {"step": 5, "split": "validation", "task": "glue_mrpc_v002", "loss": 1.0, "f1": 80.0, "accuracy": 70.0},
-            {"step": 9, "split": "validation", "task": "glue_mrpc_v002", "loss": 1.0, "f1": 70.0, "accuracy": 64.0},
+            {"step": 1, "split": "train", "loss": 2.0} | ({"trainable_params": 123.0} if name == "full-0" else {}),
+            row(5, "glue_mrpc_v002", 80.0, 70.0),
+            row(9, "glue_mrpc_v002", 70.0, 64.0),
+            *([row(5, "glue_rte_v002", 50.0, 51.0), row(9, "glue_rte_v002", 60.0, 50.0)] if name == "full-1" else []),
         ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if finished:
             (tmp_path / name / "done").touch()
-    study.write_tables(tmp_path, {"majority": {"glue_mrpc_v002": 74.75, "glue_rte_v002": 52.7}})
+    study.write_tables(tmp_path, {"majority": {"glue_mrpc_v002": 74.5, "glue_rte_v002": 52.5}})
     with (tmp_path / "study.csv").open() as file:
-        head, majority, full = csv.reader(file)
-    assert head[2:] == ["glue_mrpc_v002/last", "glue_mrpc_v002/best", "glue_rte_v002/last", "glue_rte_v002/best"]
-    assert majority == ["majority", "", "74.75", "74.75", "52.7", "52.7"]
-    assert full == ["full-0", "123", "67.0", "75.0", "", ""]
-    assert "| full-0 | 123 | 67.0 (75.0) |  |" in (tmp_path / "study.md").read_text()
+        head, *found = csv.reader(file)
+    columns = [
+        f"{task}/{which}" for task in ("glue_mrpc_v002", "glue_rte_v002", "average") for which in ("last", "best")
+    ]
+    assert head == ["run", "trained", *columns]
+    assert found == [
+        ["majority", "", "74.5", "74.5", "52.5", "52.5", "63.5", "63.5"],
+        ["full-0", "123", "67.0", "75.0", "", "", "", ""],
+        ["full-1", "all", "67.0", "75.0", "55.0", "55.0", "61.0", "62.75"],
+    ]
+    assert "| full-0 | 123 | 67.0 (75.0) |  |  |" in (tmp_path / "study.md").read_text()
+
+
+def test_runs_side_by_side_have_cores_of_their_own(tmp_path, monkeypatch):
+    together = threading.Barrier(2, timeout=60)
+    cores = {}
+
+    def run(experiment, out):
+        together.wait()
+        cores[experiment.name] = os.sched_getaffinity(0)
+        return experiment.name
+
+    monkeypatch.setattr(study, "run", run)
+    here = os.sched_getaffinity(0)
+    four = [study.Experiment(name, (), {}) for name in "abcd"]
+    assert sorted(study.side_by_side(four, tmp_path, jobs=2)) == list("abcd")
+    assert os.sched_getaffinity(0) == here
+    if len(here) > 1:
+        one, other = set(map(frozenset, cores.values()))
+        assert one | other == here and not one & other
+
+
+def test_a_run_that_fails_is_said_with_the_end_of_its_log_and_not_taken_for_done(tmp_path):
+    wrong = study.Experiment("wrong", ("study/finetune.gin",), {"DROPOUT_RATTE": 1})
+    with pytest.raises(RuntimeError, match=r"(?s)wrong ended with 2; .*wrong\.log ends.*DROPOUT_RATTE"):
+        list(study.side_by_side([wrong], tmp_path, jobs=1))
+    assert not (tmp_path / "wrong").exists()
