@@ -157,9 +157,8 @@ def write_tables(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
     The average is of the GLUE tasks that the baselines have, at each step that has a score of them all.
     """
     kinds = [_kind(experiment.name) for experiment in experiments(out, 0)]
-    folders = sorted(
-        (file.parent for file in out.glob("*/done")), key=lambda at: (kinds.index(_kind(at.name)), at.name)
-    )
+    folders = [file.parent for file in out.glob("*/done") if _kind(file.parent.name) in kinds]
+    folders.sort(key=lambda folder: (kinds.index(_kind(folder.name)), folder.name))
     rows = {name: {task: {0: score} for task, score in row.items()} for name, row in baselines.items()}
     rows |= {folder.name: scores for folder in folders if (scores := read(folder))}
     glue = list(dict.fromkeys(task for row in baselines.values() for task in row))
