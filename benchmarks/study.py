@@ -47,7 +47,9 @@ def experiments(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
     pretrained = str(out / "pretrain")
     corpus = {f"{use}_FILES": str(out / "corpus" / f"{split}.jsonl") for use, split in SPLITS.items()}
     if not seed:
-        yield Experiment("pretrain", ("study/pretrain.gin",), corpus)
+        yield Experiment("short_rows", ("study/pretrain.gin", "study/short_rows.gin"), corpus)
+        start = {"INITIAL_CHECKPOINT_PATH": str(out / "short_rows")}
+        yield Experiment("pretrain", ("study/pretrain.gin",), corpus | start)
 
     def finetuned(name: str, adapt: str = "full", **options: object) -> Experiment:
         files = ("study/finetune.gin", f"adapt/{adapt}.gin")
@@ -67,7 +69,7 @@ def experiments(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
         "MIXTURE_OR_TASK_NAME": "squad_v010_allanswers",
         "TASK_FEATURE_LENGTHS": {"inputs": 384, "targets": 32},
         "MAX_DECODE_LENGTH": 24,
-        "EVAL_PERIOD": 150,
+        "EVAL_PERIOD": 450,
     }
     yield finetuned("squad", **squad)
     yield finetuned("squad_random_initialisation", INITIAL_CHECKPOINT_PATH=None, **squad)
@@ -188,27 +190,30 @@ def _kind(name: str) -> str:
     return re.sub(r"-\d+$", "", name)
 
 
-def draw(out: pathlib.Path, seed: int, baselines: Mapping[str, Scores]) -> None:
-    """curves.png: a panel a task, a line for each proportion of the mixture, and the baselines' scores."""
+def draw(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
+    """curves.png: a panel a task, a line for each seed of each proportion of the mixture, and the baselines' scores."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    lines = {"full": "proportional", "temperature_2": "temperature 2", "equal": "equal"}
-    lines |= {"random_initialisation": "proportional, not pre-trained"}
-    found = {label: read(out / f"{name}-{seed}") for name, label in lines.items()}
+    kinds = {"full": "proportional", "temperature_2": "temperature 2", "equal": "equal"}
+    kinds |= {"random_initialisation": "proportional, not pre-trained"}
     tasks = list(dict.fromkeys(task for row in baselines.values() for task in row))
     figure, axes = pyplot.subplots(2, -(-len(tasks) // 2), figsize=(11, 6), sharex=True, layout="constrained")
     for task, ax in zip(tasks, axes.flat, strict=False):
         for name, style in (("majority", ":"), ("bag_of_words", "--")):
             ax.axhline(baselines[name][task], color="grey", linestyle=style, label=name.replace("_", " "))
-        for label, scores in found.items():
-            steps = sorted(scores.get(task, ()))
-            ax.plot(steps, [scores[task][step] for step in steps], marker="o", markersize=3, label=label)
+        for colour, (kind, label) in enumerate(kinds.items()):
+            for file in sorted(out.glob(f"{kind}-*/{logs.METRICS_FILE}")):
+                scores = read(file.parent).get(task, {})
+                steps = sorted(scores)
+                ax.plot(steps, [scores[step] for step in steps], f"C{colour}.-", label=label)
         ax.set_title(task)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))  # the seeds of a kind have one label
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=6, frameon=False)
     figure.supxlabel("steps")
     figure.supylabel("score on all dev rows")
     figure.savefig(out / "curves.png", dpi=120)
@@ -238,8 +243,8 @@ def study(out: pathlib.Path, only: str, seeds: list[int], jobs: int) -> None:
     prepare(out)
     baselines: dict[str, Scores] = json.loads((out / "baselines.json").read_text())
     chosen = [one for seed in seeds for one in experiments(out, seed) if re.search(only, one.name)]
-    if chosen and chosen[0].name == "pretrain":
-        run(chosen.pop(0), out)  # the others start from it
+    while chosen and "study/pretrain.gin" in chosen[0].files:
+        run(chosen.pop(0), out)  # the next ones start from it
     if (out / "pretrain" / "done").exists():
         heads = out / "features.json"
         make(heads, "benchmarks/study_features.py", out / "pretrain", out / VOCABULARY, heads)
@@ -247,7 +252,7 @@ def study(out: pathlib.Path, only: str, seeds: list[int], jobs: int) -> None:
     for name in side_by_side(chosen, out, jobs):
         print(f"{name}: done", flush=True)
         write_tables(out, baselines)
-        draw(out, seeds[0], baselines)
+        draw(out, baselines)
     write_tables(out, baselines)
     print((out / "study.md").read_text())
 

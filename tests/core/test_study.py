@@ -6,7 +6,9 @@ import os
 import threading
 
 import gin
+import jax
 import pytest
+from matplotlib import pyplot
 
 import run
 from benchmarks import study
@@ -18,18 +20,19 @@ pytestmark = pytest.mark.usefixtures("same_root_logger")
 def test_every_run_is_one_that_the_command_takes(tmp_path):
     experiments = [*study.experiments(tmp_path, 0), *study.experiments(tmp_path, 1)]
     names = [experiment.name for experiment in experiments]
-    assert len(set(names)) == len(names) and names[0] == "pretrain" and names.count("pretrain") == 1
+    assert len(set(names)) == len(names) and names[:2] == ["short_rows", "pretrain"]
     trained = {}
     for experiment in experiments:
         gin.clear_config()
         options = run.parse_flags(["run.py", *study.flags(experiment, tmp_path)])
         found = run.configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
         assert found.model_dir == str(tmp_path / experiment.name)
-        if experiment.name != "pretrain":
+        if experiment.name not in names[:2]:
             assert found.random_seed == int(experiment.name[-1])
-            pretrained = None if "random" in experiment.name else str(tmp_path / "pretrain")
-            assert found.initial_checkpoint_path == pretrained
-        machine = Machine(found, devices=None)
+        none = experiment.name == "short_rows" or "random" in experiment.name
+        start = None if none else str(tmp_path / ("short_rows" if experiment.name == "pretrain" else "pretrain"))
+        assert found.initial_checkpoint_path == start
+        machine = Machine(found, devices=jax.devices()[:1])
         trained[experiment.name] = found.optimizer.trainable.count(machine.abstract.params)
     assert trained["full-0"] == trained["equal-0"] == 11_540_224
     assert trained["bias_norm-0"] < trained["lora-0"] < trained["adapters-0"] < trained["frozen_encoder-0"]
@@ -63,6 +66,33 @@ def test_the_table_has_the_last_and_the_best_score_of_each_task(tmp_path):
         ["full-1", "all", "67.0", "75.0", "55.0", "55.0", "61.0", "62.75"],
     ]
     assert "| full-0 | 123 | 67.0 (75.0) |  |  |" in (tmp_path / "study.md").read_text()
+
+
+def test_the_picture_has_a_panel_for_each_task_and_a_line_for_each_seed(tmp_path, monkeypatch):
+    for name, scores in (("full-0", [60.0, 70.0]), ("full-1", [61.0, 71.0]), ("equal-0", [55.0])):
+        (tmp_path / name).mkdir()
+        rows = [
+            {"step": 3 * (n + 1), "split": "validation", "task": "glue_rte_v002", "loss": 1.0, "accuracy": score}
+            for n, score in enumerate(scores)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    baselines = {"glue_rte_v002": 52.5, "glue_mrpc_v002": 74.5}
+    study.draw(tmp_path, {"majority": baselines, "bag_of_words": baselines})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    rte, mrpc = figure.axes
+    assert (rte.get_title(), mrpc.get_title()) == ("glue_rte_v002", "glue_mrpc_v002")
+    one, other, equal = rte.lines[2:]
+    assert one.get_color() == other.get_color() != equal.get_color()
+    assert [[*map(tuple, line.get_xydata())] for line in (one, other, equal)] == [
+        [(3, 60), (6, 70)],
+        [(3, 61), (6, 71)],
+        [(3, 55)],
+    ]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["majority", "bag of words", "proportional", "equal"]
 
 
 def test_runs_side_by_side_have_cores_of_their_own(tmp_path, monkeypatch):
