@@ -9,7 +9,8 @@ below those of majority, bag of words and a linear head on the encoder's feature
 steps, by proportions of the mixture). --jobs are fine-tuning runs side by side, each on its part of the cores: not for
 accelerators.
 
-Needs $T5X_LITE_DATA_DIR. Cost with two cores and --jobs=2: about two hours, half of them for pre-training.
+Needs $T5X_LITE_DATA_DIR. Cost with two cores and --jobs=2: about two and a half hours, 82 minutes of them for
+pre-training.
 """
 
 import argparse
