@@ -43,14 +43,17 @@ class Experiment:
     options: Mapping[str, object]
 
 
-def experiments(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
-    """All runs of the study with one seed, each after those that it starts from."""
-    pretrained = str(out / "pretrain")
+def pretraining(out: pathlib.Path) -> Iterator[Experiment]:
+    """The runs that all others start from, in their order."""
     corpus = {f"{use}_FILES": str(out / "corpus" / f"{split}.jsonl") for use, split in SPLITS.items()}
-    if not seed:
-        yield Experiment("short_rows", ("study/pretrain.gin", "study/short_rows.gin"), corpus)
-        start = {"INITIAL_CHECKPOINT_PATH": str(out / "short_rows")}
-        yield Experiment("pretrain", ("study/pretrain.gin",), corpus | start)
+    yield Experiment("short_rows", ("study/pretrain.gin", "study/short_rows.gin"), corpus)
+    start = {"INITIAL_CHECKPOINT_PATH": str(out / "short_rows")}
+    yield Experiment("pretrain", ("study/pretrain.gin",), corpus | start)
+
+
+def finetuning(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
+    """All runs of the study with one seed, after those of `pretraining`; none needs another of them."""
+    pretrained = str(out / "pretrain")
 
     def finetuned(name: str, adapt: str = "full", **options: object) -> Experiment:
         files = ("study/finetune.gin", f"adapt/{adapt}.gin")
@@ -159,7 +162,7 @@ def write_tables(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
 
     The average is of the GLUE tasks that the baselines have, at each step that has a score of them all.
     """
-    kinds = [_kind(experiment.name) for experiment in experiments(out, 0)]
+    kinds = [_kind(experiment.name) for experiment in finetuning(out, 0)]
     folders = [file.parent for file in out.glob("*/done") if _kind(file.parent.name) in kinds]
     folders.sort(key=lambda folder: (kinds.index(_kind(folder.name)), folder.name))
     rows = {name: {task: {0: score} for task, score in row.items()} for name, row in baselines.items()}
@@ -200,16 +203,19 @@ def draw(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
 
     kinds = {"full": "proportional", "temperature_2": "temperature 2", "equal": "equal"}
     kinds |= {"random_initialisation": "proportional, not pre-trained"}
+    lines = [
+        (label, f"C{colour}.-", read(file.parent))
+        for colour, (kind, label) in enumerate(kinds.items())
+        for file in sorted(out.glob(f"{kind}-*/{logs.METRICS_FILE}"))
+    ]
     tasks = list(dict.fromkeys(task for row in baselines.values() for task in row))
     figure, axes = pyplot.subplots(2, -(-len(tasks) // 2), figsize=(11, 6), sharex=True, layout="constrained")
     for task, ax in zip(tasks, axes.flat, strict=False):
         for name, style in (("majority", ":"), ("bag_of_words", "--")):
             ax.axhline(baselines[name][task], color="grey", linestyle=style, label=name.replace("_", " "))
-        for colour, (kind, label) in enumerate(kinds.items()):
-            for file in sorted(out.glob(f"{kind}-*/{logs.METRICS_FILE}")):
-                scores = read(file.parent).get(task, {})
-                steps = sorted(scores)
-                ax.plot(steps, [scores[step] for step in steps], f"C{colour}.-", label=label)
+        for label, style, scores in lines:
+            steps = sorted(scores.get(task, ()))
+            ax.plot(steps, [scores[task][step] for step in steps], style, label=label)
         ax.set_title(task)
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -243,13 +249,14 @@ def study(out: pathlib.Path, only: str, seeds: list[int], jobs: int) -> None:
     """Does what is not done yet of the runs whose names `only` is found in, and prints the table of all that is."""
     prepare(out)
     baselines: dict[str, Scores] = json.loads((out / "baselines.json").read_text())
-    chosen = [one for seed in seeds for one in experiments(out, seed) if re.search(only, one.name)]
-    while chosen and "study/pretrain.gin" in chosen[0].files:
-        run(chosen.pop(0), out)  # the next ones start from it
+    for one in pretraining(out):
+        if re.search(only, one.name):
+            run(one, out)
     if (out / "pretrain" / "done").exists():
         heads = out / "features.json"
         make(heads, "benchmarks/study_features.py", out / "pretrain", out / VOCABULARY, heads)
         baselines |= json.loads(heads.read_text())
+    chosen = [one for seed in seeds for one in finetuning(out, seed) if re.search(only, one.name)]
     for name in side_by_side(chosen, out, jobs):
         print(f"{name}: done", flush=True)
         write_tables(out, baselines)

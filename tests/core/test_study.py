@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("same_root_logger")
 
 
 def test_every_run_is_one_that_the_command_takes(tmp_path):
-    experiments = [*study.experiments(tmp_path, 0), *study.experiments(tmp_path, 1)]
+    experiments = [*study.pretraining(tmp_path), *study.finetuning(tmp_path, 0), *study.finetuning(tmp_path, 1)]
     names = [experiment.name for experiment in experiments]
     assert len(set(names)) == len(names) and names[:2] == ["short_rows", "pretrain"]
     trained = {}
