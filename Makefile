@@ -1,5 +1,6 @@
 # make quickstart   set up .venv, then train, evaluate and sample a small T5 on text that ships with Python
 # make test         set up .venv, then run the fast tests;   make test-slow: the others
+# make test-core    of the fast tests those of the core, which need no TensorFlow
 # make test-exhaustive   what they do to a part, on the whole of it: all rows of all corpora, all mesh shapes
 # make torture      kill a small run at KILLS=50 moments and start it again each time; PROCESSES=2: one of two hosts
 # make study        pre-train a small T5 on T5X_LITE_DATA_DIR, adapt it in every way, compare: benchmarks/study.py
@@ -9,15 +10,16 @@
 #                   write a task's tokens, once for all runs, with Apache Beam (in .venv-cache); TASK may be a mixture,
 #                   or several names with commas. CACHE_FLAGS adds to it: --overwrite, --vocabulary=FILE,
 #                   --pipeline_options=--runner=DataflowRunner,--project=... (the local runner otherwise)
-# PYTHON=python3.12 picks the Python that .venv is made with.
+# PYTHON=python3.12 picks the Python that .venv is made with (the newest supported one on PATH otherwise), and
+# VENV=folder another place for it: `make test-core VENV=.venv-3.13 PYTHON=python3.13`.
 
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: venv quickstart test test-slow test-exhaustive torture study lint cache clean
+.PHONY: venv quickstart test test-core test-slow test-exhaustive torture study lint cache clean
 
 venv: $(VENV)/installed
 
@@ -26,6 +28,9 @@ quickstart: venv
 
 test: venv
 	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(PYTEST_FLAGS)
+
+test-core: venv
+	$(BIN)/python -m pytest tests/core -m "not slow and not exhaustive" $(PYTEST_FLAGS)
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
@@ -52,13 +57,13 @@ cache: $(if $(and $(TASK),$(CACHE_DIR)),$(CACHE_VENV)/installed)
 clean:
 	rm -rf $(VENV) $(CACHE_VENV)
 
-# The first of these that runs, and is of a version that the pinned packages are built for.
-CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11 python3.13 python)
+# The first of these that runs, and is of a version that the pinned packages are built for: the newest first.
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 
 $(VENV)/installed: PACKAGES := requirements-dev.txt
 $(VENV)/installed: $(REQUIREMENTS)
 # Beam asks for older versions of these than are pinned.
-$(CACHE_VENV)/installed: UNPINNED := beartype|pillow|protobuf|pyarrow|python-dateutil|sentencepiece
+$(CACHE_VENV)/installed: UNPINNED := beartype|numpy|pillow|protobuf|pyarrow|python-dateutil|sentencepiece
 $(CACHE_VENV)/installed: PACKAGES := requirements-cache.txt
 $(CACHE_VENV)/installed: requirements.txt requirements-cache.txt constraints.txt
 
@@ -84,7 +89,7 @@ $(VENV)/installed $(CACHE_VENV)/installed:
 	  echo "On Debian and Ubuntu: apt install python3-venv" >&2; \
 	  exit 1; \
 	fi; \
-	echo "Setting up $(@D) with $$($$chosen --version): a download of some 1 GB and a few minutes, this time only."; \
+	echo "Setting up $(@D) with $$chosen, $$($$chosen --version): a download of some 1 GB and a few minutes, this time only."; \
 	$$chosen -m venv --clear $(@D)
 	@grep -vE '^($(or $(UNPINNED),none))==' constraints.txt > $(@D)/constraints.txt
 	@$(PIP) --only-binary editdistance editdistance 2>/dev/null || $(@D)/bin/python -m pip install --quiet \

@@ -268,15 +268,33 @@ def requirements(name: str) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def test_every_requirement_has_bounds_and_a_pin_within_them():
+def pins(python: str) -> dict[str, str]:
+    """Name -> version that constraints.txt has for a Python version; each name once."""
+    from packaging.requirements import Requirement
+
+    lines = [line.partition("#")[0].strip() for line in (REPO / "constraints.txt").read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line]
+    wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"python_version": python})]
+    versions = {r.name.lower().replace("_", "-"): str(r.specifier) for r in wanted}
+    assert len(versions) == len(wanted) and all(v.startswith("==") for v in versions.values())
+    return {name: version.removeprefix("==") for name, version in versions.items()}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_requirement_has_bounds_and_a_pin_within_them(python):
     from packaging.specifiers import SpecifierSet
 
-    pins = {name.lower().replace("_", "-"): pin for name, pin in requirements("constraints.txt").items()}
-    assert all(pin.startswith("==") for pin in pins.values())
+    tested = pins(python)
     for file in ("requirements.txt", "requirements-dev.txt", "requirements-tpu.txt", "requirements-gpu.txt"):
         for name, bounds in requirements(file).items():
             assert ">=" in bounds and "<" in bounds, f"{file}: {name}"
-            assert SpecifierSet(bounds).contains(pins[name.partition("[")[0]].removeprefix("==")), f"{file}: {name}"
+            assert SpecifierSet(bounds).contains(tested[name.partition("[")[0]]), f"{file}: {name}"
+
+
+def test_both_tested_sets_have_the_same_packages():
+    old, new = pins("3.11"), pins("3.13")
+    assert old.keys() == new.keys() and pins("3.12") == new
+    assert (old["jax"], new["jax"]) == ("0.10.2", "0.12.0.1") and old["flax"] != new["flax"]
 
 
 def test_the_extras_have_the_bounds_of_the_requirements():
