@@ -109,7 +109,7 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_boolean("decode", False, "--mode=plan: of decoding, too.", **module)
     flags.DEFINE_boolean("suggest", False, "--mode=plan: find mesh, REMAT and NUM_MICROBATCHES that fit.", **module)
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it.", **module)
-    flags.DEFINE_integer("process_count", None, "Number of processes; with --coordinator_address.", **module)
+    flags.DEFINE_integer("process_count", None, "Number of processes; 1: train alone, search for none.", **module)
     flags.DEFINE_integer("process_index", None, "Of this process, from 0; with --coordinator_address.", **module)
     flags.DEFINE_boolean("help", False, "Show this.", short_name="h", **module)
     arguments = []

@@ -2,7 +2,7 @@
 
 Orbax's writing threads meet twice in a save, when all is written and when it is committed. A host that could not write
 never comes, and the others would wait for it for 20 minutes. Here it comes all the same, and says so: all give the save
-up. This module knows JAX's coordination service and Orbax's barriers; it must not know what is saved.
+up. This module knows the key-value store of `hosts` and Orbax's barriers; it must not know what is saved.
 """
 
 import threading
@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src import distributed
 from jax.experimental import multihost_utils
+
+from t5x_lite import hosts
 
 _MEETINGS = 2  # in a save
 _TIMEOUT_MS = 1_200_000  # Orbax's own: for a host that neither comes nor fails
@@ -33,7 +34,7 @@ class Agreement:
         """Called by Orbax. Raises OSError: a process could not write its part; says which."""
         if "set_value" not in key:
             self._come(timeout_ms)
-            failed = [said for _, said in _client().key_value_dir_get(self._name("failed/"))]
+            failed = [said for _, said in hosts.coordination_client().key_value_dir_get(self._name("failed/"))]
             if failed:
                 raise OSError(f"process {', '.join(failed)} could not write")
         elif threading.current_thread() is not threading.main_thread():  # the save has ended, in whatever way
@@ -43,7 +44,7 @@ class Agreement:
         """Where this process has not come to all meetings: it has failed, and the others are waiting."""
         if self._met < _MEETINGS:
             here = str(jax.process_index())
-            _client().key_value_set(self._name(f"failed/{here}"), here, allow_overwrite=True)
+            hosts.coordination_client().key_value_set(self._name(f"failed/{here}"), here, allow_overwrite=True)
         while self._met < _MEETINGS:
             self._come(_TIMEOUT_MS)
 
@@ -53,12 +54,6 @@ class Agreement:
 
     def _name(self, what: str) -> str:
         return f"t5x_lite/save {self._save}/{what}"
-
-
-def _client():
-    client = distributed.global_state.client
-    assert client is not None  # there are several processes
-    return client
 
 
 def on_all_hosts(make: Callable[[], Any]) -> Any:
