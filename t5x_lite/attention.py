@@ -6,15 +6,19 @@ arrays only: no parameters, no layers, no config.
 """
 
 import functools
+import hashlib
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from t5x_lite import flash, sharding
+from t5x_lite import flash, kernels, sharding
 
 # Large enough to vanish in a float32 softmax, small enough that a bias added to it does not overflow.
 MASKED = -1e10
@@ -25,6 +29,7 @@ CACHED_LOGITS = 2**21  # so many of them, in float32, are 8 MiB
 # Below so many logits of a row and head, a step of the TPU kernel's grid costs more to start (some 0.35 us) than to
 # run, while XLA's form moves little memory: an estimate, between T5's 114 x 114 and 114 x 512.
 FLASH_LOGITS = 2**15
+CHECKED_LOGITS = 2**26  # fused kernels are checked with at most so many: the reference's are 256 MiB
 CUDNN_HEAD_DIM = 128  # the largest on every card
 
 
@@ -68,6 +73,12 @@ class Visibility:
             return (None, None) if self.key_segments is None else (self.query_segments, self.key_segments)
         return jnp.ones((len(self.key_segments), query_length), jnp.int32), (self.key_segments != 0).astype(jnp.int32)
 
+    def most_segments(self, key_length: int) -> int:
+        """An upper bound of the ids in `segments`."""
+        if self.key_segments is None:
+            return 0
+        return 1 if self.query_segments is None else key_length
+
 
 def dot_product_attention(
     query_BTHK: Float[Array, "B T H K"],
@@ -102,9 +113,9 @@ def dot_product_attention(
             )
             value_BSHK = value_BSHK * (kept_BSH1 / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
         chosen = choose(implementation, query_BTHK, key_BSHK, bias_HTS, visibility)
-        if chosen in ("flash", "cudnn"):
-            fused = _flash if chosen == "flash" else _cudnn
-            return fused(query_BTHK, key_BSHK, value_BSHK, bias_HTS, visibility)
+        if chosen in FUSED:
+            arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HTS, visibility)
+            return sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], visibility), arrays, AXES, SPREAD)
         mask_B1TS = visibility.dense(query_BTHK.shape[1], key_BSHK.shape[1])
         arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS)
         if chosen == "batch":
@@ -121,83 +132,184 @@ def choose(
 ) -> Implementation:
     """`wanted` if it can do what is asked, else "batch".
 
-    None wants "flash" on a TPU from `FLASH_LOGITS` on, "cudnn" on a GPU, and "rows" on a lone CPU device where the
-    logits are larger than its caches.
+    None wants "rows" on a lone CPU device where the logits are larger than its caches. On a TPU or GPU it wants the
+    platform's fused kernel, which is used where a check on the device found it right and no slower than "batch" (see
+    `kernels.fastest`). Hardware that a program is only compiled for is taken to pass that check.
     """
-    rows, queries, heads, width = query_BTHK.shape
+    rows, queries, heads, _ = query_BTHK.shape
     keys, device = key_BSHK.shape[1], sharding.device()
     if not isinstance(rows, int):  # an export, for batches of any size on any platform
         return "batch"
-    if wanted is None:
-        large = device.platform == "cpu" and jax.device_count() == 1 and rows * heads * queries * keys > CACHED_LOGITS
-        by_platform = {"tpu": queries * keys >= FLASH_LOGITS and "flash", "gpu": "cudnn", "cpu": large and "rows"}
-        wanted = by_platform.get(device.platform) or "batch"
-    if wanted in ("batch", "rows"):
-        return wanted
-    part = sharding.part_shape(query_BTHK.shape, SPREAD)
-    if queries == 1 or part is None:
+    if wanted is not None:
+        able = wanted in ("batch", "rows") or _able(wanted, device, query_BTHK, key_BSHK, bias_HTS, visibility)
+        return wanted if able else "batch"
+    fused = PLATFORM_KERNELS.get(device.platform)
+    if fused is None:
+        large = rows * heads * queries * keys > CACHED_LOGITS
+        return "rows" if device.platform == "cpu" and jax.device_count() == 1 and large else "batch"
+    if not _able(fused, device, query_BTHK, key_BSHK, bias_HTS, visibility):
         return "batch"
-    if wanted == "flash":
-        return "flash" if flash.fits(part[2], keys, width, key_BSHK.dtype) else "batch"
+    if fused == "flash" and queries * keys < FLASH_LOGITS:
+        return "batch"
+    return _checked(fused, query_BTHK, key_BSHK, bias_HTS, visibility) if device in jax.devices() else fused
+
+
+def _able(
+    fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: Visibility
+) -> bool:
+    """Whether a fused kernel can do what is asked, by its own rules."""
+    _, queries, _, width = query_BTHK.shape
+    keys, part = key_BSHK.shape[1], sharding.part_shape(query_BTHK.shape, SPREAD)
+    if queries == 1 or part is None:
+        return False
+    if fused == "flash":
+        return flash.fits(part[2], keys, width, key_BSHK.dtype)
     causal_only = visibility.key_prefix is None and isinstance(visibility.offset, int) and visibility.offset == 0
     capability = str(getattr(device, "compute_capability", ""))  # of AMD's, a name
     able = device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8.0
     able &= query_BTHK.dtype in (jnp.bfloat16, jnp.float16)
-    able &= width % 8 == 0 and width + 2 * _segment_bits(visibility, keys) <= CUDNN_HEAD_DIM
+    able &= width % 8 == 0 and width + 2 * _segment_bits(visibility.most_segments(keys)) <= CUDNN_HEAD_DIM
     able &= bias_HTS is None or queries % 2 == keys % 2 == 0
-    able &= causal_only or not visibility.causal
-    return "cudnn" if able else "batch"
+    return able and (causal_only or not visibility.causal)
 
 
-SPREAD = ("batch", None, "heads", None)  # how queries, keys and values lie on the mesh for a fused kernel
+def _checked(
+    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: Visibility
+) -> Implementation:
+    """`fused` or "batch", whichever a check on this device chose at the shape of each device's part."""
+    rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
+    keys = key_BSHK.shape[1]
+    # No more rows, and then heads, than the reference has memory for.
+    rows = max(1, min(rows, CHECKED_LOGITS // (heads * queries * keys)))
+    heads = max(1, min(heads, CHECKED_LOGITS // (rows * queries * keys)))
+    padding, packed = visibility.key_segments is not None, visibility.query_segments is not None
+
+    def make_arguments() -> kernels.Arguments:
+        random = np.random.default_rng(0)
+
+        def normal(*shape: int) -> np.ndarray:
+            return random.standard_normal(shape, np.float32)
+
+        def in_every_row(x: np.ndarray) -> np.ndarray:
+            return np.tile(x.astype(np.int32), (rows, 1))
+
+        # Two segments where rows are packed, else padding behind one. Each query must see a key, wherever it stands,
+        # since the results of one that sees none are not defined.
+        offset = visibility.offset if isinstance(visibility.offset, int) else max(keys - queries, 0)
+        at_queries, at_keys, middle = np.arange(queries), np.arange(keys), queries // 2
+        key_middle = min(offset + middle, keys - 1) if visibility.causal else keys // 2
+        query_segments = in_every_row(1 + (at_queries >= middle) if packed else at_queries >= 0)
+        key_segments = in_every_row(1 + (at_keys >= key_middle) if packed else at_keys < keys - keys // 8)
+        return (
+            (normal(rows, queries, heads, width) * width**-0.5).astype(query_BTHK.dtype),
+            *(normal(rows, keys, heads, width).astype(key_BSHK.dtype) for _ in range(2)),
+            None if bias_HTS is None else normal(heads, queries, keys).astype(bias_HTS.dtype),
+            *((query_segments, key_segments) if padding else (None, None)),
+            None if visibility.key_prefix is None else in_every_row(at_keys % 3 == 0),
+            np.asarray(offset, np.int32),
+        )
+
+    what = {
+        "attention": [rows, queries, heads, width],
+        "keys": keys,
+        "dtype": jnp.dtype(query_BTHK.dtype).name,
+        "bias": bias_HTS is not None,
+        "segments": "packed" if packed else "padding" if padding else None,
+        "causal": visibility.causal,
+        "prefix": visibility.key_prefix is not None,
+    }
+    functions = {name: _kernel(name, keys, visibility) for name in ("batch", fused)}
+    choice = kernels.fastest(what, functions, make_arguments, version=_source_hash())
+    return fused if choice == fused else "batch"
 
 
-def _flash(query: Array, key: Array, value: Array, bias: Array | None, visibility: Visibility) -> Array:
+@functools.cache
+def _source_hash() -> str:
+    """Of the kernels' own code: another version of it is checked again."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, flash.__file__))).hexdigest()[:8]
+
+
+# Kernels have one signature, of arrays that may be on one device alone: `_arrays`, whose logical axes are `AXES`.
+SPREAD = ("batch", None, "heads", None)  # how queries, keys and values lie on the mesh
+AXES = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",), ("batch",), ())
+
+
+def _arrays(
+    query: Array, key: Array, value: Array, bias: Array | None, visibility: Visibility
+) -> tuple[Array | None, ...]:
     prefix = visibility.key_prefix if visibility.causal else None
-    segments = visibility.segments(query.shape[1])
-    attend = functools.partial(
-        flash.flash_attention,
-        causal=visibility.causal,
-        masked=MASKED,
-        interpret=sharding.device().platform != "tpu",
-    )
-    arrays = (query, key, value, bias, *segments, prefix, jnp.asarray(visibility.offset, jnp.int32))
-    axes = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",), ("batch",), ())
-    return sharding.on_parts(attend, arrays, axes, SPREAD)
+    offset = jnp.asarray(visibility.offset, jnp.int32)
+    return query, key, value, bias, *visibility.segments(query.shape[1]), prefix, offset
 
 
-def _cudnn(query: Array, key: Array, value: Array, bias: Array | None, visibility: Visibility) -> Array:
+def _kernel(name: str, key_length: int, visibility: Visibility) -> Callable[..., Array]:
+    options = {"causal": visibility.causal, "most_segments": visibility.most_segments(key_length)}
+    return functools.partial({"batch": _batch, **FUSED}[name], **options)
+
+
+def _batch(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    query_segments: Array | None,
+    key_segments: Array | None,
+    prefix: Array | None,
+    offset: Array,
+    *,
+    causal: bool,
+    most_segments: int,
+) -> Array:
+    del most_segments
+    visibility = Visibility(query_segments, key_segments, prefix, offset, causal)
+    return _attend(bias, query, key, value, visibility.dense(query.shape[1], key.shape[1]))
+
+
+def _flash(*arrays: Any, causal: bool, most_segments: int) -> Array:
+    del most_segments
+    interpret = sharding.device().platform != "tpu"
+    return flash.flash_attention(*arrays, causal=causal, masked=MASKED, interpret=interpret)
+
+
+def _cudnn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    query_segments: Array | None,
+    key_segments: Array | None,
+    prefix: Array | None,
+    offset: Array,
+    *,
+    causal: bool,
+    most_segments: int,
+) -> Array:
     """cuDNN's flash attention. The bias is rounded to the queries' dtype; its gradient comes summed over the batch.
 
     Beside a causal mask it takes dense ones only, which with a bias would be [B, H, T, S], and so would the gradient.
     So segments are said by the product of queries and keys: both get the bits of their segment as more of head_dim.
     Each bit that differs adds -2^14, each that agrees exactly 0.
     """
-    bits = _segment_bits(visibility, key.shape[1])
-
-    def attend(query: Array, key: Array, value: Array, bias: Array | None, *segments: Array | None) -> Array:
-        width, dtype = query.shape[-1], query.dtype
-        if bits:
-            ones_B_1N, other_B_1N = (((s[..., None, None] >> jnp.arange(bits)) & 1) for s in segments if s is not None)
-            query = _widen(query, -(2.0**14) * jnp.concatenate([ones_B_1N, 1 - ones_B_1N], -1))
-            key = _widen(key, jnp.concatenate([1 - other_B_1N, other_B_1N], -1))
-            value = _widen(value, jnp.zeros((1, 1, 1, 2 * bits)))
-        bias = None if bias is None else bias[None].astype(dtype)
-        y = jax.nn.dot_product_attention(
-            query, key, value, bias, scale=1.0, is_causal=visibility.causal, implementation="cudnn"
-        )
-        return y[..., :width]
-
-    arrays = (query, key, value, bias, *visibility.segments(query.shape[1]))
-    axes = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",))
-    return sharding.on_parts(attend, arrays, axes, SPREAD)
+    del prefix, offset  # `_able` rules them out
+    width, dtype = query.shape[-1], query.dtype
+    if query_segments is not None and key_segments is not None:
+        bits = jnp.arange(_segment_bits(most_segments))
+        query_bits, key_bits = ((s[..., None, None] >> bits) & 1 for s in (query_segments, key_segments))
+        query = _widen(query, -(2.0**14) * jnp.concatenate([query_bits, 1 - query_bits], -1))
+        key = _widen(key, jnp.concatenate([1 - key_bits, key_bits], -1))
+        value = _widen(value, jnp.zeros((1, 1, 1, 2 * len(bits))))
+    bias = None if bias is None else bias[None].astype(dtype)
+    y = jax.nn.dot_product_attention(query, key, value, bias, scale=1.0, is_causal=causal, implementation="cudnn")
+    return y[..., :width]
 
 
-def _segment_bits(visibility: Visibility, keys: int) -> int:
-    """Enough for every segment, and a multiple of four, as twice as many must be one of eight."""
-    if visibility.key_segments is None:
-        return 0
-    return 4 if visibility.query_segments is None else math.ceil(keys.bit_length() / 4) * 4
+FUSED: Mapping[str, Callable[..., Array]] = {"flash": _flash, "cudnn": _cudnn}
+PLATFORM_KERNELS: Mapping[str, Implementation] = {"tpu": "flash", "gpu": "cudnn"}
+
+
+def _segment_bits(most_segments: int) -> int:
+    """Enough for every segment and for padding, and a multiple of four, as twice as many must be one of eight."""
+    return math.ceil(most_segments.bit_length() / 4) * 4
 
 
 def _widen(x: Float[Array, "B S H K"], more: Array) -> Float[Array, "B S H _"]:

@@ -1,0 +1,234 @@
+"""Check fused kernels on the device at hand before a run depends on them.
+
+On its first use at a shape, each candidate is compiled on random input, compared with the reference and timed, forward
+and backward; the fastest sound one is taken. The choice is kept in memory and as a file beside JAX's compilation cache,
+by device kind, shape, and the versions of JAX, driver and kernels. A candidate that does not compile, differs or ended
+an earlier process is dropped with one line in the log, and the run goes its way on the reference.
+
+This module knows functions on arrays; it must not know which kernels there are, models or meshes.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array
+
+from t5x_lite import hosts
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[..., Array]
+Arguments = Sequence[np.ndarray | None]
+
+ROUNDS, CALLS = 5, 5  # the fastest of so many rounds, by turns, of so many calls that the device does not wait between
+# A fused kernel also saves memory: it is taken unless the reference is faster by more than this factor.
+FASTER = 1.05
+# A sound candidate's error, relative to the norm of the exact values: at most this many times that of the reference in
+# the same dtype, or this many of the dtype's steps, whichever is more.
+ERRORS = 4
+EXACT = 1e-5  # what the order of summation alone does in float32
+
+_choices: dict[str, str] = {}
+
+
+def fastest(
+    what: Mapping[str, Any], kernels: Mapping[str, Kernel], make_arguments: Callable[[], Arguments], version: str = ""
+) -> str:
+    """Return the name of the fastest sound kernel; of the first, the reference, where no check is possible.
+
+    It may be called while a function is traced. All processes of a run must call it alike: the first one checks, on one
+    of its devices, and the others take its answer, since all must compile the same program.
+
+    Args:
+      what: the shape and all else that the choice may depend on, in JSON's types; it names the choice in the log.
+      kernels: name -> function; the first one is right by definition, the others have its arguments and result.
+      make_arguments: random arguments in the run's dtype. Gradients of all floating ones are compared, too.
+      version: of the kernels' code; a choice holds for one version.
+    """
+    device = jax.local_devices()[0]
+    versions = {"device": device.device_kind, "platform": device.client.platform_version, "jax": jax.__version__}
+    description = json.dumps({"what": what, "kernels": list(kernels), "code": version, **versions}, sort_keys=True)
+    key = hashlib.sha256(description.encode()).hexdigest()[:32]
+
+    name = ", ".join(f"{field} {value}" for field, value in what.items())
+
+    def check() -> str:
+        # In a thread of its own, because traces, meshes and transfer guards in force belong to a thread.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(_check, key, name, kernels, make_arguments, device).result()
+
+    if key not in _choices:
+        try:
+            _choices[key] = hosts.broadcast(f"kernels/{key}", check)
+        except Exception as error:
+            reference = next(iter(kernels))
+            logger.warning("%s: %s is used, since no kernel could be checked: %s", name, reference, _line(error))
+            _choices[key] = reference
+    return _choices[key]
+
+
+def _check(
+    key: str,
+    name: str,
+    kernels: Mapping[str, Kernel],
+    make_arguments: Callable[[], Arguments],
+    device: Any,
+) -> str:
+    (reference, right), *candidates = kernels.items()
+    record = Record(key)
+    if record.choice is not None:
+        logger.info("%s: %s is used, as checked before (%s)", name, record.choice, record.file)
+        return record.choice
+    arguments = make_arguments()
+    floats = [n for n, x in enumerate(arguments) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
+    eps = max(float(jnp.finfo(arguments[n].dtype).eps) for n in floats)  # pyright: ignore[reportOptionalMemberAccess]
+    cotangent = _random(jax.eval_shape(right, *arguments))
+    exact_arguments = [x.astype(np.float32) if n in floats else x for n, x in enumerate(arguments)]
+    with jax.default_matmul_precision("highest"):
+        exact = _Program(right, floats, exact_arguments, cotangent.astype(np.float32), device).values()
+    programs = {reference: _Program(right, floats, arguments, cotangent, device)}
+    allowed = np.maximum(ERRORS * np.maximum(_errors(programs[reference].values(), exact), eps), EXACT)
+    lasting = True
+    for candidate, kernel in candidates:
+        problem = record.crashed(candidate)
+        if problem is None:
+            record.begin(candidate)
+            try:
+                program = _Program(kernel, floats, arguments, cotangent, device)
+                errors = _errors(program.values(), exact)
+                if (errors <= allowed).all():
+                    programs[candidate] = program
+                else:
+                    worst = int(np.argmax(np.where(np.isfinite(errors), errors / allowed, np.inf)))
+                    problem = f"it differs from {reference} by {errors[worst]:.1%} ({allowed[worst]:.2%} allowed)"
+            except Exception as error:
+                problem = f"it fails: {_line(error)}"
+                lasting &= "RESOURCE_EXHAUSTED" not in str(error)  # which another moment may not repeat
+        if problem is not None:
+            logger.warning("%s: %s is left out on %s, since %s", name, candidate, device.device_kind, problem)
+    seconds = _time(programs)
+    choice = min(seconds, key=lambda n: seconds[n] * (FASTER if n == reference else 1.0))
+    times = ", ".join(f"{n} {s * 1e3:.3g} ms" for n, s in seconds.items())
+    logger.info("%s: %s is used on %s (%s)", name, choice, device.device_kind, times)
+    record.end(choice if lasting else None, seconds)
+    return choice
+
+
+class _Program:
+    """A kernel and its gradients, compiled for one device, with their arguments on it."""
+
+    def __init__(
+        self, kernel: Kernel, floats: Sequence[int], arguments: Arguments, cotangent: np.ndarray, device: Any
+    ) -> None:
+        def run(arguments: list[Any], cotangent: Array) -> tuple[Array, ...]:
+            def of_floats(*values: Array) -> Array:
+                given = dict(zip(floats, values, strict=True))
+                return kernel(*(given.get(n, x) for n, x in enumerate(arguments)))
+
+            y, gradients = jax.vjp(of_floats, *(arguments[n] for n in floats))
+            return y, *gradients(cotangent.astype(y.dtype))
+
+        self._arguments = jax.device_put((list(arguments), cotangent), device)
+        self._run = jax.jit(run).lower(*self._arguments).compile()
+
+    def values(self) -> list[np.ndarray]:
+        return [np.asarray(x, np.float32) for x in self._run(*self._arguments)]
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        results = [self._run(*self._arguments) for _ in range(CALLS)]
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / CALLS
+
+
+def _time(programs: Mapping[str, _Program]) -> dict[str, float]:
+    rounds = [{name: program.seconds() for name, program in programs.items()} for _ in range(ROUNDS)]
+    return {name: min(seconds[name] for seconds in rounds) for name in programs}
+
+
+def _errors(values: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> np.ndarray:
+    """Norms of the differences, relative to those of the exact values."""
+    pairs = zip(values, exact, strict=True)
+    return np.array([np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30) for a, b in pairs])
+
+
+def _random(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape.shape, np.float32).astype(shape.dtype)
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+
+
+def cache_folder() -> str | None:
+    return jax.config.jax_compilation_cache_dir
+
+
+class Record:
+    """What is known of one choice, as a JSON file beside the compilation cache; nothing is kept where there is none.
+
+    `trying` names the candidate and the process that is checking it. Where that process is gone, it ended in the check,
+    as a crash in a compiler does.
+    """
+
+    def __init__(self, key: str) -> None:
+        folder = cache_folder()
+        self.file = epath.Path(folder) / f"t5x_lite-kernels-{key}.json" if folder else None
+        content: dict[str, Any] = {}
+        if self.file is not None:
+            try:
+                content = json.loads(self.file.read_text())
+            except (OSError, ValueError):
+                pass  # none yet, or a broken one: checked anew
+        self.choice: str | None = content.get("choice")
+        self._crashed: list[str] = content.get("crashed", [])
+        if (trying := content.get("trying")) and _is_gone(trying["host"], trying["process"]):
+            self._crashed.append(trying["candidate"])
+
+    def crashed(self, candidate: str) -> str | None:
+        if candidate not in self._crashed:
+            return None
+        return f"a process ended while it was checked; remove {self.file} to check it again"
+
+    def begin(self, candidate: str) -> None:
+        process = {"candidate": candidate, "host": socket.gethostname(), "process": os.getpid()}
+        self._write({"crashed": self._crashed, "trying": process})
+
+    def end(self, choice: str | None, seconds: Mapping[str, float]) -> None:
+        """Keep the choice; None: forget that it was tried, so that the next start checks again."""
+        self._write({"choice": choice, "seconds": dict(seconds), "crashed": self._crashed})
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(content))
+        except OSError as error:
+            logger.info("%s is not kept (%s): kernels are checked again at the next start", self.file, _line(error))
+            self.file = None
+
+
+def _is_gone(host: str, process: int) -> bool:
+    """Whether a process of this host has ended. Of other hosts that is not known."""
+    if host != socket.gethostname():
+        return False
+    if process == os.getpid():
+        return True  # an earlier one of the same number, as in a container that was started again
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
