@@ -1,0 +1,91 @@
+"""One tiny T5 1.1 and batches of a committed text, which tests share."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_lite import packing
+from t5x_lite.config import T5Config
+
+FOLDER = Path(__file__).parent / "loss_curve"
+
+# Every axis has a size of its own but for those that must agree; 4 heads and 96 MLP units divide over small meshes.
+CONFIG = T5Config(
+    d_model=48, d_ff=96, num_heads=4, head_dim=8, num_encoder_layers=2, num_decoder_layers=3, vocab_size=264
+)
+SENTINEL, END, FIRST_BYTE = 263, 1, 3
+ROWS, INPUTS, TARGETS = 16, 40, 8
+
+
+def losses() -> list[float]:
+    """The committed loss of each of 30 steps."""
+    return json.loads((FOLDER / "losses.json").read_text())["losses"]
+
+
+def example(random: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A window of the text without a few bytes, and these bytes: span corruption by hand."""
+    length, cut = int(random.integers(16, INPUTS - 2)), int(random.integers(2, TARGETS - 2))
+    start, gap = int(random.integers(len(text) - length)), int(random.integers(length - cut))
+    window = np.frombuffer(text[start : start + length], np.uint8).astype(np.int32) + FIRST_BYTE
+    inputs = [*window[:gap], SENTINEL, *window[gap + cut :], END]
+    return np.array(inputs, np.int32), np.array([SENTINEL, *window[gap : gap + cut], END], np.int32)
+
+
+def batch(step: int, *, packed: bool = False) -> dict[str, np.ndarray]:
+    """The 16 examples of a step in rows of their own, or two to a row twice as long."""
+    random = np.random.default_rng([7, step])
+    text = (FOLDER / "text.txt").read_bytes()
+    examples = [example(random, text) for _ in range(ROWS)]
+    per_row = 2 if packed else 1
+    inputs, targets = (np.zeros((ROWS // per_row, n * per_row), np.int32) for n in (INPUTS, TARGETS))
+    segments = {"encoder": np.zeros_like(inputs), "decoder": np.zeros_like(targets)}
+    starts = np.zeros_like(targets)
+    for row in range(ROWS // per_row):
+        at_input = at_target = 0
+        for segment in range(per_row):
+            x, y = examples[row * per_row + segment]
+            inputs[row, at_input : at_input + len(x)] = x
+            targets[row, at_target : at_target + len(y)] = y
+            segments["encoder"][row, at_input : at_input + len(x)] = segment + 1
+            segments["decoder"][row, at_target : at_target + len(y)] = segment + 1
+            starts[row, at_target] = 1
+            at_input, at_target = at_input + len(x), at_target + len(y)
+    arrays = packing.unpacked(inputs, targets)
+    if packed:
+        arrays["decoder_input_tokens"] = np.where(starts, 0, arrays["decoder_input_tokens"])
+        arrays |= {f"{side}_segment_ids": ids for side, ids in segments.items()}
+    return arrays
+
+
+@dataclasses.dataclass
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """`batch` for step after step, with a position that a checkpoint can hold."""
+
+    packed: bool = False
+    position: int = 0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.position += 1
+        return batch(self.position - 1, packed=self.packed)
+
+    def save(self, folder: str) -> None:
+        Path(folder, "position").write_text(str(self.position))
+
+    def restore(self, folder: str) -> None:
+        self.position = int(Path(folder, "position").read_text())
+
+
+class Losses:
+    """A logger of the training loop that keeps each step's loss."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def train(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        self.losses[step] = metrics["loss"]
+
+    def evaluation(self, step: int, scores: Any) -> None: ...
