@@ -1,5 +1,4 @@
-"""Eight CPU devices for all tests, and where golden values are found. A test that needs them, or real data, and finds
-none says so and skips."""
+"""Eight CPU devices for all tests, the golden values, and real data: a test that needs real data and has none skips."""
 
 import importlib.util
 import json
@@ -13,6 +12,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# XLA's threads on CPUs. Each device waits for others in several collectives at once, one thread each: with only as many
+# threads as devices, which is what it has on two cores, none is left to arrive, and the program stands still.
+os.environ.setdefault("NPROC", "32")
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
@@ -44,16 +46,8 @@ def unchecked_types():
 
 @pytest.fixture(scope="session")
 def golden():
-    """name -> path of a file with values that other implementations computed."""
-    folder = pathlib.Path(os.environ.get("T5X_LITE_GOLDEN_DIR", REPO.parent / "shared" / "golden"))
-
-    def find(name: str) -> pathlib.Path:
-        path = folder / name
-        if not path.exists():
-            pytest.skip(f"needs {path}: set T5X_LITE_GOLDEN_DIR")
-        return path
-
-    return find
+    """name -> path of a file in tests/golden: values that other implementations computed."""
+    return (REPO / "tests" / "golden").joinpath
 
 
 @pytest.fixture(scope="session")
