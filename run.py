@@ -3,9 +3,9 @@
     python run.py --gin_file=models/t5_1_1/small.gin --gin_file=runs/pretrain.gin --gin.BATCH_SIZE=64
                   --gin.MODEL_DIR="'/tmp/m'" [--mode=eval]
 
-gin_configs/defaults.gin is read first: it names every macro, with its default. Then come the gin files and the bindings
-in the order given; the last one to set a value wins. A relative gin path is looked up in the current folder, then in
-gin_configs/, then in --gin_search_paths.
+Every option of t5x_lite/run_config.py is a macro, with its default. The gin files and the bindings follow in the order
+given; the last one to set a value wins. A relative gin path is looked up in the current folder, then in gin_configs/,
+then in --gin_search_paths.
 
 What the user got wrong (a name, a type, a file) is said in one line, with the nearest valid names; the exit code is 2.
 """
@@ -13,7 +13,6 @@ What the user got wrong (a name, a type, a file) is said in one line, with the n
 import difflib
 import functools
 import inspect
-import linecache
 import os
 import re
 import sys
@@ -29,12 +28,11 @@ import gin
 from absl import flags
 from gin import config as gin_config
 
+from t5x_lite.errors import UserError
+
 GIN_CONFIGS = Path(__file__).resolve().parent / "gin_configs"
+RUN_MODULE = "t5x_lite.options"  # what gin files of all versions call the home of `Run`
 MODES = ("train", "eval", "infer", "score", "inspect", "plan")
-
-
-class Refusal(Exception):
-    """What the user has to put right: shown as one line, without a traceback."""
 
 
 def command() -> None:
@@ -48,7 +46,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = parse_flags(argv)
         if options.help:
-            print(__doc__, options.get_help(), sep="\n")
+            from t5x_lite import run_config
+
+            print(__doc__, options.get_help(), "Options, each a macro: --gin.NAME=VALUE", sep="\n")
+            print(run_config.option_lines())
             return 0
         run = configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
         from t5x_lite import hosts, jobs, logs
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             getattr(jobs, options.mode)(run)
     except Exception as error:
-        if not isinstance(error, Refusal) and not _deliberate(error):
+        if not isinstance(error, _user_errors()):
             _end_if_one_of_several(1, error)
             raise
         message = str(error).split("\n  In call to configurable")[0].strip()
@@ -74,6 +75,12 @@ def main(argv: Sequence[str]) -> int:
         _end_if_one_of_several(2)
         return 2
     return 0
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The errors shown as one line: this package's, and those of `tasks`, which does not know it."""
+    tasks = sys.modules.get("tasks.errors")
+    return (UserError,) if tasks is None else (UserError, tasks.UserError)
 
 
 def _end_if_one_of_several(code: int, error: BaseException | None = None) -> None:
@@ -116,24 +123,24 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     for argument in argv:
         if match := re.match(r"--?gin\.([^=]*)(=?)(.*)", argument, re.DOTALL):
             if not match[2]:
-                raise Refusal(f"{argument} has no value: write {argument}=VALUE")
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
             argument = f"--gin_bindings={match[1]} = {match[3]}"
         arguments.append(argument)
     try:
         rest = values(arguments)[1:]
     except flags.UnrecognizedFlagError as error:
         known = [f"--{name}" for name in values if len(name) > 1]
-        raise Refusal(f"unknown flag --{error.flagname}.{nearest(f'--{error.flagname}', known)}") from None
+        raise UserError(f"unknown flag --{error.flagname}.{nearest(f'--{error.flagname}', known)}") from None
     except flags.Error as error:
-        raise Refusal(str(error)) from None
+        raise UserError(str(error)) from None
     if values.strict:
         values.gin_bindings = [*values.gin_bindings, "STRICT = True"]
     if rest:
-        raise Refusal(f"unexpected argument {rest[0]!r}: every option is a flag, --NAME=VALUE")
+        raise UserError(f"unexpected argument {rest[0]!r}: every option is a flag, --NAME=VALUE")
     if values.mode not in MODES:
-        raise Refusal(f"unknown mode {values.mode!r}.{nearest(values.mode, MODES)}")
+        raise UserError(f"unknown mode {values.mode!r}.{nearest(values.mode, MODES)}")
     if (values.mode == "plan") != (values.topology is not None):
-        raise Refusal("--mode=plan and --topology go together: --mode=plan --topology=v5e:4x4")
+        raise UserError("--mode=plan and --topology go together: --mode=plan --topology=v5e:4x4")
     return values
 
 
@@ -146,64 +153,55 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" There are: {', '.join(sorted(spelled.values()))}." if 0 < len(spelled) <= 15 else ""
 
 
-def _deliberate(error: BaseException) -> bool:
-    """Whether this project's own code raised it, with a `raise`, as a message to the user.
-
-    Whatever comes out of a library or out of the user's modules, or is a slip of ours, keeps its traceback.
-    """
-    messages = (ValueError, OSError, KeyError, FloatingPointError)
-    if not isinstance(error, messages) or error.__traceback__ is None:
-        return False
-    frames = error.__traceback__
-    while frames.tb_next:
-        frames = frames.tb_next
-    file = Path(frames.tb_frame.f_code.co_filename).resolve()
-    ours = not {GIN_CONFIGS.parent / "t5x_lite", GIN_CONFIGS.parent / "tasks"}.isdisjoint(file.parents)
-    return ours and linecache.getline(str(file), frames.tb_lineno).lstrip().startswith("raise ")
-
-
 # Gin
 
 
 @functools.cache
 def configurables() -> dict[str, Callable]:
     """What gin files can name: the parts that a run is made of."""
-    from t5x_lite import bert, losses, model, optim, options, trainable
+    from t5x_lite import bert, losses, model, optim, run_config, trainable
 
+    gin.external_configurable(run_config.RunConfig, name="Run", module=RUN_MODULE)
     parts = (
-        *(options.Run, model.T5Config, bert.BertConfig, losses.LossConfig),
+        *(model.T5Config, bert.BertConfig, losses.LossConfig),
         *(optim.make_optimizer, optim.adafactor, optim.adamw, trainable.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
     for part in parts:
         gin.external_configurable(part)
-    return {part.__name__: part for part in parts}
+    return {"Run": run_config.RunConfig} | {part.__name__: part for part in parts}
 
 
 def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()) -> Any:
-    """Reads defaults.gin, `files` and `bindings`, checks them, and returns the `options.Run` that they describe.
+    """Reads `files` and `bindings`, checks them, and returns the `RunConfig` that they describe.
 
     Raises:
-      Refusal: a name that does not exist or is used nowhere, a value of the wrong type, a missing file or value.
+      UserError: a name that does not exist or is used nowhere, a value of the wrong type, a missing file or value.
       Exception: whatever a module that a gin file imports raises.
     """
     if not files and not bindings:
-        raise Refusal(f"nothing to run: give a --gin_file, such as quickstart.gin or {' or '.join(_gin_files('runs'))}")
+        raise UserError(
+            f"nothing to run: give a --gin_file, such as quickstart.gin or {' or '.join(_gin_files('runs'))}"
+        )
     for folder in search_paths:
         if not Path(folder).is_dir():
-            raise Refusal(f"--gin_search_paths: there is no folder {folder}")
+            raise UserError(f"--gin_search_paths: there is no folder {folder}")
     gin_config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
     del gin_config._FILE_READERS[1:]  # the one for packages logs an error for each place where a file is not
     for file in files:
         if not any(Path(folder, file).is_file() for folder in gin_config._LOCATION_PREFIXES):
-            raise Refusal(_no_file(file))
+            raise UserError(_no_file(file))
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for modules of the user's, also when run.py is installed elsewhere
     parts = configurables()
     gin.clear_config()
     config = gin_config._CONFIG  # gin has no public list of what is bound
     used: set[str] = set()  # macros, also where a later file or binding overrides what uses them
-    for file in (str(GIN_CONFIGS / "defaults.gin"), *files):
+    from t5x_lite import run_config
+
+    gin.parse_config(run_config.gin_defaults())
+    used |= _macros_used(config)
+    for file in files:
         _parse(gin.parse_config_file, file, f"--gin_file={file}")
         used |= _macros_used(config)
     for binding in bindings:
@@ -212,7 +210,7 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
         gin.parse_config(f"MODEL_DIR = 'runs/{Path(files[-1]).stem if files else 'run'}'")
     _check_macros(config, used)
     _check_parameters(config, parts)
-    return gin.get_configurable(parts["Run"])()
+    return gin.get_configurable("Run")()
 
 
 def _gin_files(under: str = "") -> list[str]:
@@ -235,7 +233,7 @@ def _parse(parse: Callable[[str], Any], text: str, source: str) -> None:
         missing = isinstance(error, ModuleNotFoundError) and Path(frames[-1][0].f_code.co_filename).parent.name == "gin"
         if importing and not missing:
             raise  # from the user's module: it keeps its traceback
-        raise Refusal(_explained(error, source)) from None
+        raise UserError(_explained(error, source)) from None
 
 
 def _explained(error: Exception, source: str) -> str:
@@ -275,9 +273,9 @@ def _check_macros(config: Config, used_before: set[str]) -> None:
     macros, used = _macros(config), _macros_used(config)
     for name in macros:
         if name not in used | used_before:
-            raise Refusal(f"unknown macro {name}: nothing uses it.{nearest(name, used)}")
+            raise UserError(f"unknown macro {name}: nothing uses it.{nearest(name, used)}")
     for name in used - macros.keys():
-        raise Refusal(f"macro {name} is used but never set.{nearest(name, macros)}")
+        raise UserError(f"macro {name} is used but never set.{nearest(name, macros)}")
 
 
 def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
@@ -289,7 +287,7 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
             continue
         bound: dict[str, Any] = {}
         for (_, selector), values in config.items():
-            if selector == f"{part.__module__}.{name}":
+            if selector == f"{RUN_MODULE if name == 'Run' else part.__module__}.{name}":
                 bound |= values
         hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
         for parameter, value in bound.items():
@@ -298,14 +296,14 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
                 said = value.config_key[0]
                 value = macros[said]
             if _refers_to(value, "gin.constant") and value.config_key[0] == "gin.REQUIRED":
-                raise Refusal(f"{said} is required: set it with --gin.{said}=VALUE")
+                raise UserError(f"{said} is required: set it with --gin.{said}=VALUE")
             if parameter in hints and not _fits(value, hints[parameter]):
-                raise Refusal(f"{said} = {value!r} is not of its type, {_type_name(hints[parameter])}")
+                raise UserError(f"{said} = {value!r} is not of its type, {_type_name(hints[parameter])}")
         needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
         if unset := sorted(needed - bound.keys()):
             of_model = name in ("T5Config", "BertConfig")
             models = " A model file sets them: --gin_file=models/t5_1_1/small.gin, say." if of_model else ""
-            raise Refusal(f"{name} has no value for {', '.join(unset)}.{models}")
+            raise UserError(f"{name} has no value for {', '.join(unset)}.{models}")
 
 
 def _refers_to(value: Any, selector: str) -> bool:

@@ -15,7 +15,10 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,13 +26,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax  # noqa: E402
 
-import run as command  # noqa: E402
-from t5x_lite import checkpoint, step  # noqa: E402
+from benchmarks.train_step import model_config  # noqa: E402
+from t5x_lite import checkpoint, optim, sharding, step  # noqa: E402
 from t5x_lite.checkpoint import checksums, saving  # noqa: E402
-from t5x_lite.machine import Machine  # noqa: E402
+
+Advance = Callable[[step.TrainState], step.TrainState]
 
 
-class Nothing:
+class FixedPosition:
+    """Stands for a data iterator whose position takes 1 MiB."""
+
     def save(self, path: str) -> None:
         pathlib.Path(path, "position").write_bytes(bytes(1 << 20))
 
@@ -37,37 +43,83 @@ class Nothing:
         pathlib.Path(path, "position").read_bytes()
 
 
-def of_state(model: str, optimizer: str, folder: pathlib.Path) -> None:
-    bindings = ["BATCH_SIZE = 8", f"OPTIMIZER = @{optimizer}()", "TRAIN_STEPS = 1", f"MODEL_DIR = '{folder}'"]
-    run = command.configure([f"models/t5_1_1/{model}.gin"], bindings)
-    machine = Machine(run)
-    state = jax.block_until_ready(step.init_state(run.model, run.optimizer, jax.random.key(0), machine.abstract))
-    held, written = [], []
-    with saving.Checkpointer(folder, keep_last=1) as saver:
-        for number in range(1, 6):
-            begun = time.perf_counter()
-            saver.save(number, state, Nothing())
-            held.append(time.perf_counter() - begun)
-            saver.wait()
-            written.append(time.perf_counter() - begun)
+def measure(state: step.TrainState, abstract: step.TrainState, folder: pathlib.Path, saves: int = 5) -> dict[str, Any]:
+    """Saves `state` several times and restores it once; returns times in milliseconds and sizes in MB.
+
+    held_up_ms: until the state may be changed again. until_committed_ms: until the checkpoint counts.
+    """
+    held_up, committed = [], []
+    with saving.Checkpointer(folder, keep_last=1) as checkpointer:
+        for number in range(1, saves + 1):
+            started = time.perf_counter()
+            checkpointer.save(number, state, FixedPosition())
+            held_up.append(time.perf_counter() - started)
+            checkpointer.wait()
+            committed.append(time.perf_counter() - started)
     last = checkpoint.find_checkpoint(folder)
     assert last is not None
     size = sum(file.stat().st_size for file in pathlib.Path(last).rglob("*") if file.is_file())
-    times = {"held_up_ms": [1000 * x for x in held], "until_committed_ms": [1000 * x for x in written]}
-    begun = time.perf_counter()
+    seconds = {"held_up_ms": held_up, "until_committed_ms": committed}
+    started = time.perf_counter()
     assert not checkpoint.damage(last)
-    times["verify_ms"] = [1000 * (time.perf_counter() - begun)]
-    begun = time.perf_counter()
+    seconds["verify_ms"] = [time.perf_counter() - started]
+    started = time.perf_counter()
     checksums.write(last)
-    times["checksums_ms"] = [1000 * (time.perf_counter() - begun)]
-    with saving.Checkpointer(folder) as saver:
-        begun = time.perf_counter()
-        jax.block_until_ready(saver.restore(5, machine.abstract, Nothing()))
-        times["restore_ms"] = [1000 * (time.perf_counter() - begun)]
+    seconds["checksums_ms"] = [time.perf_counter() - started]
+    with saving.Checkpointer(folder) as checkpointer:
+        started = time.perf_counter()
+        jax.block_until_ready(checkpointer.restore(saves, abstract, FixedPosition()))
+        seconds["restore_ms"] = [time.perf_counter() - started]
+    times = {name: [round(1000 * x) for x in values] for name, values in seconds.items()}
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-    said = {name: [round(x) for x in of] for name, of in times.items()}
-    print(json.dumps({"model": model, "optimizer": optimizer, "state_MB": state_bytes / 1e6, "written_MB": size / 1e6}))
-    print(json.dumps(said | {"held_up_median_ms": round(1000 * statistics.median(held))}))
+    sizes = {"state_MB": state_bytes / 1e6, "written_MB": size / 1e6}
+    return sizes | times | {"held_up_median_ms": round(1000 * statistics.median(held_up))}
+
+
+def steps_during_a_save(
+    state: step.TrainState, advance: Advance, folder: pathlib.Path, steps: int = 5, limit: int = 200
+) -> dict[str, Any]:
+    """Trains `steps` steps alone, then saves and trains on until the save has ended; returns milliseconds.
+
+    The steps wait for the device, as a run does when it fetches the metrics of the step before.
+    """
+
+    def timed(state: step.TrainState) -> tuple[step.TrainState, float]:
+        started = time.perf_counter()
+        state = jax.block_until_ready(advance(state))
+        return state, 1000 * (time.perf_counter() - started)
+
+    alone, during = [], []
+    state, _ = timed(state)
+    for _ in range(steps):
+        state, milliseconds = timed(state)
+        alone.append(milliseconds)
+    with saving.Checkpointer(folder, keep_last=1) as checkpointer:
+        started = time.perf_counter()
+        checkpointer.save(1, state, FixedPosition())
+        held_up = 1000 * (time.perf_counter() - started)
+        writer = threading.Thread(target=checkpointer.wait)
+        writer.start()
+        while writer.is_alive() and len(during) < limit:
+            state, milliseconds = timed(state)
+            during.append(milliseconds)
+        writer.join()
+    step_ms = statistics.median(alone)
+    return {
+        "step_ms": round(step_ms, 2),
+        "step_during_save_ms": round(statistics.median(during), 2) if during else None,
+        "save_call_ms": round(held_up, 1),
+        "lost_to_a_save_ms": round(held_up + sum(ms - step_ms for ms in during), 1),
+    }
+
+
+def of_state(model: str, optimizer: str, folder: pathlib.Path) -> None:
+    config = model_config(f"t5_1_1/{model}")
+    optimizers = {"adafactor": optim.adafactor, "adamw": optim.adamw}
+    transform = optim.Optimizer(optimizers[optimizer](), optim.constant(1e-3))
+    abstract = step.abstract_state(config, transform, sharding.make_mesh())
+    state = jax.block_until_ready(step.init_state(config, transform, jax.random.key(0), abstract))
+    print(json.dumps({"model": model, "optimizer": optimizer} | measure(state, abstract, folder)))
 
 
 def of_position(steps: list[int]) -> None:
@@ -109,7 +161,7 @@ def of_position(steps: list[int]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small")
-    parser.add_argument("--optimizer", default="adafactor")
+    parser.add_argument("--optimizer", default="adafactor", choices=["adafactor", "adamw"])
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir(), "checkpoints"))
     parser.add_argument("--position", action="store_true")
     parser.add_argument("--steps", default="0,1000,10000")

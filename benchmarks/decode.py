@@ -19,78 +19,107 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 METHODS = {"greedy": 1, "beam": 4}
+Generate = Callable[[Any, int], np.ndarray]
 
 
-def inputs(args: argparse.Namespace) -> np.ndarray:
-    return np.random.default_rng(0).integers(2, 32000, (args.batch_size, args.inputs))
+def input_rows(batch_size: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(2, 32000, (batch_size, length))
 
 
-def make_model(folder: pathlib.Path, seed: int) -> None:
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+def random_params(config: Any, seed: int) -> dict[str, Any]:
+    """Random parameters of a T5 in which neither padding nor the end token ever wins."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
-    from train_step import model_config
 
-    from t5x_lite.convert import huggingface
     from t5x_lite.model import T5
 
-    config = model_config("t5_1_1/small")
     token = jnp.ones((1, 1), jnp.int32)
     params = nn.meta.unbox(jax.jit(T5(config).init)(jax.random.key(seed), token, token))["params"]
     kernel = params["decoder"]["logits_dense"]["kernel"]
-    params["decoder"]["logits_dense"]["kernel"] = kernel.at[:, :2].set(0.0)  # neither padding nor the end
-    huggingface.write(folder, config, params)
+    params["decoder"]["logits_dense"]["kernel"] = kernel.at[:, :2].set(0.0)
+    return params
 
 
-def generate_here(args: argparse.Namespace):
-    sys.path.insert(0, str(ROOT))
+def make_model(folder: pathlib.Path, seed: int) -> None:
+    """Writes a T5 1.1 small of random weights as a Hugging Face directory."""
+    from benchmarks.train_step import model_config
+    from t5x_lite.convert import huggingface
+
+    config = model_config("t5_1_1/small")
+    huggingface.write(folder, config, random_params(config, seed))
+
+
+def generator(model: Any, rows: np.ndarray) -> Generate:
+    """Returns a function (method, number of tokens) -> tokens [B, T] of a `LoadedModel`."""
     import jax
 
-    from t5x_lite.load import LoadedModel, load
-
-    model, rows = load(args.model), inputs(args).astype(np.int32)
-    assert isinstance(model, LoadedModel)
-
     def generate(method: Any, tokens: int) -> np.ndarray:
-        found, _ = model.generate(rows, method=method, beam_size=METHODS[method], max_length=tokens)
-        return jax.device_get(found)[:, 0]
+        tokens_BNT, _ = model.generate(
+            rows.astype(np.int32), method=method, beam_size=METHODS[method], max_length=tokens
+        )
+        return jax.device_get(tokens_BNT)[:, 0]
 
     return generate
 
 
-def generate_in_torch(args: argparse.Namespace):
+def torch_generator(model: Any, rows: np.ndarray) -> Generate:
+    """Returns the same of a Hugging Face model, on whatever device the model is."""
     import torch  # pyright: ignore[reportMissingImports]
-    from transformers import T5ForConditionalGeneration  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = T5ForConditionalGeneration.from_pretrained(args.model).eval()
-    rows = torch.from_numpy(inputs(args))
+    inputs = torch.from_numpy(rows).to(model.device)
 
     def generate(method: Any, tokens: int) -> np.ndarray:
         options = {"num_beams": METHODS[method], "max_new_tokens": tokens, "do_sample": False, "length_penalty": 0.6}
         with torch.inference_mode():
-            found = model.generate(rows, attention_mask=torch.ones_like(rows), **options)
-        return found[:, 1:].numpy()
+            tokens_BT = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+        return tokens_BT[:, 1:].cpu().numpy()
 
     return generate
 
 
-def time_calls(args: argparse.Namespace) -> dict:
-    generate = {"t5x_lite": generate_here, "torch": generate_in_torch}[args.side](args)
+def load_generator(args: argparse.Namespace) -> Generate:
+    """Loads `args.model` into the library that `args.side` names."""
+    rows = input_rows(args.batch_size, args.inputs)
+    if args.side == "t5x_lite":
+        from t5x_lite.load import load
+
+        return generator(load(args.model), rows)
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import T5ForConditionalGeneration  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return torch_generator(T5ForConditionalGeneration.from_pretrained(args.model).eval(), rows)
+
+
+def time_calls(generate: Generate, method: str, tokens: int, calls: int = 1) -> dict[str, Any]:
+    """Returns the seconds of each of `calls` calls, after one that is not timed, their CPU seconds, and the tokens."""
+    seconds, cpu_seconds = [], []
+    result = generate(method, tokens)
+    for _ in range(calls):
+        started = time.perf_counter(), time.process_time()
+        result = generate(method, tokens)
+        seconds.append(time.perf_counter() - started[0])
+        cpu_seconds.append(time.process_time() - started[1])
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": result}
+
+
+def time_side(args: argparse.Namespace) -> dict[str, Any]:
+    """Times one side's call for a single token and for all of them."""
+    generate = load_generator(args)
     times: dict[str, Any] = {}
     for name, tokens in (("one", 1), ("all", args.tokens)):
-        generate(args.method, tokens)
-        started = time.perf_counter(), time.process_time()
-        times["tokens"] = generate(args.method, tokens).tolist()
-        times[name] = time.perf_counter() - started[0]
-        times[f"cpu_{name}"] = time.process_time() - started[1]
+        result = time_calls(generate, args.method, tokens)
+        times |= {name: result["seconds"][0], f"cpu_{name}": result["cpu_seconds"][0]}
+        times["tokens"] = result["tokens"].tolist()
     return times
 
 
@@ -132,7 +161,7 @@ def main() -> None:
     parser.add_argument("--side", choices=["t5x_lite", "torch"], help="time one side here, once")
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(time_calls(args)))
+        print(json.dumps(time_side(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:

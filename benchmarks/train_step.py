@@ -15,13 +15,14 @@ What memory costs in time, each setting in a process of its own, so that peaks a
 
 and with `--attention` likewise: batch, rows, flash or cudnn; with `--adapt`, what training a part of the model saves:
 full, adapters, lora, bias_norm or frozen_encoder, of gin_configs/adapt/ (`model_flops_per_step` is the whole's).
+`benchmarks/accelerator.py` uses the functions below on a GPU or TPU.
 """
 
 import argparse
-import ast
+import dataclasses
 import json
+import math
 import pathlib
-import re
 import resource
 import statistics
 import sys
@@ -34,43 +35,148 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t5x_lite import logs, optim, sharding, step  # noqa: E402
+from benchmarks.sizes import gin_values  # noqa: E402
+from t5x_lite import logs, optim, plan, sharding, step  # noqa: E402
 from t5x_lite.attention import Implementation  # noqa: E402
 from t5x_lite.losses import LossConfig  # noqa: E402
 from t5x_lite.model import T5Config  # noqa: E402
-from t5x_lite.trainable import Trainable  # noqa: E402
+from t5x_lite.trainable import ALL, Trainable  # noqa: E402
 
 
-def said(file: str) -> dict[str, Any]:
-    """The plain values of T5Config, and the macros, in a file of gin_configs/."""
-    text = (ROOT / "gin_configs" / f"{file}.gin").read_text()
-    found = re.findall(r"^\s*(?:T5Config\.)?([A-Za-z_]+) = ([^%@\n]+)$", text, re.MULTILINE)
-    return {key: ast.literal_eval(value.strip()) for key, value in found}
+class DoesNotFit(MemoryError):
+    """The compiled step needs more memory than the device has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The shape of a training batch; `packed` rows hold two examples each."""
+
+    batch_size: int
+    inputs: int = 512
+    targets: int = 114
+    packed: bool = False
 
 
 def model_config(name: str, **options) -> T5Config:
-    """The published size `name` ("t5_1_1/small"), as its gin file says it."""
-    return T5Config(**said(f"models/{name}") | options)
+    """Returns the published size `name` ("t5_1_1/small"), as its gin file has it."""
+    return T5Config(**gin_values(f"models/{name}") | options)
 
 
-def synthetic_batch(args: argparse.Namespace, vocab_size: int) -> dict[str, np.ndarray]:
+def make_optimizer(trainable: Trainable = ALL) -> optim.Optimizer:
+    return optim.Optimizer(optim.adafactor(), optim.constant(1e-3), trainable=trainable)
+
+
+def synthetic_batch(shape: Shape, vocab_size: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
 
     def tokens(length: int) -> np.ndarray:
-        return random.integers(2, vocab_size, (args.batch_size, length), dtype=np.int32)
+        return random.integers(2, vocab_size, (shape.batch_size, length), dtype=np.int32)
 
-    targets = tokens(args.targets)
+    targets = tokens(shape.targets)
     batch = {
-        "encoder_input_tokens": tokens(args.inputs),
+        "encoder_input_tokens": tokens(shape.inputs),
         "decoder_target_tokens": targets,
         "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
         "decoder_loss_weights": np.ones_like(targets),
     }
-    if args.packed:
-        for side, length in (("encoder", args.inputs), ("decoder", args.targets)):
+    if shape.packed:
+        for side, length in (("encoder", shape.inputs), ("decoder", shape.targets)):
             segments = np.where(np.arange(length) < length // 2, 1, 2).astype(np.int32)
-            batch[f"{side}_segment_ids"] = np.tile(segments, (args.batch_size, 1))
+            batch[f"{side}_segment_ids"] = np.tile(segments, (shape.batch_size, 1))
     return batch
+
+
+class CompiledStep:
+    """The training step, compiled for one shape before anything is put on the devices.
+
+    memory: what the compiler allotted on each device, counted as `--mode=plan` counts it.
+    compiler: of a mesh of one's own; None: the first device alone.
+    fused_attention_calls: custom calls of a fused attention kernel in the program; 0 where XLA does it.
+
+    Raises DoesNotFit: the program needs more than the device's memory.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        shape: Shape,
+        optimizer: optim.Optimizer | None = None,
+        compiler: step.Compiler | None = None,
+        microbatches: int = 1,
+    ):
+        self.config, self.shape = config, shape
+        self._optimizer = optimizer or make_optimizer()
+        self._compiler = compiler or step.Compiler(sharding.make_mesh(1, devices=jax.devices()[:1]))
+        self.devices = self._compiler.mesh.size
+        self.abstract = step.abstract_state(config, self._optimizer, self._compiler.mesh)
+        batch_sharding = sharding.batch_sharding(self._compiler.mesh)
+        self.batch = sharding.shard_batch(synthetic_batch(shape, config.vocab_size), batch_sharding)
+        self.key = jax.device_put(jax.random.key(1), self._compiler.replicated())
+        train_step = self._compiler.train_step(
+            self.abstract, config=config, optimizer=self._optimizer, loss=LossConfig(), num_microbatches=microbatches
+        )
+        lowered = train_step.lower(self.abstract, self.batch, self.key)
+        self.fused_attention_calls = sum(lowered.as_text().count(name) for name in ("cudnn$fmha", "tpu_custom_call"))
+        started = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - started
+        self.memory = plan.memory_of(self.compiled)
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        if self.memory.needed > limit:
+            raise DoesNotFit(f"{shape}: the step needs {self.memory.needed:,} bytes of {limit:,}")
+
+    def init_state(self) -> step.TrainState:
+        return step.init_state(self.config, self._optimizer, jax.random.key(0), self.abstract)
+
+    def __call__(self, state: step.TrainState) -> tuple[step.TrainState, dict[str, jax.Array]]:
+        return self.compiled(state, self.batch, self.key)
+
+
+def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float = 0.0) -> dict[str, Any]:
+    """Times the step and returns what one JSON line holds.
+
+    Args:
+      steps: rounds that are timed, after two steps that are not.
+      seconds_a_round: how long a round is to take: so many steps are launched one behind the other, as training
+        launches them, before the last one's loss is fetched; 0: one step a round.
+    """
+    config, shape = train_step.config, train_step.shape
+    state, losses, seconds = train_step.init_state(), [], []
+    parameters = step.param_count(state.params)
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    steps_a_round = 1
+    for number in range(steps + 2):
+        started = time.perf_counter()
+        for _ in range(steps_a_round):
+            state, metrics = train_step(state)
+        losses.append(float(metrics["loss"]))
+        seconds.append((time.perf_counter() - started) / steps_a_round)
+        if number == 1:
+            steps_a_round = max(math.ceil(seconds_a_round / seconds[-1]), 1)
+    median = statistics.median(seconds[2:])
+    flops = logs.flops_per_step(config, shape.batch_size, shape.inputs, shape.targets)
+    peak = logs.peak_flops(jax.devices()[0])
+    memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": train_step.devices,
+        "parameters": parameters,
+        "optimizer_mb": round(optimizer_bytes / 2**20, 2),
+        "step_seconds": round(median, 5),
+        "step_seconds_all": [round(s, 5) for s in seconds[2:]],
+        "sequences_per_second": round(shape.batch_size / median, 2),
+        "tokens_per_second": round(shape.batch_size * (shape.inputs + shape.targets) / median),
+        "model_flops_per_step": flops,
+        "mfu": round(flops / median / peak / train_step.devices, 4) if peak else None,
+        "compile_seconds": round(train_step.compile_seconds, 2),
+        "temporaries_gb": round((train_step.memory.temporaries or 0) / 2**30, 3),
+        "needed_gb": round(train_step.memory.needed / 2**30, 3),
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_device_gb": round(memory["peak_bytes_in_use"] / 2**30, 3) if memory else None,
+        "fused_attention_calls": train_step.fused_attention_calls,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
 
 
 def main() -> None:
@@ -92,7 +198,7 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=size)
     args = parser.parse_args()
 
-    adapt = said(f"adapt/{args.adapt}")
+    adapt = gin_values(f"adapt/{args.adapt}")
     trainable = Trainable(adapt.pop("TRAINABLE"))
     config = model_config(
         args.model,
@@ -103,52 +209,15 @@ def main() -> None:
         attention=args.attention,
         scan_layers=not args.unroll,
     )
-    optimizer = optim.Optimizer(optim.adafactor(), optim.constant(1e-3), trainable=trainable)
-    compiler = step.Compiler(sharding.make_mesh(args.data, args.fsdp, args.tensor))
-    abstract = step.abstract_state(config, optimizer, compiler.mesh)
-    train_step = compiler.train_step(
-        abstract, config=config, optimizer=optimizer, loss=LossConfig(), num_microbatches=args.microbatches
+    train_step = CompiledStep(
+        config,
+        Shape(args.batch_size, args.inputs, args.targets, args.packed),
+        make_optimizer(trainable),
+        step.Compiler(sharding.make_mesh(args.data, args.fsdp, args.tensor)),
+        args.microbatches,
     )
-    state = step.init_state(config, optimizer, jax.random.key(0), abstract)
-    batch = sharding.shard_batch(synthetic_batch(args, config.vocab_size), sharding.batch_sharding(compiler.mesh))
-    key = jax.device_put(jax.random.key(1), compiler.replicated())
-
-    started = time.perf_counter()
-    train_step = train_step.lower(state, batch, key).compile()
-    compile_seconds = time.perf_counter() - started
-    seconds, losses = [], []
-    for _ in range(args.steps + 2):
-        started = time.perf_counter()
-        state, metrics = train_step(state, batch, key)
-        losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - started)
-    median = statistics.median(seconds[2:])
-    flops = logs.flops_per_step(config, args.batch_size, args.inputs, args.targets)
-    peak = logs.peak_flops(jax.devices()[0])
-    memory = jax.devices()[0].memory_stats() or {}
-    print(
-        json.dumps(
-            vars(args)
-            | {
-                "device": jax.devices()[0].device_kind,
-                "devices": jax.device_count(),
-                "parameters": step.param_count(state.params),
-                "trained": trainable.count(state.params),
-                "optimizer_mb": round(sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) / 2**20, 2),
-                "step_seconds": round(median, 5),
-                "step_seconds_all": [round(s, 5) for s in seconds[2:]],
-                "tokens_per_second": round(args.batch_size * (args.inputs + args.targets) / median),
-                "model_flops_per_step": flops,
-                "mfu": round(flops / median / peak / jax.device_count(), 4) if peak else None,
-                "compile_seconds": round(compile_seconds, 2),
-                "temporaries_gb": round(train_step.memory_analysis().temp_size_in_bytes / 2**30, 3),
-                "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-                "peak_device_gb": round(memory["peak_bytes_in_use"] / 2**30, 3) if memory else None,
-                "first_loss": losses[0],
-                "last_loss": losses[-1],
-            }
-        )
-    )
+    trained = {"trained": trainable.count(train_step.abstract.params)}
+    print(json.dumps(vars(args) | trained | measure(train_step, steps=args.steps)))
 
 
 if __name__ == "__main__":

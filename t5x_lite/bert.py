@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite.attention import Implementation, Visibility, dot_product_attention
 from t5x_lite.config import Dtype, Remat, check_choices
+from t5x_lite.errors import UserError
 from t5x_lite.layers import PRODUCT, Embed, named_axes, project
 from t5x_lite.sharding import constrain
 from t5x_lite.stacks import stack
@@ -66,17 +67,17 @@ class BertConfig:
         sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments", "num_labels")
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"BertConfig.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"BertConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.num_heads:
-            raise ValueError(f"BertConfig.d_model={self.d_model} must be a multiple of num_heads={self.num_heads}")
+            raise UserError(f"BertConfig.d_model={self.d_model} must be a multiple of num_heads={self.num_heads}")
         if unknown := [head for head in self.heads if head not in get_args(Head)]:
-            raise ValueError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
+            raise UserError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
         if "pooler" not in self.heads and (above := {"nsp", "classify"} & set(self.heads)):
-            raise ValueError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
+            raise UserError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
         if self.labels and len(self.labels) != self.num_labels:
-            raise ValueError(f"BertConfig.labels={self.labels} must name num_labels={self.num_labels} classes")
+            raise UserError(f"BertConfig.labels={self.labels} must name num_labels={self.num_labels} classes")
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+            raise UserError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
         check_choices(self, dtype=Dtype, remat=Remat)
 
     @property
@@ -280,7 +281,7 @@ class Bert(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Visibility]:
         c, length = self.config, tokens_BS.shape[1]
         if length > c.max_length:
-            raise ValueError(f"a row of {length} tokens: BertConfig.max_length is {c.max_length}, cut it to that")
+            raise UserError(f"a row of {length} tokens: BertConfig.max_length is {c.max_length}, cut it to that")
         segments_BS = jnp.zeros_like(tokens_BS) if segments_BS is None else segments_BS
         position_SD = constrain(self.position_embedding, None, None)[:length]
         segment_BSD = jnp.take(constrain(self.segment_embedding, None, None), segments_BS, axis=0)

@@ -17,6 +17,7 @@ import seqio
 from etils import epath
 
 from t5x_lite import data, infer, packing
+from t5x_lite.errors import UserError
 from t5x_lite.evaluate import text_of
 from t5x_lite.infer import Example, Source
 from t5x_lite.results import write_whole
@@ -68,7 +69,7 @@ class Evaluation:
         self._examples: dict[str, list[Example]] = {}
         for task in self._tasks:
             if others := [fn for fn in task.metric_fns if fn not in task.predict_metric_fns]:
-                raise ValueError(f"{task.name}: {others} must be functions of (targets, predictions) for a classifier")
+                raise UserError(f"{task.name}: {others} must be functions of (targets, predictions) for a classifier")
             options = {"split": split, "num_examples": num_examples, "use_cached": use_cached, "seed": seed}
             self._examples[task.name] = list(task_source(task.name, lengths, **options).read(0))
 
@@ -105,7 +106,7 @@ def answered(
     }
     logits_BN = np.asarray(classify(batch), np.float32)
     if logits_BN.shape != (rows, label.vocabulary.vocab_size):
-        raise ValueError(
+        raise UserError(
             f"classify gave an array of shape {logits_BN.shape} for {rows} rows of {label.vocabulary.vocab_size} "
             "classes: [B, N] is due"
         )

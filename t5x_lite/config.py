@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 
 from t5x_lite.attention import Implementation
+from t5x_lite.errors import UserError
 from t5x_lite.layers import ACTIVATIONS
 
 Remat = Literal["none", "minimal", "full"]
@@ -57,19 +58,19 @@ class T5Config:
         sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "num_decoder_layers": 1, "vocab_size": 1}
         for name, least in {**sizes, "num_encoder_layers": 0, "adapter_size": 0, "lora_rank": 0}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
         if self.prefix_lm and not self.decoder_only:
-            raise ValueError(
+            raise UserError(
                 f"T5Config.prefix_lm is for a decoder alone, num_encoder_layers=0; got {self.num_encoder_layers}"
             )
         if unknown := [a for a in self.mlp_activations if a not in ACTIVATIONS]:
-            raise ValueError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
+            raise UserError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
         if not self.mlp_activations:
-            raise ValueError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
+            raise UserError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+            raise UserError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
         if self.relative_buckets < 4 or self.relative_buckets % 4 or self.relative_max_distance < self.relative_buckets:
-            raise ValueError(
+            raise UserError(
                 f"T5Config.relative_buckets={self.relative_buckets} must be a multiple of 4 and at most "
                 f"relative_max_distance={self.relative_max_distance}"
             )
@@ -94,7 +95,7 @@ def check_choices(config: Any, **kinds: Any) -> None:
     choices = {name: get_args(kind) for name, kind in kinds.items()} | {"attention": (*get_args(Implementation), None)}
     for name, among in choices.items():
         if getattr(config, name) not in among:
-            raise ValueError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
+            raise UserError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
 
 
 # Found in the names of the parameters that adapter_size and lora_rank add to a model.

@@ -23,6 +23,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import packing
+from t5x_lite.errors import UserError
 from tasks import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def find_provider(name: str) -> Provider:
         return seqio.TaskRegistry.get(name)
     known = sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
-    raise ValueError(
+    raise UserError(
         f"MIXTURE_OR_TASK_NAME={name!r} is no registered task or mixture. Nearest of {len(known)}: {', '.join(near)}. "
         "A task of your own is registered by a module that MIXTURE_OR_TASK_MODULE names."
     )
@@ -109,7 +110,7 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
         padded = -(-size // 128) * 128
         if size > model_vocab_size:
             which = getattr(spec.vocabulary, "sentencepiece_model_file", type(spec.vocabulary).__name__)
-            raise ValueError(
+            raise UserError(
                 f"{name} writes ids up to {size - 1} in {feature!r} (vocabulary of {size}: {which}), the model has "
                 f"vocab_size={model_vocab_size}. Give the model vocab_size={padded} or the task the "
                 "vocabulary that the model was trained with (VOCABULARY)."
@@ -125,7 +126,7 @@ def check_labels(name: str, num_labels: int) -> None:
     """Raises ValueError where a classification task has not as many classes as the model (one number counts as one)."""
     labels = find_provider(name).output_features["label"].vocabulary
     if labels.vocab_size != num_labels:
-        raise ValueError(
+        raise UserError(
             f"{name} has {labels.vocab_size} classes ({labels}), the model BertConfig.num_labels = {num_labels}: give "
             f"it --gin.BertConfig.num_labels={labels.vocab_size}"
         )
@@ -135,7 +136,7 @@ def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encod
     """Raises ValueError where TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
     features = find_provider(name).output_features
     if missing := [feature for feature in FEATURES[layout] if feature not in features]:
-        raise ValueError(
+        raise UserError(
             f"{name} has the features {', '.join(features)}; a model of layout {layout!r} also needs "
             f"{', '.join(missing)}: see models/*.gin for which tasks go with which model."
         )
@@ -146,30 +147,30 @@ def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encod
         "classifier": ({"inputs"}, {"inputs"}),
     }[layout]
     if not needed <= set(lengths) <= allowed:
-        raise ValueError(
+        raise UserError(
             f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))} and nothing "
             f"else{' but inputs' if allowed - needed else ''}, such as "
             f"{ {feature: 512 if feature == 'inputs' else 114 for feature in sorted(needed)} }; {name} has the "
             f"features {', '.join(features)}."
         )
     if not all(isinstance(n, int) and n > 0 for n in lengths.values()):
-        raise ValueError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths are whole numbers of tokens above 0.")
+        raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths are whole numbers of tokens above 0.")
 
 
 def check_split(name: str, split: str) -> None:
     """Raises ValueError where no task of `name` has `split`, or those that do are all mixed at rate 0."""
     provider = find_provider(name)
     if split not in provider.splits:
-        raise ValueError(f"{name} has no split {split!r}, only {sorted(provider.splits)}.")
+        raise UserError(f"{name} has no split {split!r}, only {sorted(provider.splits)}.")
     if isinstance(provider, seqio.Mixture):
         rates = {t.name: provider.get_rate(t) for t in provider.tasks if split in t.splits}
         if not any(rate > 0 for rate in rates.values()):
-            raise ValueError(f"The mixture {name} has rate 0 for every task with the split {split!r}: {rates}.")
+            raise UserError(f"The mixture {name} has rate 0 for every task with the split {split!r}: {rates}.")
 
 
 def _shard_size(batch_size: int, shards: int) -> int:
     if batch_size < 1 or shards < 1 or batch_size % shards:
-        raise ValueError(
+        raise UserError(
             f"BATCH_SIZE={batch_size} must be a positive multiple of DATA_SHARDS={shards} (by default the number of "
             "hosts that read different rows)."
         )
@@ -283,7 +284,7 @@ class TrainBatches:
         for iterator, (start, end) in zip(self._opened(), self._mine.values(), strict=True):
             batch = next(iterator, None)
             if batch is None:
-                raise ValueError(
+                raise UserError(
                     f"{self._name} ran out of examples although it repeats: a task of it has none in the split "
                     f"{self._stream['split']!r}, or its preprocessors leave none. Look at it with --mode=inspect."
                 )
@@ -312,7 +313,7 @@ class TrainBatches:
         asked = self._stream | ({"DATA_SHARDS": self._asked} if self._asked else {})
         differing = [f"{k}: was {saved.get(k)!r}, is {v!r}" for k, v in asked.items() if saved.get(k) != v]
         if differing:
-            raise ValueError(
+            raise UserError(
                 "The saved data position belongs to other data:\n  "
                 + "\n  ".join(differing)
                 + "\nSet these back, or begin a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
@@ -333,7 +334,7 @@ def _rows(
         cut = examples.map(lambda x: {k: tf.cast(x[k][:width], dtypes[k]) for k, width in widths.items()})
         return cut.padded_batch(lengths["inputs"], widths)
     if "inputs" not in spec and layout != "decoder":
-        raise ValueError(
+        raise UserError(
             f"the examples of {name} have no inputs: they are for a decoder alone, such as models/decoder_only.gin"
         )
     features = {k: lengths[k] for k in ("inputs", "targets") if k in spec and k in lengths}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
+from t5x_lite.errors import UserError
 from t5x_lite.model import T5, Cache, T5Config, forward
 
 Method = Literal["greedy", "sample", "beam"]
@@ -29,14 +30,14 @@ class Decoding:
 
     method: "greedy" takes the most likely token at each step; "sample" draws it; "beam" searches the most likely
       sequence with `beam_size` candidates (T5X decoding.beam_search).
-    num_return: results for each input.
+    num_decodes: results for each input.
     alpha: "beam" ranks by log-probability / ((5 + length) / 6)^alpha, the length counting END.
     temperature, top_k, top_p: "sample" draws from softmax(logits / temperature), cut to the `top_k` most likely tokens
       (0: all) and then to the fewest that together have the probability `top_p`.
     """
 
     method: Method = "greedy"
-    num_return: int = 1
+    num_decodes: int = 1
     beam_size: int = 4
     alpha: float = 0.6
     temperature: float = 1.0
@@ -44,7 +45,7 @@ class Decoding:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        most = {"greedy": 1, "beam": self.beam_size}.get(self.method, self.num_return)
+        most = {"greedy": 1, "beam": self.beam_size}.get(self.method, self.num_decodes)
         for holds, problem in (
             (
                 self.method in get_args(Method),
@@ -52,8 +53,8 @@ class Decoding:
             ),
             (self.beam_size >= 1, f"BEAM_SIZE {self.beam_size}: it must be at least 1"),
             (
-                1 <= self.num_return <= most,
-                f"NUM_DECODES {self.num_return}: {self.method} gives 1 to {most} results for an input",
+                1 <= self.num_decodes <= most,
+                f"NUM_DECODES {self.num_decodes}: {self.method} gives 1 to {most} results for an input",
             ),
             (self.alpha >= 0, f"BEAM_ALPHA {self.alpha}: it must be at least 0"),
             (
@@ -64,12 +65,12 @@ class Decoding:
             (0 < self.top_p <= 1, f"TOP_P {self.top_p}: it must be above 0 and at most 1"),
         ):
             if not holds:
-                raise ValueError(problem)
+                raise UserError(problem)
 
     def __str__(self) -> str:
         used = {"greedy": (), "beam": ("beam_size", "alpha"), "sample": ("temperature", "top_k", "top_p")}
         said = [f"{name} {getattr(self, name)}" for name in used[self.method]]
-        return ", ".join([self.method, *said, *([f"{self.num_return} results"] if self.num_return > 1 else [])])
+        return ", ".join([self.method, *said, *([f"{self.num_decodes} results"] if self.num_decodes > 1 else [])])
 
 
 def generate(
@@ -82,7 +83,7 @@ def generate(
     key: Key[Array, "*B"] | None = None,
     max_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
-    """Decodes `decoding.num_return` = N results for each row, the best first ("sample": in the order drawn).
+    """Decodes `decoding.num_decodes` = N results for each row, the best first ("sample": in the order drawn).
 
     The inputs, padded with 0 at the end, are the encoder's; a decoder alone reads them in one pass and goes on.
 
@@ -98,17 +99,17 @@ def generate(
     Raises:
       ValueError: a key is missing, or row limits are given to beam search.
     """
-    method, num_return = decoding.method, decoding.num_return
+    method, num_decodes = decoding.method, decoding.num_decodes
     if method == "beam":
         if max_lengths is not None:
-            raise ValueError("max_lengths is for greedy decoding and sampling; beam search has one max_length")
+            raise UserError("max_lengths is for greedy decoding and sampling; beam search has one max_length")
         tokens_BKT, scores_BK = _beam(
             params, encoder_input_tokens, config, max_length, decoding.beam_size, decoding.alpha
         )
-        return tokens_BKT[:, :num_return], scores_BK[:, :num_return]
+        return tokens_BKT[:, :num_decodes], scores_BK[:, :num_decodes]
     if method == "sample":
         if key is None:
-            raise ValueError("sampling needs a key")
+            raise UserError("sampling needs a key")
         choose = functools.partial(_draw, decoding=decoding)
     else:
         choose = _most_likely
@@ -117,11 +118,11 @@ def generate(
         max_lengths = jnp.full((rows,), max_length)
     key = jax.random.key(0) if key is None else key
     keys_B = _folded(key, jnp.arange(rows)) if key.ndim == 0 else key
-    keys_BN = jax.vmap(_folded, (0, None))(keys_B, jnp.arange(num_return))
+    keys_BN = jax.vmap(_folded, (0, None))(keys_B, jnp.arange(num_decodes))
     tokens, scores = _token_by_token(
-        params, encoder_input_tokens, config, max_length, num_return, choose, keys_BN.reshape(-1), max_lengths
+        params, encoder_input_tokens, config, max_length, num_decodes, choose, keys_BN.reshape(-1), max_lengths
     )
-    return tokens.reshape(rows, num_return, max_length), scores.reshape(rows, num_return)
+    return tokens.reshape(rows, num_decodes, max_length), scores.reshape(rows, num_decodes)
 
 
 def _folded(key: Key[Array, ""], numbers: Int[Array, " N"]) -> Key[Array, " N"]:

@@ -18,6 +18,7 @@ import tensorflow as tf
 from etils import epath
 
 from t5x_lite import data, packing
+from t5x_lite.errors import UserError
 from t5x_lite.results import write_whole
 from tasks.metrics import glue_average, glue_missing
 
@@ -61,9 +62,7 @@ class Evaluation:
         for task in with_split:
             for metric in task.metric_objs:
                 if metric.model_output_type == Output.SCORE_WITH_INTERMEDIATES:
-                    raise ValueError(
-                        f"Task {task.name} has a metric on intermediate values ({metric}); there are none."
-                    )
+                    raise UserError(f"Task {task.name} has a metric on intermediate values ({metric}); there are none.")
         self._batch_size = batch_size
         self._predictions = epath.Path(predictions) if predictions is not None else None
         self.tasks = [task.name for task in with_split if task.metric_objs]
@@ -171,14 +170,14 @@ _INPUTS, _TARGETS = "encoder_input_tokens", "decoder_target_tokens"
 def _predicted(predict: Predict, rows: data.Batch) -> np.ndarray:
     tokens_BT = np.asarray(predict(rows[_INPUTS]))
     if tokens_BT.ndim != 2 or len(tokens_BT) != len(rows[_INPUTS]):
-        raise ValueError(f"predict gave tokens of shape {tokens_BT.shape} for {len(rows[_INPUTS])} rows: [B, T] is due")
+        raise UserError(f"predict gave tokens of shape {tokens_BT.shape} for {len(rows[_INPUTS])} rows: [B, T] is due")
     return tokens_BT
 
 
 def scored(score: Score, rows: data.Batch) -> list[float]:
     scores_B = np.asarray(score(rows))
     if scores_B.shape != (len(rows[_INPUTS]),):
-        raise ValueError(f"score gave an array of shape {scores_B.shape} for {len(rows[_INPUTS])} rows: [B] is due")
+        raise UserError(f"score gave an array of shape {scores_B.shape} for {len(rows[_INPUTS])} rows: [B] is due")
     return scores_B.astype(float).tolist()
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from t5x_lite import convert, decode
 from t5x_lite.config import Dtype
 from t5x_lite.convert import tensors
+from t5x_lite.errors import ExistingFileError, UserError
 from t5x_lite.load import LoadedModel, load
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -44,7 +45,7 @@ program = jax.export.deserialize(pathlib.Path("predict.jax_export").read_bytes()
 params = jax.device_put(load_file("params.safetensors"))
 predict = jax.jit(program.call)  # compiled anew for each shape of inputs
 inputs = np.array([[100, 200, 1, 0], [300, 400, 500, 1]], np.int32)  # [B, S]; 1 ends a row, 0 fills it up
-tokens, scores = predict(params, inputs{seed})  # [B, {num_return}, {max_length}] and [B, {num_return}]
+tokens, scores = predict(params, inputs{seed})  # [B, {num_decodes}, {max_length}] and [B, {num_decodes}]
 ```
 
 Rows of tokens end with 1, and 0 comes after it; scores are log-probabilities{ranked}. Parameters are float32,
@@ -88,10 +89,10 @@ def export(
     """
     path, dest = Path(path).expanduser(), Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise FileExistsError(f"{dest} is there and not empty: name a new folder")
+        raise ExistingFileError(f"{dest} is there and not empty: name a new folder")
     model = load(path, dtype=dtype)
     if not isinstance(model, LoadedModel):
-        raise ValueError(f"{path} holds no T5, and only T5 generates")
+        raise UserError(f"{path} holds no T5, and only T5 generates")
     written = program(model, max_length, decoding).serialize()
     dest.mkdir(parents=True, exist_ok=True)
     (dest / "predict.jax_export").write_bytes(written)
@@ -103,7 +104,7 @@ def export(
         "layout": "T5 decoder" if model.config.decoder_only else "T5",
         "decoding": decoding,
         "max_length": max_length,
-        "num_return": decoding.num_return,
+        "num_decodes": decoding.num_decodes,
         "seed": ", np.uint32(0)" if decoding.method == "sample" else "",
         "ranked": f" / ((5 + length) / 6)^{decoding.alpha}" if decoding.method == "beam" else "",
         "version": jax.__version__,
@@ -118,11 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dest", help="folder to make")
     parser.add_argument("--max_length", type=int, default=128, help="tokens of a result at most")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of activations")
-    parser.add_argument("--method", choices=get_args(decode.Method), default="greedy")
-    fields = ("num_return", "beam_size", "alpha", "temperature", "top_k", "top_p")
+    parser.add_argument("--method", choices=get_args(decode.Method), default=decode.Decoding.method)
+    fields = ("num_decodes", "beam_size", "alpha", "temperature", "top_k", "top_p")
     for name in fields:
-        default = getattr(decode.Decoding(), name)
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        default = getattr(decode.Decoding, name)
+        names = (f"--{name}", "--num_return") if name == "num_decodes" else (f"--{name}",)
+        parser.add_argument(*names, type=type(default), default=default)
     asked = parser.parse_args(arguments)
     try:
         decoding = decode.Decoding(asked.method, **{name: getattr(asked, name) for name in fields})

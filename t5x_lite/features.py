@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 import tasks
 from t5x_lite import data, infer, packing
 from t5x_lite.checkpoint import find_checkpoint
+from t5x_lite.errors import UserError
 from t5x_lite.evaluate import text_of
 from t5x_lite.load import LoadedModel, load
 from t5x_lite.results import json_line
@@ -61,7 +62,7 @@ def fit(features_MD: Float[np.ndarray, "M D"], targets: Sequence[str], l2: float
     """
     different = tuple(sorted(set(targets)))
     if len(different) < 2:
-        raise ValueError(f"all {len(targets)} targets are {different}: there is nothing to tell apart")
+        raise UserError(f"all {len(targets)} targets are {different}: there is nothing to tell apart")
     numbers = all(map(_is_number, different))
     answers = None if numbers else different
     y_M = np.array([float(t) if numbers else different.index(t) for t in targets], np.float32 if numbers else np.int32)
@@ -121,9 +122,9 @@ def transfer(path: str, task_name: str, cache: Path, length: int = 128) -> dict[
     """
     task = data.find_provider(task_name)
     if not isinstance(task, seqio.Task) or not task.predict_metric_fns:
-        raise ValueError(f"{task_name} is no task with metrics of predictions: name one task")
+        raise UserError(f"{task_name} is no task with metrics of predictions: name one task")
     if missing := set(SPLITS) - set(task.splits):
-        raise ValueError(f"{task_name} has no split {missing.pop()!r}; it has {', '.join(task.splits)}")
+        raise UserError(f"{task_name} has no split {missing.pop()!r}; it has {', '.join(task.splits)}")
     examples = {split: _examples(task, split, length) for split in SPLITS}
     rows = {split: len(found) for split, found in examples.items()}
     about = json.dumps({"model": path, "checkpoint": _written(path), "length": length, "rows": rows})
@@ -132,7 +133,7 @@ def transfer(path: str, task_name: str, cache: Path, length: int = 128) -> dict[
     if found is None:
         model = load(path)
         if not isinstance(model, LoadedModel) or model.config.decoder_only:
-            raise ValueError(f"{path} has no encoder of T5's kind")
+            raise UserError(f"{path} has no encoder of T5's kind")
         data.check_vocabulary(task_name, model.config.vocab_size)
         found = {s: features(model, [example["inputs"] for example in examples[s]], length) for s in SPLITS}
         cache.mkdir(parents=True, exist_ok=True)

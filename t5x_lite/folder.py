@@ -12,6 +12,8 @@ from pathlib import Path
 
 from etils import epath
 
+from t5x_lite.errors import UserFileError
+
 log = logging.getLogger(__name__)
 
 
@@ -97,7 +99,9 @@ class GrowingFile:
                 self._write()
                 os.fsync(self._file.fileno())
             except OSError as error:
-                raise OSError(f"{self._path} cannot be written ({error}): make room, or give access to it") from None
+                raise UserFileError(
+                    f"{self._path} cannot be written ({error}): make room, or give access to it"
+                ) from None
 
     def close(self) -> None:
         """Closes; what still cannot be written is lost, which the log says."""

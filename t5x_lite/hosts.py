@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 
+from t5x_lite.errors import UserError
+
 log = logging.getLogger("t5x_lite")
 
 # A process that is not heard of for so long is taken for dead, and JAX then ends the others.
@@ -56,12 +58,12 @@ def connect(
     proxies = _bypass_proxies()
     if (coordinator_address, process_count, process_index) != (None, None, None):
         if coordinator_address is None or process_count is None or process_index is None:
-            raise ValueError(
+            raise UserError(
                 "--coordinator_address=HOST:PORT (of process 0), --process_count and --process_index go together; got "
                 f"{coordinator_address}, {process_count}, {process_index}. {_ALONE}"
             )
         if ":" not in coordinator_address or not 0 <= process_index < process_count:
-            raise ValueError(
+            raise UserError(
                 f"--coordinator_address={coordinator_address} must be HOST:PORT, and --process_index={process_index} "
                 f"at least 0 and below --process_count={process_count}"
             )
@@ -126,7 +128,7 @@ def _search(method: str | None = None, gpus: list[int] | None = None) -> None:
         reason = "JAX knows no cluster with these variables"
     if several := _signs_of_several():
         sign, cure = several
-        raise ValueError(f"{sign}, but the other processes are not found: {reason}. {cure}; {_ALONE}") from failure
+        raise UserError(f"{sign}, but the other processes are not found: {reason}. {cure}; {_ALONE}") from failure
     if _NO_CLUSTER not in str(failure) and _STARTED not in str(failure):
         log.warning(
             "No other processes are found, and this one trains alone (%s: %s). If several are meant, %s.",
@@ -238,7 +240,7 @@ def _check_srun_is_not_needed() -> None:
     nodes = max(_number("SLURM_JOB_NUM_NODES"), _number("SLURM_NNODES"))
     if tasks > 1 or nodes > 1:
         count = f"{tasks} tasks" if tasks > 1 else f"{nodes} nodes"
-        raise ValueError(
+        raise UserError(
             f"this Slurm job has {count}, but srun did not start this process, and nothing starts the others: "
             f"put srun before python, or ask for one task (sbatch --nodes=1 --ntasks=1); {_ALONE}"
         )

@@ -21,6 +21,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import data, packing
+from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.evaluate import Score, scored, text_of
 from t5x_lite.results import Progress, Results
 from tasks import formats
@@ -120,7 +121,7 @@ def file_source(
       ValueError: a line that is not as said; the message has its number. Or there is no length of inputs.
     """
     if "inputs" not in lengths:
-        raise ValueError(f"TASK_FEATURE_LENGTHS={dict(lengths)} has no length for the inputs of {path}")
+        raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)} has no length for the inputs of {path}")
     features = {"inputs": dataclasses.replace(features["targets"], add_eos=False), **features}
 
     def check(number: int, row: Mapping[str, Any]) -> None:
@@ -146,7 +147,7 @@ def lines_source(
 ) -> Source:
     """See `file_source`: `check` refuses the row of a line by its number, `example` makes one of it."""
     if not tf.io.gfile.exists(path):
-        raise FileNotFoundError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
+        raise MissingFileError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
     is_json = path.removesuffix(".gz").endswith(".jsonl")
 
     def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -205,7 +206,7 @@ def write_predictions(
         inputs_BS = padded([example.input_tokens for example in group], width(group, lengths, "inputs"), batch_size)
         tokens_BNT, scores_BN = (np.asarray(x) for x in generate(inputs_BS))
         if tokens_BNT.ndim != 3 or tokens_BNT.shape[:2] != scores_BN.shape or len(tokens_BNT) != batch_size:
-            raise ValueError(
+            raise UserError(
                 f"generate gave tokens of shape {tokens_BNT.shape} and scores of shape {scores_BN.shape} for "
                 f"{batch_size} rows: [B, N, T] and [B, N] are due"
             )
@@ -246,7 +247,7 @@ def write_scores(
         targets = []
         for example in group:
             if example.target_tokens is None:
-                raise ValueError(f'{example.where} has no "targets" to score. To predict them, use --mode=infer.')
+                raise UserError(f'{example.where} has no "targets" to score. To predict them, use --mode=infer.')
             targets.append(example.target_tokens)
         inputs = [example.input_tokens for example in group]
         batch = packing.unpacked(

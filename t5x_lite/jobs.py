@@ -1,7 +1,7 @@
 """The work of each mode of the command: train, eval, infer, score, inspect, plan, and the dry run.
 
-Each function takes a `Run` and wires the parts. TensorFlow and SeqIO are imported only when all that can be refused
-without them has been, for that takes seconds. This module knows every part, and nothing of flags and gin.
+Each function takes a `RunConfig` and wires the parts. TensorFlow and SeqIO are imported only when all that can be
+refused without them has been, for that takes seconds. This module knows every part, and nothing of flags and gin.
 """
 
 import contextlib
@@ -23,9 +23,10 @@ from t5x_lite import train as loop
 from t5x_lite.bert import ON_TOP
 from t5x_lite.checkpoint import lock, saving
 from t5x_lite.config import ADDED
+from t5x_lite.errors import MissingFileError, UserError, UserFileError
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
-from t5x_lite.options import Run, last_step
+from t5x_lite.run_config import RunConfig, last_step
 
 log = logging.getLogger("t5x_lite")
 
@@ -36,25 +37,26 @@ Scores = loop.Scores
 # What every mode needs
 
 
-def _checkpoint_to_read(run: Run) -> tuple[str, int]:
-    """The checkpoint that eval, infer and score read, and its step."""
+def _checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
+    """The checkpoint that eval, infer and score read: its path, its step, and how to restore its parameters."""
     start = checkpoint.choose_start(
         run.model_dir, run.initial_checkpoint_path, parts=("params", "info"), strict=run.strict
     )
     if start.path is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no checkpoint to read: MODEL_DIR = {run.model_dir!r} holds none, and INITIAL_CHECKPOINT_PATH is not set"
         )
     why = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
     log.info("Reading the checkpoint %s: %s.", start.path, why)
     step_name = Path(start.path).name
-    return start.path, int(step_name) if step_name.isdecimal() else 0
+    restore = partial(checkpoint.restore_params, start.path, verified=start.kind == "resume")
+    return start.path, int(step_name) if step_name.isdecimal() else 0, restore
 
 
 # The modes
 
 
-def train(run: Run, config: str) -> None:
+def train(run: RunConfig, config: str) -> None:
     """Trains to the last step from wherever the run is, evaluating and saving on the way; then reports.
 
     Args:
@@ -68,13 +70,13 @@ def train(run: Run, config: str) -> None:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise OSError(
+        raise UserFileError(
             f"{error}. The checkpoints in MODEL_DIR = {run.model_dir!r} are as they were: put that right and start the "
             "same command again, and the run goes on from the newest."
         ) from error
 
 
-def _train(run: Run, config: str, machine: Machine) -> None:
+def _train(run: RunConfig, config: str, machine: Machine) -> None:
     last = last_step(run)
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
     name = work.prepare(run)
@@ -149,18 +151,17 @@ def _train(run: Run, config: str, machine: Machine) -> None:
         folder.publish()
 
 
-def _first_state(run: Run, start: checkpoint.Start, machine: Machine, key: jax.Array) -> step.TrainState:
+def _first_state(run: RunConfig, start: checkpoint.Start, machine: Machine, key: jax.Array) -> step.TrainState:
     """Random parameters; where INITIAL_CHECKPOINT_PATH has them, its own. The optimizer is new."""
-    state = step.init_state(run.model, run.optimizer, key, machine.abstract)
-    if start.path is None:
-        return state
-    named = checkpoint.flat(state.params)
-    added = {name: leaf for name, leaf in named.items() if re.search(f"{ADDED}|{ON_TOP}", name)}
-    params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added, left_out=ON_TOP)
-    return dataclasses.replace(state, params=params)
+    params = None
+    if start.path is not None:
+        names = [name for name in checkpoint.flat(machine.abstract.params) if re.search(f"{ADDED}|{ON_TOP}", name)]
+        added = step.init_params(run.model, key, machine.abstract, names)
+        params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added, left_out=ON_TOP)
+    return step.init_state(run.model, run.optimizer, key, machine.abstract, params)
 
 
-def _flops(run: Run, machine: Machine) -> float | None:
+def _flops(run: RunConfig, machine: Machine) -> float | None:
     """Of a step; None where a part of the model is frozen, whose gradients are not computed: no MFU is claimed then."""
     if run.optimizer.trainable.split(machine.abstract.params)[1]:
         return None
@@ -179,14 +180,14 @@ def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:
     return f"Its batch is in {folder}/{name}: --mode=inspect shows it."
 
 
-def _parameters(run: Run, machine: Machine) -> str:
+def _parameters(run: RunConfig, machine: Machine) -> str:
     params, trainable = machine.abstract.params, run.optimizer.trainable
     count, trained = step.param_count(params), trainable.count(params)
     return f"{count:,} parameters" + (f", of which {trained:,} train" if trained != count else "")
 
 
 def _checkpointer(
-    run: Run, start: checkpoint.Start, machine: Machine, before_commit: Callable[[], None]
+    run: RunConfig, start: checkpoint.Start, machine: Machine, before_commit: Callable[[], None]
 ) -> saving.Checkpointer:
     info: dict[str, Any] = {"model": dataclasses.asdict(run.model)}
     trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(machine.abstract.params))
@@ -211,14 +212,14 @@ def _checkpointer(
     )
 
 
-def eval(run: Run) -> None:
+def eval(run: RunConfig) -> None:
     """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
-    path, at_step = _checkpoint_to_read(run)
+    _, at_step, restore = _checkpoint_to_read(run)
     machine = Machine(run)
     name = work.prepare(run)
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
     evaluation = work.evaluation(run, name, machine, Functions(run, machine), folder)
-    scores = evaluation(checkpoint.restore_params(path, machine.abstract.params), at_step)
+    scores = evaluation(restore(machine.abstract.params), at_step)
     logger = logs.MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
     logger.settle()
@@ -234,23 +235,23 @@ def eval(run: Run) -> None:
             print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{written.name}")
 
 
-def infer(run: Run) -> None:
+def infer(run: RunConfig) -> None:
     """Writes a prediction for each line of INFER_INPUT, or for each example of the tasks, as JSON lines."""
     _write_results(run, "infer")
 
 
-def score(run: Run) -> None:
+def score(run: RunConfig) -> None:
     """Writes the log-likelihood of the targets of each line of INFER_INPUT, or of each example, as JSON lines."""
     _write_results(run, "score")
 
 
-def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
+def _write_results(run: RunConfig, mode: Literal["infer", "score"]) -> None:
     classifies = run.model.layout == "classifier"
     if run.model.layout == "encoder" or (classifies and mode == "score"):
-        raise ValueError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
+        raise UserError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
     if classifies and not run.mixture_or_task_name:
-        raise ValueError("--mode=infer of a classifier needs MIXTURE_OR_TASK_NAME: the task names the classes")
-    path, at_step = _checkpoint_to_read(run)
+        raise UserError("--mode=infer of a classifier needs MIXTURE_OR_TASK_NAME: the task names the classes")
+    path, at_step, restore = _checkpoint_to_read(run)
     machine = Machine(run)
     functions = Functions(run, machine)
     named = run.mixture_or_task_name or run.train_files or run.infer_input is None
@@ -262,7 +263,7 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
     features = data.find_provider(name).output_features if name else vocabulary.output_features()
     tasks = data.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
     if run.infer_output is not None and run.infer_input is None and len(tasks) != 1:
-        raise ValueError(
+        raise UserError(
             f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(tasks)} tasks with the split "
             f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or name one task"
         )
@@ -277,7 +278,7 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
         task_source = classify.task_source if classifies else infer.task_source
         sources = {task: task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
-    params = checkpoint.restore_params(path, machine.abstract.params)
+    params = restore(machine.abstract.params)
     about = _made_from(run, path, features, mode)
     folder = Folder(run.model_dir)
     for task, source in sources.items():
@@ -300,7 +301,9 @@ def _write_results(run: Run, mode: Literal["infer", "score"]) -> None:
         folder.publish()
 
 
-def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["infer", "score"]) -> dict[str, Any]:
+def _made_from(
+    run: RunConfig, path: str, features: Mapping[str, Any], mode: Literal["infer", "score"]
+) -> dict[str, Any]:
     """What results follow from beside the examples: an interrupted run may only go on with the same."""
     metadata = Path(path, "_CHECKPOINT_METADATA")
     saved = json.loads(metadata.read_text()).get("commit_timestamp_nsecs") if metadata.exists() else None
@@ -323,7 +326,7 @@ def _made_from(run: Run, path: str, features: Mapping[str, Any], mode: Literal["
     return about | {"decoding": dataclasses.asdict(run.decoding), "max_decode_length": length, "seed": seed}
 
 
-def inspect(run: Run) -> None:
+def inspect(run: RunConfig) -> None:
     """Prints one training batch as the model gets it, or that in the .npz INFER_INPUT, decoded back to text."""
     name = work.prepare(run)
     from t5x_lite import data, describe
@@ -336,7 +339,7 @@ def inspect(run: Run) -> None:
     print(describe.describe_batch(batch, data.text_vocabulary(name)))
 
 
-def dry_run(run: Run, mode: str) -> None:
+def dry_run(run: RunConfig, mode: str) -> None:
     """Builds all that the mode starts from, computes nothing, writes nothing, and prints what it found."""
     machine = Machine(run)
     if mode == "train":
@@ -358,7 +361,7 @@ def dry_run(run: Run, mode: str) -> None:
     print("Dry run: nothing was computed or written.")
 
 
-def plan(run: Run, topology: str, decode: bool, suggest: bool) -> None:
+def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
     """Prints what the run takes on `topology`, and writes it to MODEL_DIR/plan.json; touches no devices, reads no data.
 
     Args:

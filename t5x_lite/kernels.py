@@ -91,13 +91,13 @@ def _check(
         logger.info("%s: %s is used, as checked before (%s)", name, record.choice, record.file)
         return record.choice
     arguments = make_arguments()
-    floats = [n for n, x in enumerate(arguments) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
-    eps = max(float(jnp.finfo(arguments[n].dtype).eps) for n in floats)  # pyright: ignore[reportOptionalMemberAccess]
+    floats = {n: x for n, x in enumerate(arguments) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)}
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in floats.values())
     cotangent = _random(jax.eval_shape(right, *arguments))
-    exact_arguments = [x.astype(np.float32) if n in floats else x for n, x in enumerate(arguments)]
+    exact_arguments = [floats[n].astype(np.float32) if n in floats else x for n, x in enumerate(arguments)]
     with jax.default_matmul_precision("highest"):
-        exact = _Program(right, floats, exact_arguments, cotangent.astype(np.float32), device).values()
-    programs = {reference: _Program(right, floats, arguments, cotangent, device)}
+        exact = _Program(right, [*floats], exact_arguments, cotangent.astype(np.float32), device).values()
+    programs = {reference: _Program(right, [*floats], arguments, cotangent, device)}
     allowed = np.maximum(ERRORS * np.maximum(_errors(programs[reference].values(), exact), eps), EXACT)
     lasting = True
     for candidate, kernel in candidates:
@@ -105,7 +105,7 @@ def _check(
         if problem is None:
             record.begin(candidate)
             try:
-                program = _Program(kernel, floats, arguments, cotangent, device)
+                program = _Program(kernel, [*floats], arguments, cotangent, device)
                 errors = _errors(program.values(), exact)
                 if (errors <= allowed).all():
                     programs[candidate] = program
@@ -173,7 +173,7 @@ def _line(error: Exception) -> str:
 
 
 def cache_folder() -> str | None:
-    return jax.config.jax_compilation_cache_dir
+    return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Record:

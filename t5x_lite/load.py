@@ -22,6 +22,7 @@ from t5x_lite import convert, decode, packing, sharding
 from t5x_lite.bert import BertConfig
 from t5x_lite.config import Dtype
 from t5x_lite.convert import tokenizer, wordpiece
+from t5x_lite.errors import UserError
 from t5x_lite.load_bert import LoadedBert
 from t5x_lite.model import T5, T5Config
 
@@ -63,7 +64,7 @@ class LoadedModel:
         first_B1 = None
         if decoder_input_tokens is None:
             if not self.config.decoder_only or encoder_input_tokens is None:
-                raise ValueError("logits of an encoder-decoder need encoder_input_tokens and decoder_input_tokens")
+                raise UserError("logits of an encoder-decoder need encoder_input_tokens and decoder_input_tokens")
             encoder_input_tokens, decoder_input_tokens = None, encoder_input_tokens
         elif self.config.decoder_only and encoder_input_tokens is not None:
             inputs_BS, targets_BT = np.asarray(encoder_input_tokens), np.asarray(decoder_input_tokens)
@@ -97,24 +98,27 @@ class LoadedModel:
     def generate(
         self,
         encoder_input_tokens: Int[Array | np.ndarray, "B S"],
-        method: decode.Method = "greedy",
+        method: decode.Method = decode.Decoding.method,
         max_length: int = 128,
-        beam_size: int = 4,
-        alpha: float = 0.6,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        num_return: int = 1,
+        beam_size: int = decode.Decoding.beam_size,
+        alpha: float = decode.Decoding.alpha,
+        temperature: float = decode.Decoding.temperature,
+        top_k: int = decode.Decoding.top_k,
+        top_p: float = decode.Decoding.top_p,
+        num_decodes: int = decode.Decoding.num_decodes,
         seed: int | Sequence[int] | np.ndarray = 0,
         max_lengths: Int[Array | np.ndarray, " B"] | None = None,
+        num_return: int | None = None,
     ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
-        """`num_return` = N results for each row and their scores: see decode.Decoding and decode.generate.
+        """`num_decodes` = N results for each row and their scores: see decode.Decoding and decode.generate.
 
         Args:
           seed: one, or one for each row, whose samples then do not depend on the rows beside it.
           max_lengths: of each row, where it is less than `max_length`; not for "beam".
+          num_return: another name of `num_decodes`.
         """
-        decoding = decode.Decoding(method, num_return, beam_size, alpha, temperature, top_k, top_p)
+        num_decodes = num_decodes if num_return is None else num_return
+        decoding = decode.Decoding(method, num_decodes, beam_size, alpha, temperature, top_k, top_p)
         with sharding.layout(self._mesh):
             return self._generate(
                 *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
@@ -128,7 +132,7 @@ class LoadedModel:
         """The model's answer to each text.
 
         Args:
-          options: those of `generate`; with num_return > 1 the results of one text follow each other.
+          options: those of `generate`; with num_decodes > 1 the results of one text follow each other.
 
         Raises:
           ValueError: the model came without a tokenizer.
@@ -151,7 +155,7 @@ class LoadedModel:
           inputs, targets: texts, or rows of tokens with their end token; 0 in a row is padding.
         """
         if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} inputs and {len(targets)} targets: give a target for each input")
+            raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give a target for each input")
         inputs, targets = self._tokens(inputs), self._tokens(targets)
         scores = np.zeros(len(inputs), np.float32)
         for rows in _batches([len(a) + len(b) for a, b in zip(inputs, targets, strict=True)], batch_size):
@@ -168,7 +172,7 @@ class LoadedModel:
 
     def _required_vocabulary(self) -> tokenizer.AnyVocabulary:
         if self.vocabulary is None:
-            raise ValueError(
+            raise UserError(
                 f"this model came without a tokenizer: put its {' or '.join(convert.TOKENIZER_FILES)} beside it, set "
                 "model.vocabulary = t5x_lite.Vocabulary(FILE), or use generate and score on tokens"
             )
@@ -176,7 +180,7 @@ class LoadedModel:
 
     def _tokens(self, rows: Texts | Tokens) -> list[list[int]]:
         if isinstance(rows, str):
-            raise ValueError("expected a list of texts, got one text: put it in a list")
+            raise UserError("expected a list of texts, got one text: put it in a list")
         if isinstance(rows, jax.Array):
             rows = np.asarray(rows)  # its rows would be fetched one by one
         return [
@@ -228,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = load(asked.path)
         if not isinstance(model, LoadedModel):
-            raise ValueError(f"{asked.path} is a BERT, which writes no text: use t5x_lite.load in Python")
+            raise UserError(f"{asked.path} is a BERT, which writes no text: use t5x_lite.load in Python")
         model.predict(["warm up"], method=asked.method, max_length=asked.max_length)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"t5x_lite.load: {error}", file=sys.stderr)

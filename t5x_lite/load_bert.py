@@ -15,6 +15,7 @@ from t5x_lite import packing, sharding
 from t5x_lite.bert import Bert, BertConfig
 from t5x_lite.convert.tokenizer import Vocabulary
 from t5x_lite.convert.wordpiece import WordPiece
+from t5x_lite.errors import UserError
 
 Ids = Int[Array | np.ndarray, "B S"]
 Texts = Sequence[str | tuple[str, str]]
@@ -78,7 +79,7 @@ class LoadedBert:
         Raises ValueError: the model came without a tokenizer.
         """
         if self.vocabulary is None:
-            raise ValueError(
+            raise UserError(
                 "this BERT came without a tokenizer: put its vocab.txt or spiece.model beside it, or give it tokens"
             )
         v, most, rows = self.vocabulary, self.config.max_length, []
@@ -105,12 +106,12 @@ class LoadedBert:
     ) -> Array:
         """The last layers side by side, [B, S, layers * D]; the paper's choice of four did best (5.3)."""
         if not 1 <= layers <= self.config.num_layers:
-            raise ValueError(f"layers={layers} must lie in 1..{self.config.num_layers}, the model's")
+            raise UserError(f"layers={layers} must lie in 1..{self.config.num_layers}, the model's")
         return jnp.concatenate([*self.hidden(tokens, segments, attention_mask)[-layers:]], axis=-1)
 
     def _said(self, head: str, *args: Ids | None) -> Array:
         if head not in self.config.heads:
-            raise ValueError(f"this BERT has no {head!r} head; it has {self.config.heads or 'none'}")
+            raise UserError(f"this BERT has no {head!r} head; it has {self.config.heads or 'none'}")
         with sharding.layout(self._mesh):
             return self._head(self.params, head, *_int32(*args))
 

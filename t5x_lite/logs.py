@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from t5x_lite import chips, events
 from t5x_lite.bert import BertConfig
+from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.folder import GrowingFile
 from t5x_lite.model import T5Config
 
@@ -247,7 +248,7 @@ def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
     """
     path = Path(model_dir) / METRICS_FILE
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: nothing has been trained or evaluated in this MODEL_DIR yet")
+        raise MissingFileError(f"{path} does not exist: nothing has been trained or evaluated in this MODEL_DIR yet")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, start=1):
@@ -255,7 +256,7 @@ def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{path}, line {number} is not JSON: {line[:60]!r}; remove it") from None
+                raise UserError(f"{path}, line {number} is not JSON: {line[:60]!r}; remove it") from None
     return records
 
 
@@ -283,7 +284,7 @@ def plot_losses(model_dir: str | os.PathLike, baselines: Mapping[str, float] | N
             series = train if record["split"] == "train" else tasks.setdefault(record.get("task", "validation"), {})
             series[record["step"]] = value
     if not train and not tasks:
-        raise ValueError(f"{Path(model_dir) / METRICS_FILE} has no loss to plot")
+        raise UserError(f"{Path(model_dir) / METRICS_FILE} has no loss to plot")
 
     legend_rows = (len(tasks) + len(baselines or {})) // 2 + 1
     figure, axes = pyplot.subplots(figsize=(9, 5 + 0.2 * legend_rows), layout="constrained")

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from t5x_lite.errors import UserError
+
 NamedFactor = Literal["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
 
 
@@ -37,9 +39,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
-            raise ValueError(f"LossConfig.z_loss must be a finite number >= 0, got {self.z_loss!r}")
+            raise UserError(f"LossConfig.z_loss must be a finite number >= 0, got {self.z_loss!r}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"LossConfig.label_smoothing must lie in [0, 1), got {self.label_smoothing!r}")
+            raise UserError(f"LossConfig.label_smoothing must lie in [0, 1), got {self.label_smoothing!r}")
         factor = self.normalizing_factor
         if isinstance(factor, str):
             valid = factor in get_args(NamedFactor)
@@ -47,7 +49,7 @@ class LossConfig:
             valid = factor is None or (factor > 0 and math.isfinite(factor))
         if not valid:
             names = ", ".join(get_args(NamedFactor))
-            raise ValueError(
+            raise UserError(
                 f"LossConfig.normalizing_factor must be None, a finite number > 0, or one of {names}; got {factor!r}"
             )
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import bert, decode, packing, sharding, step
-from t5x_lite.options import Run
+from t5x_lite.errors import UserError
+from t5x_lite.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,10 @@ logger = logging.getLogger(__name__)
 class Machine:
     """The devices of a run and the shapes of its state on them; what can be refused without reading data is."""
 
-    def __init__(self, run: Run, devices: Sequence[Any] | None = None):
+    def __init__(self, run: RunConfig, devices: Sequence[Any] | None = None):
         """devices: of a plan, which may be of machines that are not there; None: all there are."""
         if unknown := set(run.mesh) - set(sharding.MESH_AXES):
-            raise ValueError(f"MESH has no axis {unknown.pop()!r}: its axes are {', '.join(sharding.MESH_AXES)}")
+            raise UserError(f"MESH has no axis {unknown.pop()!r}: its axes are {', '.join(sharding.MESH_AXES)}")
         sizes = (run.mesh.get(axis, 1) for axis in sharding.MESH_AXES)
         self.mesh = sharding.make_mesh(*sizes, devices=devices)
         self.rules = run.logical_axis_rules or sharding.RULES
@@ -34,7 +35,7 @@ class Machine:
             ("EVAL_BATCH_SIZE", run.eval_batch_size),
         ):
             if rows % parts:
-                raise ValueError(f"{name} = {rows} does not divide over the {parts} parts of the mesh's batch axes")
+                raise UserError(f"{name} = {rows} does not divide over the {parts} parts of the mesh's batch axes")
         self.compiler = step.Compiler(self.mesh, self.rules)
         self.abstract = step.abstract_state(run.model, run.optimizer, self.mesh, self.rules)
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
@@ -48,7 +49,7 @@ class Machine:
         parts = {rows[0].indices(batch_size)[:2] for rows in held if rows is not None}
         first, last = min(start for start, _ in parts), max(end for _, end in parts)
         if sum(end - start for start, end in parts) != last - first:
-            raise ValueError(
+            raise UserError(
                 f"the devices of this host hold the rows {sorted(parts)} of a batch, which do not follow one another; "
                 f"MESH = {dict(self.mesh.shape)} over {jax.process_count()} hosts: give data and fsdp whole hosts"
             )
@@ -63,7 +64,7 @@ class Machine:
 class Functions:
     """A model as functions on numpy rows: the same rows on every host, the same results on every host."""
 
-    def __init__(self, run: Run, machine: Machine):
+    def __init__(self, run: RunConfig, machine: Machine):
         self._machine, self._layout = machine, run.model.layout
         compiler, abstract = machine.compiler, machine.abstract
         if self._layout == "classifier":

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.attention import Visibility
 from t5x_lite.config import T5Config
+from t5x_lite.errors import UserError
 from t5x_lite.layers import Embed
 from t5x_lite.sharding import constrain
 from t5x_lite.stacks import Cache, Decoder, Encoder
@@ -68,7 +69,7 @@ class T5(nn.Module):
         self, encoder_input_tokens: Int[Array, "B S"] | None, encoder_segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
         if encoder_input_tokens is None:
-            raise ValueError("an encoder-decoder needs encoder_input_tokens")
+            raise UserError("an encoder-decoder needs encoder_input_tokens")
         segments = _segments(encoder_input_tokens, encoder_segment_ids)
         return self.encoder(self.token_embedder(encoder_input_tokens), Visibility(segments, segments))
 

@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
+from t5x_lite.errors import UserError
 from t5x_lite.trainable import ALL, Rules, Trainable, is_layer_stack
 
 Schedule = Callable[[Any], Float[Array, ""]]
@@ -164,9 +165,9 @@ def adafactor(
         **_: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
-            raise ValueError("adafactor needs the parameters: call update(grads, state, params)")
+            raise UserError("adafactor needs the parameters: call update(grads, state, params)")
         if beta1 is not None and learning_rate is None:
-            raise ValueError("adafactor with beta1 needs the learning rate: call update(..., learning_rate=lr)")
+            raise UserError("adafactor with beta1 needs the learning rate: call update(..., learning_rate=lr)")
         assert isinstance(state, AdafactorState)
         t = jnp.maximum(state.count - step_offset, 0).astype(jnp.float32) + 1
         step_of = functools.partial(layer_step, beta2=1 - t**-decay_rate)
@@ -305,4 +306,4 @@ def _rms(x: Array) -> Array:
 
 def _require(condition: bool, rule: str, value: Any) -> None:
     if not condition:
-        raise ValueError(f"{rule}, got {value!r}")
+        raise UserError(f"{rule}, got {value!r}")

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from t5x_lite import logs
+from t5x_lite.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Results:
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any], window: int):
         if "://" in str(path):
-            raise ValueError(
+            raise UserError(
                 f"results are appended as they come, which {path} does not allow: "
                 "give a local file as INFER_OUTPUT, or mount the bucket (gcsfuse)"
             )
@@ -99,7 +100,7 @@ class Results:
                 for key in (about | before)
                 if before.get(key) != about.get(key)
             )
-            raise ValueError(
+            raise UserError(
                 f"{self._partial} was begun by another run ({differences}): go on as it was begun, name another "
                 "INFER_OUTPUT, or remove it to begin anew"
             )

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from t5x_lite.errors import UserError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 AnyMesh = Mesh | AbstractMesh  # with devices, or only their number
@@ -49,18 +51,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh sizes must be positive, and at most one of them -1 (= what is left): got {asked}")
+        raise UserError(f"mesh sizes must be positive, and at most one of them -1 (= what is left): got {asked}")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = len(devices) // taken
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(
+        raise UserError(
             f"mesh {asked} does not fit {len(devices)} {devices[0].platform} device(s): "
             f"the product of its sizes must be {len(devices)}"
         )
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh {asked}: there are {slices} slices, and data = {sizes['data']} must be a multiple of that, such as "
             f"--gin.MESH=\"{{'data': {slices}, 'fsdp': -1}}\""
         )
@@ -181,13 +183,13 @@ def _check(name: str, leaf: jax.ShapeDtypeStruct, axes: Sequence[str | None], sh
         mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
         if size % (parts := _parts(mesh, mesh_axes)):
             fits = [n for n in range(1, size + 1) if size % n == 0 and n <= mesh.size]
-            raise ValueError(
+            raise UserError(
                 f"{name} of shape {leaf.shape}: axis {axis!r} of size {size} does not divide over mesh axis "
                 f"{'*'.join(mesh_axes)} = {parts}; sizes that do: {fits}"
             )
     size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sharding.is_fully_replicated and size > LARGEST_REPLICATED:
-        raise ValueError(
+        raise UserError(
             f"{name} of shape {leaf.shape} ({size / 2**20:.0f} MiB) would lie whole on every device of the mesh "
             f"{dict(mesh.shape)}; its logical axes {tuple(axes)} match no rule that splits it"
         )

@@ -5,7 +5,7 @@ optimizer and a loss; nothing of data sources, checkpoints or logs.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,11 +13,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite import bert, model, sharding
 from t5x_lite.bert import BertConfig
+from t5x_lite.errors import UserError
 from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
 from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
@@ -47,8 +49,8 @@ def _boxed_params(config: Config, key: Key[Array, ""]) -> Any:
     return model.T5(config).init(key, None if config.decoder_only else token, token)["params"]
 
 
-def _new_state(config: Config, optimizer: Optimizer, key: Key[Array, ""]) -> TrainState:
-    params = nn.unbox(_boxed_params(config, key))
+def _new_state(config: Config, optimizer: Optimizer, key: Key[Array, ""], params: Any = None) -> TrainState:
+    params = nn.unbox(_boxed_params(config, key)) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.split(params)[0]))
 
 
@@ -62,10 +64,29 @@ def abstract_state(
     return sharding.shard_state(state, params, mesh, rules)
 
 
-def init_state(config: Config, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState) -> TrainState:
-    """A fresh state, each leaf made where it will lie. The same numbers on every mesh."""
+def init_state(
+    config: Config, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState, params: Any = None
+) -> TrainState:
+    """A fresh state, each leaf made where it will lie. The same numbers on every mesh.
+
+    Args:
+      params: the parameters, whose memory the state takes over; None: random ones.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda key: _new_state(config, optimizer, key), out_shardings=shardings)(key)
+    make = jax.jit(
+        lambda key, params: _new_state(config, optimizer, key, params), out_shardings=shardings, donate_argnums=1
+    )
+    return make(key, params)
+
+
+def init_params(config: Config, key: Key[Array, ""], abstract: TrainState, names: Collection[str]) -> dict[str, Array]:
+    """Random values of the parameters with these names ("a/b/c") alone, the same as in `init_state`."""
+
+    def named(tree: Any) -> dict[str, Any]:
+        return {k: v for k, v in traverse_util.flatten_dict(tree, sep="/").items() if k in names}
+
+    shardings = {name: leaf.sharding for name, leaf in named(abstract.params).items()}
+    return jax.jit(lambda key: named(nn.unbox(_boxed_params(config, key))), out_shardings=shardings)(key)
 
 
 def param_count(params: Any) -> int:
@@ -88,7 +109,7 @@ def _targets(config: Config, batch: Batch) -> Mapping[str, tuple[Num[Array, "B _
     if isinstance(config, BertConfig):
         asked = bert.targets(batch)
         if not asked.keys() & set(config.heads):
-            raise ValueError(
+            raise UserError(
                 f"BertConfig.heads={config.heads}: of these none learns from the task, whose features "
                 f"({', '.join(batch)}) are for {' and '.join(asked)}"
             )

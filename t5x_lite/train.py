@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from t5x_lite import sharding, watch
+from t5x_lite.errors import NotFiniteError
 from t5x_lite.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def train(
         said = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "param_norm"))
         if skipped > max_skipped_steps:
             where = f" {dump(number, batch)}" if dump is not None else ""
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"step {number} is not finite ({said}), and so were the {max_skipped_steps} before it that "
                 f"MAX_SKIPPED_STEPS allows; none of them changed the parameters. The last checkpoint is of step "
                 f"{saver and saver.latest_step()}.{where}"

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float
 
+from t5x_lite.errors import UserError
+
 Rules = Sequence[tuple[str, bool]]
 
 
@@ -40,7 +42,7 @@ class Trainable:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"TRAINABLE: {pattern!r} is no regular expression: {error}") from None
+                raise UserError(f"TRAINABLE: {pattern!r} is no regular expression: {error}") from None
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Two trees like `params`: with the leaves that train, and with those that do not.
@@ -53,10 +55,10 @@ class Trainable:
         for pattern, _ in self.rules:
             if not any(re.search(pattern, name) for name in leaves):
                 nearest = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or sorted(leaves)[:3]
-                raise ValueError(f"TRAINABLE: {pattern!r} is in no parameter's name; near it: {', '.join(nearest)}")
+                raise UserError(f"TRAINABLE: {pattern!r} is in no parameter's name; near it: {', '.join(nearest)}")
         trained = {name: leaf for name, leaf in leaves.items() if self._trains(name)}
         if not trained:
-            raise ValueError(
+            raise UserError(
                 f"TRAINABLE = {self.rules!r} trains nothing: what no rule is found in is frozen, so end with "
                 f"('', True) to train the rest, such as {', '.join(sorted(leaves)[:3])}"
             )
@@ -115,7 +117,7 @@ def gradual_unfreezing(total_steps: int, episodes: int = 12) -> Trainable:
     Raises ValueError: no steps, or more episodes than steps.
     """
     if not 1 <= episodes <= total_steps:
-        raise ValueError(f"gradual_unfreezing: 1 <= episodes = {episodes} <= total_steps = {total_steps} must hold")
+        raise UserError(f"gradual_unfreezing: 1 <= episodes = {episodes} <= total_steps = {total_steps} must hold")
 
     def layers(step: Any, count: int) -> Bool[Array, " L"]:
         # Where episode k begins is computed here, in whole numbers that do not overflow.

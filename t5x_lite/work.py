@@ -20,18 +20,19 @@ import jax
 
 from t5x_lite import report
 from t5x_lite.bert import BertConfig
+from t5x_lite.errors import UserError
 from t5x_lite.folder import Folder
 from t5x_lite.machine import Functions, Machine
-from t5x_lite.options import Run
+from t5x_lite.run_config import RunConfig
 from t5x_lite.train import Scores
 
 log = logging.getLogger("t5x_lite")
 
 
-def prepare(run: Run) -> str:
+def prepare(run: RunConfig) -> str:
     """Fills SeqIO's registries, the user's tasks included; returns the name of what to work on, checked."""
     if not (run.mixture_or_task_name or run.train_files):
-        raise ValueError(
+        raise UserError(
             "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
         )
     import_tasks(run)
@@ -54,7 +55,7 @@ def prepare(run: Run) -> str:
     return name
 
 
-def with_labels(run: Run, name: str) -> Run:
+def with_labels(run: RunConfig, name: str) -> RunConfig:
     """A classifier's run with the names of the task's classes, for its checkpoints to say."""
     if not (isinstance(run.model, BertConfig) and run.model.layout == "classifier"):
         return run
@@ -64,7 +65,7 @@ def with_labels(run: Run, name: str) -> Run:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, labels=labels))
 
 
-def import_tasks(run: Run) -> None:
+def import_tasks(run: RunConfig) -> None:
     """Imports this project's tasks and MIXTURE_OR_TASK_MODULE; sets the vocabulary, BAD_ROWS and cache folders."""
     log.info("Loading TensorFlow and SeqIO ...")
     with _without_chatter():
@@ -81,7 +82,7 @@ def import_tasks(run: Run) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # a module that the user's module asks for
-            raise ValueError(
+            raise UserError(
                 f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or among those installed"
             ) from None
     if run.vocabulary:
@@ -108,7 +109,7 @@ def _without_chatter() -> Iterator[None]:
             os.close(stderr)
 
 
-def _register_files(run: Run) -> str:
+def _register_files(run: RunConfig) -> str:
     from tasks import files
 
     assert run.train_files
@@ -125,7 +126,7 @@ def _register_files(run: Run) -> str:
     return name
 
 
-def train_batches(run: Run, name: str, rows: tuple[int, int] | None = None) -> Any:
+def train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None) -> Any:
     from t5x_lite import data
 
     return data.TrainBatches(
@@ -143,7 +144,7 @@ def train_batches(run: Run, name: str, rows: tuple[int, int] | None = None) -> A
 
 
 def evaluation(
-    run: Run, name: str, machine: Machine, functions: Functions, folder: Folder
+    run: RunConfig, name: str, machine: Machine, functions: Functions, folder: Folder
 ) -> Callable[[Any, int], Scores]:
     """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
     from t5x_lite import classify, data, evaluate
@@ -195,7 +196,7 @@ def _only_first(path: Path) -> Path | None:
     return path if jax.process_index() == 0 else None
 
 
-def vocabulary_file(run: Run, name: str) -> str | None:
+def vocabulary_file(run: RunConfig, name: str) -> str | None:
     """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
     from t5x_lite import data
 
@@ -211,7 +212,7 @@ def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
     return quickstart.baselines()
 
 
-def about(run: Run, name: str) -> report.About:
+def about(run: RunConfig, name: str) -> report.About:
     return report.About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
 
 

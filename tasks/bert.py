@@ -19,6 +19,7 @@ import seqio
 import tensorflow as tf
 
 from tasks import c4, objectives, sources, vocabulary
+from tasks.errors import UserError
 
 _SHORT = 0.1  # share of sequences that are made shorter at random, so that fine-tuning's short inputs are no surprise
 _CHOSEN, _MASKED, _RANDOM = 0.15, 0.8, 0.1
@@ -41,7 +42,7 @@ def special(vocab: seqio.Vocabulary) -> Special:
     if isinstance(vocab, seqio.BertWordPieceVocabulary):
         found = np.asarray(vocab._vocab.lookup(tf.constant(["[CLS]", "[SEP]", "[MASK]"]))).tolist()
         if min(found) < 0:
-            raise ValueError(f"the WordPiece vocabulary lacks one of [CLS], [SEP], [MASK]: their ids are {found}")
+            raise UserError(f"the WordPiece vocabulary lacks one of [CLS], [SEP], [MASK]: their ids are {found}")
         return Special(*found)
     vocabulary.require_sentinels(vocab, 3)
     last = vocab.vocab_size - 1
@@ -52,7 +53,7 @@ def needed_length(sequence_length: objectives.Lengths | None) -> int:
     """Tokens of a row, enough for a pair. Raises ValueError where they are not, or not given."""
     length = objectives.needed_lengths(sequence_length, "inputs")["inputs"]
     if length < 5:
-        raise ValueError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
+        raise UserError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
     return length
 
 

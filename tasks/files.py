@@ -19,6 +19,7 @@ import tensorflow as tf
 from absl import logging
 
 from tasks import formats, metrics, objectives, sources, vocabulary
+from tasks.errors import MissingFileError, UserError
 
 MEMORY_LIMIT = 256 * 2**20
 _SHUFFLE_WINDOW = 10_000  # for what is streamed
@@ -61,7 +62,7 @@ def register_files(
     elif objective == "span_corruption":
         templates = {"targets": text_template}
     else:
-        raise ValueError(f"objective {objective!r}: use 'text_to_text' or 'span_corruption'")
+        raise UserError(f"objective {objective!r}: use 'text_to_text' or 'span_corruption'")
     paths = {"train": find(train_files)}
     if eval_files:
         paths["validation"] = find(eval_files)
@@ -70,7 +71,7 @@ def register_files(
     for split, found in paths.items():
         good = [path for path in found if _check_first_row(path, templates, objective)]
         if not good:
-            raise ValueError(f"{', '.join(found)}: not one good row for {split}; the log says what is bad")
+            raise UserError(f"{', '.join(found)}: not one good row for {split}; the log says what is bad")
 
     everything = [path for found in paths.values() for path in found]
     size = sum(tf.io.gfile.stat(path).length * (4 if path.endswith(".gz") else 1) for path in everything)
@@ -80,7 +81,7 @@ def register_files(
     else:
         delimited = [path for path in everything if _ending(path) in _DELIMITERS]
         if delimited:
-            raise ValueError(
+            raise UserError(
                 f"{delimited[0]} and the other files come to about {size >> 20} MB; beyond {MEMORY_LIMIT >> 20} MB "
                 "only .txt and .jsonl can be streamed: convert to .jsonl"
             )
@@ -116,13 +117,11 @@ def find(patterns: str | Sequence[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [path for path in tf.io.gfile.glob(pattern) if not tf.io.gfile.isdir(path)]
         if not matches:
-            raise FileNotFoundError(f"no file matches {pattern!r} (relative paths start at the current folder)")
+            raise MissingFileError(f"no file matches {pattern!r} (relative paths start at the current folder)")
         found += matches
     for path in found:
         if _ending(path) not in _ENDINGS:
-            raise ValueError(
-                f"{path}: cannot tell its format; known endings: {', '.join(_ENDINGS)}, each also with .gz"
-            )
+            raise UserError(f"{path}: cannot tell its format; known endings: {', '.join(_ENDINGS)}, each also with .gz")
     return sorted(set(found))
 
 
@@ -173,7 +172,7 @@ def _fill_line(path: str, number: int, line: str, templates: Templates) -> list[
 def _check_first_row(path: str, templates: Templates, objective: Objective) -> bool:
     """Refuses a file whose first row is bad; where bad rows are skipped, gives whether there is a good one."""
     if objective == "text_to_text" and _ending(path) == ".txt":
-        raise ValueError(
+        raise UserError(
             f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
             "'span_corruption'"
         )
@@ -196,12 +195,12 @@ def _columns(feature: str, template: str) -> tuple[str, ...]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{feature} template {template!r}: {error}; write a literal brace as '{{{{' or '}}}}'"
         ) from error
     named = [(column, spec, conversion) for _, column, spec, conversion in parts if column is not None]
     if not named or any(not column or spec or conversion for column, spec, conversion in named):
-        raise ValueError(
+        raise UserError(
             f"{feature} template {template!r}: name columns as {{column}}, at least one, nothing else in braces"
         )
     return tuple(column for column, _, _ in named)

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args
 import tensorflow as tf
 from absl import logging
 
+from tasks.errors import MissingFileError, UserError
+
 DATA_DIR_VARIABLE = "T5X_LITE_DATA_DIR"
 MAX_LINE_BYTES = 8 * 2**20  # more is no text to train on but a file whose line ends are lost
 EMPTY_LINE = "an empty line: remove it, or have bad rows skipped (BAD_ROWS)"
@@ -33,7 +35,7 @@ def data_dir() -> str | None:
     if not folder:
         return None
     if not tf.io.gfile.isdir(folder):
-        raise FileNotFoundError(f"{DATA_DIR_VARIABLE}={folder} is not a folder: correct it, or unset it to read TFDS")
+        raise MissingFileError(f"{DATA_DIR_VARIABLE}={folder} is not a folder: correct it, or unset it to read TFDS")
     return folder
 
 
@@ -43,7 +45,7 @@ Action = Literal["refuse", "skip"]
 _action: Action = "refuse"
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row, or the rest of a damaged file, that cannot be read."""
 
     def __init__(self, message: str):
@@ -63,7 +65,7 @@ def set_bad_rows(action: Action) -> None:
     """
     global _action
     if action not in get_args(Action):
-        raise ValueError(f"bad rows: {action!r} is neither of {', '.join(map(repr, get_args(Action)))}")
+        raise UserError(f"bad rows: {action!r} is neither of {', '.join(map(repr, get_args(Action)))}")
     _action = action
 
 
@@ -315,7 +317,7 @@ def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{path}: JSON beyond what Python reads ({error})") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not in SQuAD v1.1's format: {error!r} where an article or paragraph is due"
         ) from error
     for title, context, question in questions:

@@ -17,6 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
+from tasks.errors import UserError
+
 
 class Vocabulary(Protocol):
     @property
@@ -130,7 +132,7 @@ def _span_lengths(items: int, spans: int, seeds: np.ndarray) -> np.ndarray:
 def random_prefix_noise_mask(length: int, noise_density: float, seeds: np.ndarray) -> np.ndarray:
     """The first tokens are noise: how many is uniform over [1, length - 1], hence a density of 0.5 and no other."""
     if noise_density != 0.5:
-        raise ValueError(f"noise_density {noise_density}: the length of a prefix is uniform, hence its density 0.5")
+        raise UserError(f"noise_density {noise_density}: the length of a prefix is uniform, hence its density 0.5")
     shortest = min(1, length - 1)
     return np.arange(length) < integers(seeds[:, 0], 1, shortest, max(length, shortest + 1))
 

@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from tasks import noise
 from tasks import vocabulary as vocabularies
+from tasks.errors import UserError
 
 Features = Mapping[str, seqio.utils.Feature]
 Lengths = Mapping[str, int]
@@ -50,7 +51,7 @@ def span_corruption(
     lengths = needed_lengths(sequence_length, "inputs", "targets")
     raw_length, targets_length = random_spans_helper(lengths["inputs"], noise_density, mean_noise_span_length)
     if lengths["targets"] < targets_length:
-        raise ValueError(
+        raise UserError(
             f"span corruption of inputs of {lengths['inputs']} tokens makes targets of {targets_length}, "
             f"longer than the {lengths['targets']} configured: set the targets' length to {targets_length}"
         )
@@ -138,7 +139,7 @@ def needed_lengths(sequence_length: Lengths | None, *needed: str) -> Lengths:
     """The lengths, or ValueError where one that is needed was not given."""
     missing = [name for name in needed if name not in (sequence_length or {})]
     if sequence_length is None or missing:
-        raise ValueError(
+        raise UserError(
             f"this objective cuts text to length: TASK_FEATURE_LENGTHS must give {', '.join(missing)}, "
             f"got {sequence_length}"
         )
@@ -256,7 +257,7 @@ def denoise(
     """
     vocabulary = output_features["targets"].vocabulary
     if "inputs" in output_features and output_features["inputs"].vocabulary != vocabulary:
-        raise ValueError("denoising makes inputs from tokenised targets: the two features need the same vocabulary")
+        raise UserError("denoising makes inputs from tokenised targets: the two features need the same vocabulary")
 
     def corrupt(texts: np.ndarray, seeds: np.ndarray) -> list[list[np.ndarray]]:
         sizes = _sizes(texts)

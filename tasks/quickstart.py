@@ -29,6 +29,7 @@ import tensorflow as tf
 from absl import logging
 
 from tasks import metrics, objectives, preprocessors, sources, stdlib_text
+from tasks.errors import UserFileError
 from tasks.vocabulary import trainer
 
 # Lengths that hold every example of the mixture, and as targets what span corruption makes of these inputs.
@@ -71,7 +72,9 @@ def vocabulary_file() -> str:
         try:
             trainer.train(lines, str(path), **_TRAINER)
         except OSError as error:
-            raise OSError(f"{error}: set XDG_CACHE_HOME to a folder of yours to keep the vocabulary in") from error
+            raise UserFileError(
+                f"{error}: set XDG_CACHE_HOME to a folder of yours to keep the vocabulary in"
+            ) from error
     return str(path)
 
 

@@ -26,6 +26,7 @@ from absl import logging
 from seqio import dataset_providers
 
 from tasks import cache, formats
+from tasks.errors import MissingFileError, UserError
 
 # A column holds one value per example: an array, or a ragged tensor where an example holds a list; nested as the
 # features are.
@@ -64,7 +65,7 @@ class MemorySource(seqio.DataSource):
         size = len(next(iter(columns.values())))
         self._sizes[split] = size
         if not size:
-            raise ValueError(f"no examples in {', '.join(self._paths[split])}")
+            raise UserError(f"no examples in {', '.join(self._paths[split])}")
         return columns, size
 
     def get_dataset(
@@ -98,7 +99,7 @@ def _share(items: Any, shard_info: seqio.ShardInfo | None, named: str) -> Any:
     shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
     mine = items[shard::shards]
     if not mine:
-        raise ValueError(f"{named} cannot be shared among {shards} hosts")
+        raise UserError(f"{named} cannot be shared among {shards} hosts")
     return mine
 
 
@@ -290,7 +291,7 @@ class CorpusSource(seqio.DataSource):
         choice = self._choice()
         if split not in choice.source.splits:
             wanted = f"; it would be {self._files[split]}" if split in self._files else ""
-            raise ValueError(f"no split {split!r} in {choice.origin}{wanted}")
+            raise UserError(f"no split {split!r} in {choice.origin}{wanted}")
         return choice.source
 
     def list_shards(self, split: str) -> Sequence[str]:
@@ -326,7 +327,7 @@ class CorpusSource(seqio.DataSource):
             if not isinstance(self._choice().source, seqio.TfdsDataSource):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"TFDS could not give {self._tfds_name}: {reason}. "
                 f"Prepare it (tfds build) and point TFDS_DATA_DIR at it, or put the corpus's official files in "
                 f"${formats.DATA_DIR_VARIABLE}/{self._folder}/ ({', '.join(self._files.values())})"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tasks import metrics
+from tasks.errors import MissingFileError
 
 SPLITS = ("train", "validation")
 KINDS = ("class", "function", "language", "module")  # what a passage describes; "language" is the reference's
@@ -145,7 +146,7 @@ def _read() -> Text:
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     functions.append(_function(source, node, prose[0] if prose else ""))
     if not functions:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no Python sources in {sysconfig.get_path('stdlib')}: the quickstart's text is the standard library. "
             "Use a Python that has its .py files (python.org's, a distribution's, pyenv's, conda's or uv's)"
         )

@@ -24,6 +24,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from t5x_lite.checkpoint import checksums
+from t5x_lite.errors import MissingFileError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def _steps(folder: epath.Path) -> list[int]:
             importlib.import_module("google.cloud.storage")
         except ImportError:
             cure = "Orbax lists buckets by a package that is not installed: pip install google-cloud-storage"
-            raise ValueError(f"{folder}: {cure}") from None
+            raise UserError(f"{folder}: {cure}") from None
     return sorted(s.step for s in ocp.path.step.standard_name_format().find_all(folder)) if folder.exists() else []
 
 
@@ -65,7 +66,7 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. Give an earlier checkpoint.") from None
+        raise UserError(f"{file} is damaged: {error}. Give an earlier checkpoint.") from None
 
 
 def restore_params(
@@ -75,6 +76,7 @@ def restore_params(
     info: Mapping[str, Any] | None = None,
     fresh: Mapping[str, Any] | None = None,
     left_out: str | None = None,
+    verified: bool = False,
 ):
     """The parameters of a checkpoint, without its optimizer state. What it leaves to its base comes from there.
 
@@ -87,6 +89,7 @@ def restore_params(
         name, have in another shape.
       left_out: a regular expression; parameters in whose name it is found are not asked for: the checkpoint may have
         them beyond those of abstract_params.
+      verified: its files have been compared with their checksums already, as `choose_start` does in a MODEL_DIR.
 
     Raises:
       FileNotFoundError: no checkpoint there, or not its base.
@@ -94,7 +97,8 @@ def restore_params(
         abstract_params; all differences are listed, no array is read.
     """
     folder = _found(path)
-    _refuse_damaged(folder)
+    if not verified:
+        _refuse_damaged(folder)
     saved = _saved(folder, "params")
     if left_out is not None and abstract_params is not None:
         wanted = {name: leaf.shape for name, leaf in flat(abstract_params).items()}
@@ -119,7 +123,7 @@ def restore_params(
 
 def _refuse_damaged(folder: epath.Path) -> None:
     if wrong := damage(folder, ("params",)):
-        raise ValueError(f"{_said_damaged(folder, wrong)} Give an earlier checkpoint.")
+        raise UserError(f"{_said_damaged(folder, wrong)} Give an earlier checkpoint.")
 
 
 def _read(leaves: Mapping[str, Any], origins: Mapping[str, epath.Path], kind: type | None = None) -> dict[str, Any]:
@@ -186,11 +190,11 @@ def choose_start(
             return Start("resume", str(own), reason + ".", (*damaged, *older))
         said = _said_damaged(own, wrong)
         if strict:
-            raise ValueError(f"{said} Without --strict the newest sound one is used instead.")
+            raise UserError(f"{said} Without --strict the newest sound one is used instead.")
         log.warning("%s The one before it is looked at.", said)
         damaged.append(step)
     if damaged:
-        raise ValueError(
+        raise UserError(
             f"All checkpoints in {folder} are damaged: {', '.join(map(str, damaged))}; of the last, {said} "
             "Begin a new MODEL_DIR, or bring back a copy of one."
         )
@@ -240,7 +244,7 @@ def _found(path: str | os.PathLike[str], name: str = "The path") -> epath.Path:
         there = f"It holds: {', '.join(content[:_LISTED]) or 'nothing'}" + (" ..." if len(content) > _LISTED else "")
     else:
         there = "It does not exist"
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{name} {str(path)!r} ({folder}) holds no finished checkpoint. {there}. "
         f"Give a MODEL_DIR, its '{FOLDER}' folder, or one '{FOLDER}/<step>' folder with a 'params' folder in it."
     )
@@ -299,12 +303,12 @@ def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
     if base is None:
         return found
     if find_checkpoint(base["path"]) is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds only what was trained; the other parameters are in {base['path']}, where it began, which "
             "is not there any more: put it back"
         )
     if base_of(base["path"]) != dict(base):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds only what was trained; the other parameters are in {base['path']}, where it began, but "
             "that is another checkpoint now: put the one back that was there"
         )
@@ -314,7 +318,7 @@ def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
 def _saved_here(folder: epath.Path, part: str) -> dict[str, Any]:
     if not (folder / part).exists():
         content = ", ".join(sorted(p.name for p in folder.iterdir()))
-        raise FileNotFoundError(f"{folder} has no '{part}' folder, only: {content}. It is no whole checkpoint.")
+        raise MissingFileError(f"{folder} has no '{part}' folder, only: {content}. It is no whole checkpoint.")
     metadata = ocp.PyTreeCheckpointHandler().metadata(folder / part)
     return traverse_util.flatten_dict(metadata.tree, sep="/")
 
@@ -365,7 +369,7 @@ def check(
             "Use the optimizer that the checkpoint was trained with, or begin a new MODEL_DIR with this checkpoint as "
             "INITIAL_CHECKPOINT_PATH, which starts a fresh optimizer."
         )
-    raise ValueError("\n".join(lines))
+    raise UserError("\n".join(lines))
 
 
 def _explained(folder: epath.Path, info: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from t5x_lite import hosts
+from t5x_lite.errors import UserFileError
 
 _MEETINGS = 2  # in a save
 _TIMEOUT_MS = 1_200_000  # Orbax's own: for a host that neither comes nor fails
@@ -36,7 +37,7 @@ class Agreement:
             self._come(timeout_ms)
             failed = [said for _, said in hosts.coordination_client().key_value_dir_get(self._name("failed/"))]
             if failed:
-                raise OSError(f"process {', '.join(failed)} could not write")
+                raise UserFileError(f"process {', '.join(failed)} could not write")
         elif threading.current_thread() is not threading.main_thread():  # the save has ended, in whatever way
             self._refuse()
 

@@ -16,6 +16,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from t5x_lite.errors import UserError, UserFileError
+
 log = logging.getLogger(__name__)
 
 FILE = "lock"
@@ -38,13 +40,13 @@ def held(model_dir: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise OSError(f"MODEL_DIR = {model_dir!r} cannot be written: {error}. Name another folder.") from None
+        raise UserFileError(f"MODEL_DIR = {model_dir!r} cannot be written: {error}. Name another folder.") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"MODEL_DIR = {model_dir!r} is in use: {_described(file.read())}. Two runs would spoil each other's "
                 "checkpoints: end that one, or give this one another MODEL_DIR."
             ) from None

@@ -8,8 +8,8 @@ whole folder into place at the end, so a checkpoint is there with all its parts 
 deleted only after that.
 
 Orbax's v0 API is used, in this package and in convert/tensors.py. Orbax 1.0 will put its v1 API in its place, which
-requirements.txt therefore excludes. v1 reads these checkpoints. What it will ask to change here: `training.Checkpointer`
-for `CheckpointManager` and `save_checkpointables` for `args.Composite`; a `CheckpointableHandler` for the handler in
+requirements.txt therefore excludes. v1 reads these checkpoints. What will change here: `training.Checkpointer` for
+`CheckpointManager` and `save_checkpointables` for `args.Composite`; a `CheckpointableHandler` for the handler in
 position.py; `load` with an abstract tree, and its partial form, for `PyTreeRestore`. It has no `barrier_sync_fn` (as of
 0.12.8), which agreement.py needs so that a host whose save failed does not hold up the others.
 
@@ -37,6 +37,7 @@ from t5x_lite.checkpoint import checksums
 from t5x_lite.checkpoint.agreement import Agreement, on_all_hosts
 from t5x_lite.checkpoint.keeping import KeepLastAndBest
 from t5x_lite.checkpoint.position import DataIterator, DataPositionRestore, DataPositionSave
+from t5x_lite.errors import MissingFileError, UserError, UserFileError
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,9 @@ class Checkpointer:
         before_commit: Callable[[], None] = lambda: None,
     ):
         if keep_last is not None and keep_last < 1:
-            raise ValueError(f"KEEP_LAST={keep_last} must be at least 1, or None to keep every checkpoint.")
+            raise UserError(f"KEEP_LAST={keep_last} must be at least 1, or None to keep every checkpoint.")
         if keep_best < 1 or best_mode not in ("max", "min"):
-            raise ValueError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
+            raise UserError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
         self.directory = checkpoint.checkpoints_folder(directory)
         kept_by = (keep_best_metric,) if isinstance(keep_best_metric, str) else tuple(keep_best_metric or ())
         self._policy = KeepLastAndBest(keep_last, kept_by, keep_best, best_mode)
@@ -168,7 +169,7 @@ class Checkpointer:
         for metric in self._policy.metrics:
             if metrics is not None and metric not in metrics:
                 known = ", ".join(sorted(metrics))
-                raise ValueError(f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {known}.")
+                raise UserError(f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {known}.")
         self._settle()
         if step in self._manager.all_steps():
             return False
@@ -209,9 +210,9 @@ class Checkpointer:
         self.wait()
         folder = self.directory / str(step)
         if step not in self._manager.all_steps():
-            raise FileNotFoundError(f"No checkpoint of step {step} in {self.directory}: it has {self.all_steps()}.")
+            raise MissingFileError(f"No checkpoint of step {step} in {self.directory}: it has {self.all_steps()}.")
         if iterator is not None and not (folder / "data").exists():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder} holds no data position, so the run cannot go on where its data stopped. Begin a new "
                 "MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
             )
@@ -280,7 +281,7 @@ class Checkpointer:
             f"{self.latest_step()}: once it can be written to, start the same command again, and it goes on from there."
         )
         if self._failures >= FAILED_SAVES:
-            raise OSError(f"{self._failures} saves in a row have failed. {self._failure}") from error
+            raise UserFileError(f"{self._failures} saves in a row have failed. {self._failure}") from error
         log.warning("Step %s could not be saved, and training goes on (%s).", step, why)
 
     def _remove_left_behind(self) -> bool:

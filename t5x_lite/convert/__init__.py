@@ -29,6 +29,7 @@ from t5x_lite.bert import Bert, BertConfig
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
+from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
 from t5x_lite.model import T5, T5Config
 
 Format = Literal["huggingface", "t5x_lite"]
@@ -87,7 +88,7 @@ def read(
         source = t5x.read(path)
     else:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} is no model: expected a Hugging Face directory (config.json), a MODEL_DIR or one of its "
             f"checkpoints, or a T5X checkpoint; found: {there or 'an empty folder'}"
         )
@@ -98,13 +99,13 @@ def read(
 def _own_config(path: Path) -> ModelConfig:
     info = checkpoint.read_info(path)
     if "model" not in info:
-        raise ValueError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
+        raise UserError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
     said: dict[str, Any] = info["model"]
     said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
     for kind in (T5Config, BertConfig):
         if set(said) <= {field.name for field in dataclasses.fields(kind)}:
             return kind(**said)
-    raise ValueError(f"{path}: its model config, {said}, is neither a T5Config's nor a BertConfig's")
+    raise UserError(f"{path}: its model config, {said}, is neither a T5Config's nor a BertConfig's")
 
 
 # Each parameter is a list of the source's tensors: one, or one for each layer.
@@ -161,7 +162,7 @@ def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
         for what, names in problems.items():
             if names:
                 lines += [f"  {what}: {len(names)}", *(f"    {name}" for name in names[:12])]
-        raise ValueError("\n".join(lines))
+        raise UserError("\n".join(lines))
     return parts
 
 
@@ -189,7 +190,7 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     """
     source, dest = Path(source).expanduser(), Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise FileExistsError(f"{dest} is there and not empty: name a new folder")
+        raise ExistingFileError(f"{dest} is there and not empty: name a new folder")
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     config, params = read(source, host)
     if to == "t5x_lite":

@@ -15,6 +15,7 @@ import numpy as np
 from t5x_lite.bert import BertConfig
 from t5x_lite.convert import huggingface_bert, tensors
 from t5x_lite.convert.tensors import Source, Tensor
+from t5x_lite.errors import UserError
 from t5x_lite.model import T5Config
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -96,15 +97,15 @@ def _is_transposed(name: str) -> bool:
 def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
     kind = hub.get("model_type")
     if kind not in ("t5", "mt5", "umt5"):
-        raise ValueError(f"{file}: model_type is {kind!r}; 't5' (T5, Flan, ByT5), 'mt5', 'umt5' and 'bert' are read")
+        raise UserError(f"{file}: model_type is {kind!r}; 't5' (T5, Flan, ByT5), 'mt5', 'umt5' and 'bert' are read")
     proj = hub.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     if proj not in _ACTIVATIONS:
-        raise ValueError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
+        raise UserError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
     if hub.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        raise ValueError(f"{file}: layer_norm_epsilon is {hub['layer_norm_epsilon']}; T5's is 1e-06")
+        raise UserError(f"{file}: layer_norm_epsilon is {hub['layer_norm_epsilon']}; T5's is 1e-06")
     needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     if missing := [name for name in needed if name not in hub]:
-        raise ValueError(f"{file} does not say {', '.join(missing)}")
+        raise UserError(f"{file} does not say {', '.join(missing)}")
     # T5 1.0 has one table for inputs and outputs, and scales the outputs. transformers 5 writes every T5 as tied, and
     # `scale_decoder_outputs` has the old meaning; mT5 is never scaled. UMT5 is where the file says tied; transformers 5
     # scales all of them, also Google's own, whose files say otherwise: its logits are theirs / sqrt(d_model).
@@ -151,15 +152,15 @@ def write(folder: Path, config: T5Config | BertConfig, params: Mapping[str, Any]
 def _described(config: T5Config) -> dict[str, Any]:
     """config.json. Raises ValueError: the config is none of Hugging Face's T5s."""
     if config.decoder_only:
-        raise ValueError("Hugging Face has no T5 of a decoder alone (num_encoder_layers=0): convert it --to=t5x_lite")
+        raise UserError("Hugging Face has no T5 of a decoder alone (num_encoder_layers=0): convert it --to=t5x_lite")
     projections = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if config.adapter_size:
-        raise ValueError(
+        raise UserError(
             f"Hugging Face's T5 has no adapters (adapter_size={config.adapter_size}, parameters "
             "encoder/layers/adapter and decoder/layers/adapter): convert it --to=t5x_lite"
         )
     if config.mlp_activations not in projections:
-        raise ValueError(
+        raise UserError(
             f"mlp_activations={config.mlp_activations} cannot be said in a Hugging Face config; these can: "
             f"{', '.join(map(str, projections))}"
         )

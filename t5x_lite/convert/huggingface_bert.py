@@ -11,6 +11,7 @@ from typing import Any
 from t5x_lite.bert import BertConfig, Head
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
+from t5x_lite.errors import UserError
 
 _LAYER = {
     **{f"attention/{name}": f"attention.self.{name}" for name in ("query", "key", "value")},
@@ -76,18 +77,18 @@ def source(folder: Path, hub: Mapping[str, Any], found: Mapping[str, Tensor]) ->
     file = folder / "config.json"
     for name, value in _ONLY.items():
         if hub.get(name, value) != value:
-            raise ValueError(f"{file}: {name} is {hub[name]!r}; BERT as published, and here, has {value!r}")
+            raise UserError(f"{file}: {name} is {hub[name]!r}; BERT as published, and here, has {value!r}")
     others = set(hub.get("architectures") or ()) - set(_ARCHITECTURES.values())
     if others:
-        raise ValueError(
+        raise UserError(
             f"{file}: {', '.join(others)} is not read; {', '.join(sorted(set(_ARCHITECTURES.values())))} are"
         )
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in needed if name not in hub]:
-        raise ValueError(f"{file} does not say {', '.join(missing)}")
+        raise UserError(f"{file} does not say {', '.join(missing)}")
     held = {_modern(name): tensor for name, tensor in found.items()}
     if len(held) < len(found):
-        raise ValueError(f"{folder} holds tensors under two names: with `bert.` and without, or with gamma and weight")
+        raise UserError(f"{folder} holds tensors under two names: with `bert.` and without, or with gamma and weight")
     for name in _UNUSED:
         held.pop(name, None)
     tensors.drop_copies(folder, held, _COPIES)
@@ -131,7 +132,7 @@ def _architecture(config: BertConfig) -> str:
     heads = frozenset(config.heads)
     if heads not in _ARCHITECTURES:
         known = "; ".join(", ".join(sorted(known)) for known in _ARCHITECTURES if known)
-        raise ValueError(f"heads={config.heads}: Hugging Face has no BERT with these together; it has {known}")
+        raise UserError(f"heads={config.heads}: Hugging Face has no BERT with these together; it has {known}")
     return _ARCHITECTURES[heads]
 
 

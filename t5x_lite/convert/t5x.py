@@ -11,6 +11,7 @@ from pathlib import Path
 
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
+from t5x_lite.errors import UserError
 from t5x_lite.model import T5Config
 
 
@@ -26,7 +27,7 @@ def read(path: Path) -> Source:
     root = next((r for r in ("optimizer/target/", "target/", "params/") if any(n.startswith(r) for n in state)), None)
     if root is None:
         held = ", ".join(sorted({name.split("/")[0] for name in state})) or "nothing"
-        raise ValueError(f"{path} has no parameters under optimizer/target, target or params; it has {held}")
+        raise UserError(f"{path} has no parameters under optimizer/target, target or params; it has {held}")
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith(root):
@@ -53,7 +54,7 @@ def _unscanned(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
     def shape(name: str) -> tuple[int, ...]:
         if name not in found:
-            raise ValueError(f"{path} has no {name}: it is no T5. It has " + ", ".join(sorted(found)[:12]))
+            raise UserError(f"{path} has no {name}: it is no T5. It has " + ", ".join(sorted(found)[:12]))
         return found[name].shape
 
     def layers(stack: str) -> int:

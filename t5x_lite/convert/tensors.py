@@ -24,6 +24,8 @@ import tensorstore
 from etils import epath
 from flax import traverse_util
 
+from t5x_lite.errors import MissingFileError, MissingPackageError, UserError
+
 Index = tuple[slice | int, ...]
 
 
@@ -84,7 +86,7 @@ def drop_copies(folder: Path, found: dict[str, Tensor], copies: Mapping[str, str
             continue
         tensor = found.pop(copy)
         if not _equal(tensor, found.setdefault(original, tensor)):
-            raise ValueError(f"{folder}: {copy} differs from {original}, and a model of this config has them as one")
+            raise UserError(f"{folder}: {copy} differs from {original}, and a model of this config has them as one")
 
 
 def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
@@ -109,16 +111,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if not 0 < length <= file.stat().st_size - 8:
-            raise ValueError(f"{file} is no safetensors file, or only a part of one: download it again")
+            raise UserError(f"{file} is no safetensors file, or only a part of one: download it again")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if file.stat().st_size != end:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, its header says {end}: download it again")
+        raise UserError(f"{file} has {file.stat().st_size} bytes, its header says {end}: download it again")
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{file}: {name} is {entry['dtype']}; only {', '.join(_SAFETENSORS_DTYPES)} are read")
+            raise UserError(f"{file}: {name} is {entry['dtype']}; only {', '.join(_SAFETENSORS_DTYPES)} are read")
         dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
         start = 8 + length + entry["data_offsets"][0]
 
@@ -149,7 +151,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_torch(file: Path) -> dict[str, Tensor]:
     """Raises ModuleNotFoundError where PyTorch is not installed; ValueError: other things than tensors are in it."""
     if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"{file} is PyTorch's own format, which only PyTorch reads: pip install torch, or get the model's "
             "model.safetensors"
         )
@@ -159,7 +161,7 @@ def read_torch(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors, or is damaged; other objects are never loaded") from error
+        raise UserError(f"{file} holds more than tensors, or is damaged; other objects are never loaded") from error
 
     def read(tensor: Any, index: Index) -> np.ndarray:
         part = tensor.detach()[index]
@@ -186,17 +188,15 @@ def read_hub(folder: Path) -> dict[str, Tensor]:
             continue
         shard_of = json.loads(index.read_text())["weight_map"]
         if missing := sorted(name for name in set(shard_of.values()) if not (folder / name).exists()):
-            raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}: download them")
+            raise MissingFileError(f"{index} names shards that are not there: {', '.join(missing)}: download them")
         found: dict[str, Tensor] = {}
         for shard in sorted(set(shard_of.values())):
             tensors = read(folder / shard)
             if set(tensors) != {name for name, at in shard_of.items() if at == shard}:
-                raise ValueError(
-                    f"{folder / shard} does not hold the tensors that {index.name} says: download it again"
-                )
+                raise UserError(f"{folder / shard} does not hold the tensors that {index.name} says: download it again")
             found |= tensors
         return found
-    raise FileNotFoundError(f"{folder} has a config.json and no model.safetensors, pytorch_model.bin or their indexes")
+    raise MissingFileError(f"{folder} has a config.json and no model.safetensors, pytorch_model.bin or their indexes")
 
 
 # T5X and Orbax: a tree, its leaves in one msgpack file or in a folder (zarr) or key-value store (OCDBT) beside it.
@@ -221,7 +221,7 @@ def read_t5x(path: Path) -> dict[str, Tensor]:
             tree = flax.serialization.msgpack_restore(file.read_bytes())
         assert isinstance(tree, dict)
     except Exception as error:
-        raise ValueError(f"{file} is no T5X checkpoint: it is not the msgpack of a tree ({error})") from error
+        raise UserError(f"{file} is no T5X checkpoint: it is not the msgpack of a tree ({error})") from error
     found = {}
     for name, leaf in flat(tree).items():
         if hasattr(leaf, "shape"):
@@ -265,5 +265,5 @@ def _open(store: dict[str, Any]) -> Tensor:
     try:
         array = tensorstore.open({"driver": "auto", "kvstore": store}, read=True).result()  # zarr, version 2 or 3
     except (ValueError, OSError) as error:
-        raise FileNotFoundError(f"{store['path']} holds no array, though the checkpoint names one: {error}") from error
+        raise MissingFileError(f"{store['path']} holds no array, though the checkpoint names one: {error}") from error
     return Tensor(tuple(array.shape), lambda index: array[index].read().result())

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from t5x_lite.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 END = 1
@@ -40,7 +42,7 @@ class Vocabulary:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         if self._model.pad_id() != 0 or self._model.eos_id() != END:
             name = "this model" if isinstance(model, bytes) else model
-            raise ValueError(f"{name} has pad {self._model.pad_id()} and end {self._model.eos_id()}; T5's are 0 and 1")
+            raise UserError(f"{name} has pad {self._model.pad_id()} and end {self._model.eos_id()}; T5's are 0 and 1")
 
     def __len__(self) -> int:
         return self._model.get_piece_size()
@@ -143,15 +145,15 @@ def sentencepiece_model(file: Path) -> bytes:
     others = {part["type"] for part in normalizers} - {"Precompiled", "Strip", "Replace"}
     kinds_of_split = {part["type"] for part in split} - {"WhitespaceSplit"}
     if model.get("type") != "Unigram" or kinds_of_split != {"Metaspace"} or split[-1].get("prepend_scheme") == "never":
-        raise ValueError(f"{file} is no SentencePiece unigram model: {_FETCH}")
+        raise UserError(f"{file} is no SentencePiece unigram model: {_FETCH}")
     if len(tables) != 1 or others:
-        raise ValueError(f"{file} lacks SentencePiece's table of characters, or has {sorted(others)} beside: {_FETCH}")
+        raise UserError(f"{file} lacks SentencePiece's table of characters, or has {sorted(others)} beside: {_FETCH}")
 
     pieces = [piece for piece, _ in model["vocab"]]
     scores = [score for _, score in model["vocab"]]
     for i in sorted(i for i in added if i >= len(pieces)):
         if i != len(pieces):
-            raise ValueError(f"{file}: no piece has id {len(pieces)}, but {added[i]} has {i}: {_FETCH}")
+            raise UserError(f"{file}: no piece has id {len(pieces)}, but {added[i]} has {i}: {_FETCH}")
         pieces, scores = [*pieces, added[i]], [*scores, 0.0]
     sentinels = [_SENTINEL.fullmatch(piece) for piece in pieces]
     if [match and int(match[1]) for match in sentinels[-100:]] == [*reversed(range(100))]:

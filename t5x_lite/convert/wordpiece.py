@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from t5x_lite.errors import UserError
+
 _LONGEST = 100  # characters of a word; what is longer is unknown
 
 
@@ -26,7 +28,7 @@ class WordPiece:
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
         if self._pieces[0] != "[PAD]" or not self._ids.keys() >= set(special):
-            raise ValueError(f"{file} is no BERT's vocab.txt: it needs [PAD] in its first line, and {special[1:]}")
+            raise UserError(f"{file} is no BERT's vocab.txt: it needs [PAD] in its first line, and {special[1:]}")
         _, self._unknown, self.cls, self.sep, self.mask = (self._ids[piece] for piece in special)
         config = file.parent / "tokenizer_config.json"
         if config.is_file():

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,13 @@ import numpy as np
 from t5x_lite import logs, packing, step
 from t5x_lite.bert import BertConfig
 from t5x_lite.chips import GIB
+from t5x_lite.errors import UserError
+from t5x_lite.losses import LossConfig
 from t5x_lite.machine import Functions, Machine
-from t5x_lite.options import Run
+from t5x_lite.optim import Optimizer
 from t5x_lite.plan import hlo
 from t5x_lite.plan.topologies import Topology
+from t5x_lite.run_config import RunConfig
 
 
 @dataclasses.dataclass
@@ -93,32 +96,63 @@ class Plan:
         return None if self.capacity is None else self.memory.needed <= self.capacity
 
 
-def make(run: Run, topology: Topology) -> Plan:
+def make(run: RunConfig, topology: Topology) -> Plan:
     """Compiles the training step of `run` for `topology`.
 
     Raises:
       ValueError: mesh, batch or model do not go with the devices; the same that a run would say.
     """
     machine = Machine(run, topology.devices)
-    abstract = machine.abstract
-    batch = abstract_batch(run, machine)
-    key = jax.eval_shape(lambda: jax.random.key(0, impl=run.rng_impl))
-    train_step = machine.compiler.train_step(
-        abstract, config=run.model, optimizer=run.optimizer, loss=run.loss, num_microbatches=run.num_microbatches
+    return of_step(
+        topology,
+        machine.compiler,
+        machine.abstract,
+        abstract_batch(run, machine),
+        config=run.model,
+        optimizer=run.optimizer,
+        loss=run.loss,
+        lengths=dict(run.task_feature_lengths),
+        num_microbatches=run.num_microbatches,
+        rng_impl=run.rng_impl,
+    )
+
+
+def of_step(
+    topology: Topology,
+    compiler: step.Compiler,
+    abstract: step.TrainState,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    config: step.Config,
+    optimizer: Optimizer,
+    loss: LossConfig,
+    lengths: Mapping[str, int],
+    num_microbatches: int = 1,
+    rng_impl: str = "threefry2x32",
+) -> Plan:
+    """Compiles one training step for `topology`; `make` without a `RunConfig`.
+
+    Args:
+      abstract, batch: shapes and shardings of the state and of a global batch, on the compiler's mesh.
+      lengths: of the "inputs" and "targets" of a row.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=rng_impl))
+    train_step = compiler.train_step(
+        abstract, config=config, optimizer=optimizer, loss=loss, num_microbatches=num_microbatches
     )
     traced = train_step.trace(abstract, batch, key)
     memory, compiled, seconds = compile_within(traced.lower(), topology)
-    lengths = dict(run.task_feature_lengths)
-    flops = logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
+    mesh, batch_size = compiler.mesh, next(iter(batch.values())).shape[0]
+    flops = logs.flops_per_step(config, batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
     plan = Plan(
         topology=topology.name,
-        devices=machine.mesh.size,
+        devices=mesh.size,
         compiled_for=topology.chip.name if topology.real else "cpu",
-        mesh=dict(machine.mesh.shape),
-        batch_size=run.batch_size,
-        lengths=lengths,
-        remat=run.model.remat,
-        num_microbatches=run.num_microbatches,
+        mesh=dict(mesh.shape),
+        batch_size=batch_size,
+        lengths=dict(lengths),
+        remat=config.remat,
+        num_microbatches=num_microbatches,
         parameters=step.param_count(abstract.params),
         parameter_bytes=shard_bytes(abstract.params),
         optimizer_bytes=shard_bytes(abstract.opt_state),
@@ -137,7 +171,7 @@ def make(run: Run, topology: Topology) -> Plan:
     if compiled is not None:
         program = hlo.Program(compiled.as_text())
         domains = topology.domain_of
-        plan.collectives = program.collectives(plan.devices, [domains[d] for d in machine.mesh.devices.flat])
+        plan.collectives = program.collectives(plan.devices, [domains[d] for d in mesh.devices.flat])
         if topology.real:
             plan.traffic = program.memory_traffic()
         plan.times = bounds(plan, topology)
@@ -147,14 +181,14 @@ def make(run: Run, topology: Topology) -> Plan:
     return plan
 
 
-def decode_memory(run: Run, topology: Topology) -> Memory:
+def decode_memory(run: RunConfig, topology: Topology) -> Memory:
     """What decoding a batch takes on each device, by the run's method.
 
     Raises:
       ValueError: the model does not decode.
     """
     if isinstance(run.model, BertConfig):
-        raise ValueError("--decode: an encoder alone does not decode")
+        raise UserError("--decode: an encoder alone does not decode")
     machine = Machine(run, topology.devices)
     shape = (run.eval_batch_size, run.task_feature_lengths.get("inputs", 1))
     inputs = jax.ShapeDtypeStruct(shape, np.int32, sharding=machine.batch_sharding)
@@ -162,7 +196,7 @@ def decode_memory(run: Run, topology: Topology) -> Memory:
     return compile_within(lowered, topology)[0]
 
 
-def abstract_batch(run: Run, machine: Machine) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(run: RunConfig, machine: Machine) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a global training batch, of all that makes batches of this run."""
     lengths = run.task_feature_lengths
     inputs, targets = (np.ones((1, lengths.get(feature, 0)), np.int32) for feature in ("inputs", "targets"))
@@ -200,11 +234,15 @@ def compile_within(lowered: Any, topology: Topology) -> tuple[Memory, Any | None
             raise
         size, unit = (said[1], said[2]) if said[1] else (said[3], said[4])
         return Memory(int(float(size) * 1024 ** ("KMGT".index(unit) + 1))), None, time.monotonic() - start
+    return memory_of(compiled), compiled, time.monotonic() - start
+
+
+def memory_of(compiled: Any) -> Memory:
+    """Returns what the compiler allotted to a compiled program."""
     m = compiled.memory_analysis()
     parts = (m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes)
     program = m.generated_code_size_in_bytes
-    needed = parts[0] + parts[1] - parts[2] + parts[3] + program
-    return Memory(needed, *parts, program), compiled, time.monotonic() - start
+    return Memory(parts[0] + parts[1] - parts[2] + parts[3] + program, *parts, program)
 
 
 # Of its attention, as JAX calls it: queries with keys, weights with values; backward these again, and four gradients.

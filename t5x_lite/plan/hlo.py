@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from t5x_lite.errors import UserError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 # What costs nothing by itself: names for what is there already, or a wrapper of computations that are counted.
@@ -60,7 +62,7 @@ class Program:
                 current = self.computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
         if not entry:
-            raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
+            raise UserError("this is no text of a compiled program: it has no ENTRY computation")
         self.unknown_loops: list[str] = []  # whose number of turns the text does not give: counted once
         self.times: collections.Counter[str] = collections.Counter()  # how often each computation runs
         self.fused: set[str] = set()
@@ -245,7 +247,7 @@ def _closing(text: str, start: int) -> int:
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise ValueError(f"unbalanced brackets in a line of HLO: {text[:200]}")
+    raise UserError(f"unbalanced brackets in a line of HLO: {text[:200]}")
 
 
 def _kind(instruction: Instruction) -> str:

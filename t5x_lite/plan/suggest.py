@@ -12,10 +12,11 @@ from typing import get_args
 
 from t5x_lite.bert import BertConfig
 from t5x_lite.config import Remat
+from t5x_lite.errors import UserError
 from t5x_lite.machine import Machine
-from t5x_lite.options import Run
 from t5x_lite.plan import Plan, gib, make, shard_bytes
 from t5x_lite.plan.topologies import Topology
+from t5x_lite.run_config import RunConfig
 
 log = logging.getLogger("t5x_lite")
 
@@ -27,7 +28,7 @@ MESHES: dict[str, Mapping[str, int]] = {
 }
 
 
-def best(run: Run, topology: Topology) -> tuple[Run, Plan]:
+def best(run: RunConfig, topology: Topology) -> tuple[RunConfig, Plan]:
     """The run with what fits and has the best bound on the step's time, and its plan; prints all that was compiled.
 
     On the first mesh that can hold the model each remat policy is compiled, with the fewest micro-batches that fit; the
@@ -36,7 +37,7 @@ def best(run: Run, topology: Topology) -> tuple[Run, Plan]:
     Raises:
       ValueError: nothing fits.
     """
-    fitting: list[tuple[str, Run, Plan]] = []
+    fitting: list[tuple[str, RunConfig, Plan]] = []
     policies: tuple[Remat, ...] = get_args(Remat)
     print(f"{'mesh':12} {'REMAT':8} {'NUM_MICROBATCHES':16}  memory a device  step at least")
     for name, mesh in MESHES.items():
@@ -45,7 +46,7 @@ def best(run: Run, topology: Topology) -> tuple[Run, Plan]:
         if here:
             policies = (min(here, key=_seconds)[1].model.remat,)
     if not fitting:
-        raise ValueError(
+        raise UserError(
             f"nothing fits {topology.name} on any of the meshes {', '.join(MESHES)}: take more or larger devices, "
             "or a smaller BATCH_SIZE"
         )
@@ -57,13 +58,13 @@ def best(run: Run, topology: Topology) -> tuple[Run, Plan]:
     return found, plan
 
 
-def _seconds(candidate: tuple[str, Run, Plan]) -> float:
+def _seconds(candidate: tuple[str, RunConfig, Plan]) -> float:
     return candidate[2].step_seconds or math.inf
 
 
 def _fewest_parts(
-    run: Run, topology: Topology, name: str, mesh: Mapping[str, int], remat: Remat
-) -> tuple[Run, Plan] | None:
+    run: RunConfig, topology: Topology, name: str, mesh: Mapping[str, int], remat: Remat
+) -> tuple[RunConfig, Plan] | None:
     """The run with the fewest micro-batches that fit; None: none do, or the mesh does not go with model and batch."""
     parts = 1
     while parts <= run.batch_size:
@@ -88,7 +89,7 @@ def _fewest_parts(
     return None
 
 
-def least_memory(run: Run, machine: Machine) -> float:
+def least_memory(run: RunConfig, machine: Machine) -> float:
     """Bytes on each device that no compiler can do without: state, gradients and what the backward pass is left with.
 
     Of each layer "full" remat keeps its input, "minimal" its matrix products with parameters as well, "none" the

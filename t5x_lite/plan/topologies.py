@@ -17,6 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from t5x_lite.chips import CHIPS, GPUS_PER_HOST, Chip
+from t5x_lite.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +53,14 @@ def find(name: str) -> Topology:
     chip = next((c for c in CHIPS if c.name == (match[2] if match else name)), None)
     if match is None or chip is None:
         near = [] if chip else difflib.get_close_matches(name.partition(":")[0], [c.name for c in CHIPS], n=1)
-        raise ValueError(
+        raise UserError(
             f"--topology={name}: write CHIP:SHAPE, such as v5e:4x4, 2xv5e:16x16 (two slices), h100:8 or cpu:8."
             f"{f' Did you mean {near[0]}?' if near else ''} Chips: {', '.join(c.name for c in CHIPS)}"
         )
     slices, shape = int(match[1] or 1), match[3]
     if chip.platform == "tpu":
         if shape not in chip.shapes:
-            raise ValueError(
+            raise UserError(
                 f"--topology={name}: {chip.name} has no slice {shape!r}; its slices: {', '.join(chip.shapes)}"
             )
         _start_cpu_only(2)  # two, for a lone CPU device is given a program of its own
@@ -67,10 +68,10 @@ def find(name: str) -> Topology:
         return Topology(name, chip, _tpus(name, chip, shape, slices))
     count = int(shape) if shape.isdecimal() else 0
     if count < 1 or slices > 1:
-        raise ValueError(f"--topology={name}: write {chip.name}:N, N being how many, such as {chip.name}:8")
+        raise UserError(f"--topology={name}: write {chip.name}:N, N being how many, such as {chip.name}:8")
     if chip.platform == "gpu":
         if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
-            raise ValueError(f"--topology={name}: more than {GPUS_PER_HOST} GPUs are whole hosts of {GPUS_PER_HOST}")
+            raise UserError(f"--topology={name}: more than {GPUS_PER_HOST} GPUs are whole hosts of {GPUS_PER_HOST}")
         if _has_cuda():
             _start_cpu_only(2)
             _keep_nothing()
@@ -84,7 +85,7 @@ def _start_cpu_only(count: int) -> tuple[Any, ...]:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     devices = jax.devices()
     if devices[0].platform != "cpu" or len(devices) < count:
-        raise ValueError(f"JAX has been started already, with {devices}: plan in a process of its own")
+        raise UserError(f"JAX has been started already, with {devices}: plan in a process of its own")
     return tuple(devices)
 
 
@@ -95,7 +96,7 @@ def _keep_nothing() -> None:
 
 def _tpus(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             f"--topology={name} needs libtpu, the TPU's compiler, which no TPU is needed for: "
             "pip install -r requirements-tpu.txt -c constraints.txt"
         )

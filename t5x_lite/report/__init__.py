@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from t5x_lite import logs
+from t5x_lite.errors import UserError
 from t5x_lite.report import analysis, page
 from t5x_lite.report.page import About
 
@@ -94,7 +95,7 @@ def _parsed(text: str, place: str) -> dict:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        raise ValueError(f"{place} is not JSON: {text[:60]!r}; remove it") from None
+        raise UserError(f"{place} is not JSON: {text[:60]!r}; remove it") from None
 
 
 def after_training(

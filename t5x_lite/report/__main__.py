@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from t5x_lite import report
+from t5x_lite.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         if "://" in asked.model_dir:
-            raise ValueError(f"{asked.model_dir} is no local folder: copy it, or use run.py --mode=eval")
+            raise UserError(f"{asked.model_dir} is no local folder: copy it, or use run.py --mode=eval")
         print(report.write_page(Path(asked.model_dir)))
     except (ValueError, OSError) as error:
         print(f"t5x_lite.report: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 from tasks import formats, vocabulary
+from tasks.errors import MissingFileError, UserError
 
 COMPLETED = "COMPLETED"
 
@@ -29,14 +30,14 @@ def check(task: seqio.Task, split: str | None = None) -> str:
     if not folder:
         name, roots = seqio.get_task_dir_from_name(task.name), seqio.get_global_cache_dirs()
         unfinished = [root for root in roots if tf.io.gfile.isdir(os.path.join(root, name))]
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{task.name} is not cached: there is no {name}/{COMPLETED} in "
             f"{', '.join(roots) or 'any folder, for none was given (SEQIO_ADDITIONAL_CACHE_DIRS)'}"
             + (f" ({unfinished[0]} has an unfinished one)" if unfinished else "")
             + f". Make it with: make cache TASK={task.name} CACHE_DIR={roots[0] if roots else 'FOLDER'}"
         )
     if split and not tf.io.gfile.exists(seqio.get_cached_info_path(folder, split)):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no split {split!r} of {task.name}: it was made where that was not. " + _anew(task, folder)
         )
     with tf.io.gfile.GFile(os.path.join(folder, COMPLETED)) as file:
@@ -47,7 +48,7 @@ def check(task: seqio.Task, split: str | None = None) -> str:
     for feature, now in _vocabularies(task).items():
         then = made.get(feature, now)
         if {**then, "name": ""} != {**now, "name": ""}:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was made with the vocabulary {_show(then)}, and {task.name} now has {_show(now)} for "
                 f"{feature!r}: set VOCABULARY to the former, or use another folder. " + _anew(task, folder)
             )

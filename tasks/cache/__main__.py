@@ -24,6 +24,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from tasks import cache, formats, vocabulary
+from tasks.errors import UserError
 
 _ENVIRONMENT = (formats.DATA_DIR_VARIABLE, "TFDS_DATA_DIR")  # what says where examples come from
 
@@ -70,7 +71,7 @@ def main(_: Sequence[str]) -> int:
 def _named(patterns: Sequence[str]) -> list[seqio.Task]:
     """The tasks that the names, or regular expressions, stand for. Raises ValueError for one that matches nothing."""
     if not patterns:
-        raise ValueError("nothing to cache: name tasks or mixtures, --tasks=glue_rte_v002,squad_v010_allanswers")
+        raise UserError("nothing to cache: name tasks or mixtures, --tasks=glue_rte_v002,squad_v010_allanswers")
     known = {name: seqio.TaskRegistry.get(name) for name in seqio.TaskRegistry.names()}
     mixtures = {name: seqio.MixtureRegistry.get(name) for name in seqio.MixtureRegistry.names()}
     found: dict[str, seqio.Task] = {}
@@ -80,7 +81,7 @@ def _named(patterns: Sequence[str]) -> list[seqio.Task]:
             matching = mixtures[pattern].tasks
         if not matching:
             near = difflib.get_close_matches(pattern, [*known, *mixtures], n=3, cutoff=0.4)
-            raise ValueError(f"no task or mixture is called {pattern!r}; nearest: {', '.join(near) or 'none'}")
+            raise UserError(f"no task or mixture is called {pattern!r}; nearest: {', '.join(near) or 'none'}")
         found |= {task.name: task for task in matching}
     return list(found.values())
 
@@ -92,9 +93,9 @@ def _to_do(tasks: Sequence[seqio.Task], root: str, overwrite: bool) -> list[seqi
     for task in tasks:
         folder = _folder(task, root)
         if not task.supports_caching:
-            raise ValueError(f"{task.name} has no CacheDatasetPlaceholder among its steps: there is nothing to cache")
+            raise UserError(f"{task.name} has no CacheDatasetPlaceholder among its steps: there is nothing to cache")
         if not task.splits:
-            raise ValueError(f"{task.name} has no data: none of its splits' files is there")
+            raise UserError(f"{task.name} has no data: none of its splits' files is there")
         for split in task.splits:
             task.source.list_shards(split)  # says so if the data is not there, before anything is removed
         if overwrite or not tf.io.gfile.isdir(folder):
@@ -103,7 +104,7 @@ def _to_do(tasks: Sequence[seqio.Task], root: str, overwrite: bool) -> list[seqi
             cache.check(task)
             print(f"{task.name} is cached already in {folder}; --overwrite makes it anew")
         else:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds an unfinished cache: its job was stopped, or still runs. If it does not, "
                 "--overwrite (make cache CACHE_FLAGS=--overwrite) removes what is there and begins again"
             )

@@ -26,6 +26,7 @@ from typing import Literal, get_args
 import seqio
 
 from tasks import c4, glue, squad  # noqa: F401  the mixtures below name their tasks
+from tasks.errors import UserError
 
 Strategy = Literal["proportional", "temperature", "equal"]
 
@@ -90,7 +91,7 @@ def rates(
     raw = raw_rates(tasks, strategy, limit, temperature, scale)
     total = math.fsum(raw.values())
     if not total:
-        raise ValueError(f"none of {', '.join(raw)} has training examples: there is nothing to draw from")
+        raise UserError(f"none of {', '.join(raw)} has training examples: there is nothing to draw from")
     return {name: rate / total for name, rate in raw.items()}
 
 
@@ -104,23 +105,23 @@ def raw_rates(
     """The same before it is made to sum to 1: proportional rates are counts of examples, equal ones 1."""
     counts = dict(tasks) if isinstance(tasks, Mapping) else _published(tasks)
     if not counts:
-        raise ValueError("no tasks to mix")
+        raise UserError("no tasks to mix")
     for name, count in counts.items():
         if not (math.isfinite(count) and count >= 0):
-            raise ValueError(f"task {name} has {count} examples; counts are finite and at least 0")
+            raise UserError(f"task {name} has {count} examples; counts are finite and at least 0")
     if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy {strategy!r}: use 'proportional', 'temperature' or 'equal'")
+        raise UserError(f"strategy {strategy!r}: use 'proportional', 'temperature' or 'equal'")
     if limit is not None and not limit > 0:
-        raise ValueError(f"limit K = {limit}: it must be above 0, or None for no limit")
+        raise UserError(f"limit K = {limit}: it must be above 0, or None for no limit")
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature T = {temperature}: it must be finite and above 0 (1 is proportional)")
+        raise UserError(f"temperature T = {temperature}: it must be finite and above 0 (1 is proportional)")
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale {scale}: it must be finite and above 0")
+        raise UserError(f"scale {scale}: it must be finite and above 0")
     if strategy != "temperature" and temperature != 1:
-        raise ValueError(f"temperature {temperature} has no part in strategy {strategy!r}: use strategy='temperature'")
+        raise UserError(f"temperature {temperature} has no part in strategy {strategy!r}: use strategy='temperature'")
     if strategy == "equal":
         if limit is not None or scale != 1:
-            raise ValueError("strategy 'equal' gives each task the same: it takes no limit and no scale")
+            raise UserError("strategy 'equal' gives each task the same: it takes no limit and no scale")
         return dict.fromkeys(counts, 1.0)
     return {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
 
@@ -138,14 +139,14 @@ def train_examples(name: str) -> int | None:
 
 def _published(names: Iterable[str]) -> dict[str, float]:
     if isinstance(names, str):
-        raise ValueError(f"give a list of task names, not the single string {names!r}")
+        raise UserError(f"give a list of task names, not the single string {names!r}")
     counts = {}
     for name in names:
         count = train_examples(name)
         if count is None:
             near = difflib.get_close_matches(name, TRAIN_EXAMPLES, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(TRAIN_EXAMPLES)}."
-            raise ValueError(f"no published example count for task {name!r}; {hint} Or give a mapping of name to count")
+            raise UserError(f"no published example count for task {name!r}; {hint} Or give a mapping of name to count")
         counts[name] = count
     return counts
 

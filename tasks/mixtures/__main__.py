@@ -18,6 +18,7 @@ import seqio
 import tensorflow as tf
 
 from tasks import mixtures
+from tasks.errors import UserError
 from tasks.mixtures import plot, table
 
 
@@ -85,7 +86,7 @@ def _show(flags: argparse.Namespace) -> None:
     if flags.plot:
         known = {task: count for task, count in counts.items() if rates[task] and count}
         if missing := [task for task, rate in rates.items() if rate and task not in known]:
-            raise ValueError(f"cannot plot strategies without the number of examples of {', '.join(missing)}")
+            raise UserError(f"cannot plot strategies without the number of examples of {', '.join(missing)}")
         total = sum(rates.values())
         shares = {task: rates[task] / total for task in known}
         plot.draw(f"{flags.name}, {how}", known, shares, flags.steps, flags.batch, flags.plot)
@@ -102,13 +103,13 @@ def _chosen(flags: argparse.Namespace) -> tuple[dict[str, float], dict[str, int 
         counts = {task: _examples(task) for task in rates}
         if not flags.strategy:
             if flags.limit or flags.temperature != 1:
-                raise ValueError(f"{name} is registered with its rates: --limit and --temperature need a --strategy")
+                raise UserError(f"{name} is registered with its rates: --limit and --temperature need a --strategy")
             return rates, counts, "as registered"
         counts = {task: counts[task] for task, rate in rates.items() if rate}
     else:
         counts = _listed(name)
     if unknown := [task for task, count in counts.items() if count is None]:
-        raise ValueError(f"no number of examples is known for {', '.join(unknown)}: say TASK=COUNT in a list of tasks")
+        raise UserError(f"no number of examples is known for {', '.join(unknown)}: say TASK=COUNT in a list of tasks")
     strategy = flags.strategy or "proportional"
     known = {task: float(count) for task, count in counts.items() if count is not None}
     rates = mixtures.raw_rates(known, strategy, flags.limit, flags.temperature)
@@ -123,12 +124,12 @@ def _listed(names: str) -> dict[str, int | None]:
     for item in mixtures.SETS.get(names, names.split(",")):
         task, equals, count = item.strip().partition("=")
         if equals and not count.isdigit():
-            raise ValueError(f"{item!r}: say a number of examples, as in {task}=5000")
+            raise UserError(f"{item!r}: say a number of examples, as in {task}=5000")
         if not equals and mixtures.train_examples(task) is None and task not in seqio.TaskRegistry.names():
             known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names(), *mixtures.SETS]
             near = difflib.get_close_matches(task, known, n=3)
             cure = f"did you mean {', '.join(near)}?" if near else f"known sets: {', '.join(mixtures.SETS)}"
-            raise ValueError(f"no mixture, task or set is called {task!r}; {cure}")
+            raise UserError(f"no mixture, task or set is called {task!r}; {cure}")
         counts[task] = int(count) if equals else _examples(task)
     return counts
 

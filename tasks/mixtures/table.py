@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import seqio
 
+from tasks.errors import UserError
+
 # T5's fine-tuning: 2^18 steps of 128 examples.
 STEPS = 2**18
 BATCH = 128
@@ -73,7 +75,7 @@ def mean_tokens(task: str, examples: int = _MEASURED, lengths: Mapping[str, int]
         for example in itertools.islice(dataset.as_numpy_iterator(), examples)  # pyright: ignore[reportArgumentType]
     ]
     if not sizes:
-        raise ValueError(f"task {task} has no examples of {dict(lengths)}")
+        raise UserError(f"task {task} has no examples of {dict(lengths)}")
     return sum(sizes) / len(sizes)
 
 

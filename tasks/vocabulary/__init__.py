@@ -15,6 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 from tasks import formats
+from tasks.errors import MissingFileError, UserError
 from tasks.vocabulary.trainer import train as train
 from tasks.vocabulary.wordpiece import WordPieceVocabulary as WordPieceVocabulary
 
@@ -29,7 +30,7 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
     Raises FileNotFoundError when the file is not there, ValueError when its pad or end-of-sequence id cannot serve.
     """
     if not tf.io.gfile.exists(model_file):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no SentencePiece model at {model_file}: give the path of a .model file, or put T5's at "
             f"${formats.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}"
         )
@@ -37,9 +38,9 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
     try:
         pad, end = vocabulary.tokenizer.pad_id(), vocabulary.eos_id
     except Exception as error:
-        raise ValueError(f"{model_file} is not a SentencePiece model: {error}") from error
+        raise UserError(f"{model_file} is not a SentencePiece model: {error}") from error
     if pad != 0 or end is None or end < 1:
-        raise ValueError(
+        raise UserError(
             f"{model_file} has pad id {pad} and end-of-sequence id {end}; T5 needs padding at 0 and an end: "
             "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
@@ -60,7 +61,7 @@ def _load_t5() -> seqio.SentencePieceVocabulary:
             found, reason = False, str(error.message).splitlines()[0]
         if not found:
             tried = f"{local} is not there" if local else f"{formats.DATA_DIR_VARIABLE} is not set"
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"T5's vocabulary was not found: {tried}, and {path} cannot be read ({reason}). Put "
                 f"sentencepiece.model at ${formats.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}, or name another vocabulary "
                 "(gin macro VOCABULARY, or tasks.vocabulary.set_default)"
@@ -191,7 +192,7 @@ def output_features() -> dict[str, seqio.utils.Feature]:
 def require_sentinels(vocabulary: seqio.Vocabulary, count: int) -> None:
     """Refuses a vocabulary with fewer than `count` sentinels (its last ids, kept apart for marking spans)."""
     if vocabulary.extra_ids < count:
-        raise ValueError(
+        raise UserError(
             f"this objective marks up to {count} spans with sentinels, and the vocabulary has "
             f"{vocabulary.extra_ids} extra ids ({vocabulary}): real pieces would be overwritten. "
             f"Give the vocabulary extra_ids={count} or more, ask for longer spans (mean_noise_span_length), "

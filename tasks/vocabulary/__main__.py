@@ -19,6 +19,7 @@ import tensorflow as tf
 from sentencepiece import sentencepiece_model_pb2
 
 from tasks import vocabulary
+from tasks.errors import UserError
 from tasks.vocabulary import report, texts, trainer
 
 _MEASURED = 10_000  # texts that the report is made from
@@ -81,11 +82,11 @@ def _texts(flags: argparse.Namespace) -> Iterator[str]:
 
 def _train(flags: argparse.Namespace) -> int:
     if tf.io.gfile.exists(flags.output):
-        raise ValueError(
+        raise UserError(
             f"{flags.output} exists, and what was trained with it needs it: choose another name, or delete it"
         )
     if flags.limit < 1:
-        raise ValueError(f"--limit={flags.limit}: at least one text is needed")
+        raise UserError(f"--limit={flags.limit}: at least one text is needed")
     found = _texts(flags)
     trainer.train(
         itertools.islice(found, flags.limit),
@@ -111,7 +112,7 @@ def _report(model_file: str, flags: argparse.Namespace) -> int:
         model = sentencepiece.SentencePieceProcessor(model_proto=file.read())
     measured = report.measure(model, itertools.islice(_texts(flags), _MEASURED))
     if not measured.texts:
-        raise ValueError("there is no text to measure on: every row is empty")
+        raise UserError("there is no text to measure on: every row is empty")
     formats: Any = sentencepiece_model_pb2  # its classes are made at run time
     proto = formats.ModelProto.FromString(model.serialized_model_proto())
     kind = formats.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()

@@ -11,6 +11,7 @@ import seqio
 import tensorflow as tf
 
 from tasks import files
+from tasks.errors import UserError
 
 _FILES_TASK = "vocabulary_files"
 _FIRST_BYTE = 3  # in SeqIO's vocabulary of bytes, after padding, end and unknown
@@ -23,10 +24,10 @@ def of_task(name: str, split: str = "train") -> Iterator[str]:
     """
     if name not in seqio.TaskRegistry.names():
         kind = "a mixture: name one of its tasks" if name in seqio.MixtureRegistry.names() else "not a registered task"
-        raise ValueError(f"{name} is {kind}")
+        raise UserError(f"{name} is {kind}")
     task = seqio.TaskRegistry.get(name)
     if split not in task.splits:
-        raise ValueError(f"task {name} has no split {split!r}; it has: {', '.join(task.splits) or 'none'}")
+        raise UserError(f"task {name} has no split {split!r}; it has: {', '.join(task.splits) or 'none'}")
     example: Any
     for example in _bytes_as_tokens(task, split).as_numpy_iterator():
         for feature in task.output_features:
@@ -49,11 +50,11 @@ def _bytes_as_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
     steps = list(task.preprocessors)
     while not has_tokens(dataset):
         if not steps:
-            raise ValueError(f"task {task.name} never makes tokens of text")
+            raise UserError(f"task {task.name} never makes tokens of text")
         step = seqio.utils.add_kwargs_to_transform(steps.pop(0), output_features=features, sequence_length=None)
         dataset = step(dataset)
     if len(steps) == len(task.preprocessors):
-        raise ValueError(f"task {task.name} has no text: its source gives tokens")
+        raise UserError(f"task {task.name} has no text: its source gives tokens")
     return dataset
 
 

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import sentencepiece
 import tensorflow as tf
 
+from tasks.errors import UserError, UserFileError
+
 Kind = Literal["unigram", "bpe"]
 # T5 has nmt_nfkc: NFKC, and every white space and control character as a space. `_cf` folds case, identity keeps all.
 Normalization = Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"]
@@ -50,13 +52,13 @@ def train(
     written, before anything is learnt.
     """
     if kind not in get_args(Kind):
-        raise ValueError(f"type {kind!r}: use 'unigram' or 'bpe'")
+        raise UserError(f"type {kind!r}: use 'unigram' or 'bpe'")
     if normalization not in get_args(Normalization):
-        raise ValueError(f"normalization {normalization!r}: use one of {', '.join(get_args(Normalization))}")
+        raise UserError(f"normalization {normalization!r}: use one of {', '.join(get_args(Normalization))}")
     if not 0 < character_coverage <= 1:
-        raise ValueError(f"character coverage {character_coverage}: it is a share, above 0 and at most 1")
+        raise UserError(f"character coverage {character_coverage}: it is a share, above 0 and at most 1")
     if size < 1:
-        raise ValueError(f"size {size}: a vocabulary needs at least its special pieces and the characters of the text")
+        raise UserError(f"size {size}: a vocabulary needs at least its special pieces and the characters of the text")
     failed: list[BaseException] = []  # what reading the text raised: SentencePiece makes a string of it
 
     def lines() -> Iterator[str]:
@@ -108,7 +110,7 @@ def _written_whole(path: str) -> Iterator[str]:
         with tf.io.gfile.GFile(partial, "wb") as file:
             file.write(b"")
     except tf.errors.OpError as error:
-        raise OSError(f"cannot write {path}: {error.message}") from error
+        raise UserFileError(f"cannot write {path}: {error.message}") from error
     try:
         yield partial
         tf.io.gfile.rename(partial, path, overwrite=True)

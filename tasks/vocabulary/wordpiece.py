@@ -13,6 +13,8 @@ import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from tasks.errors import MissingFileError, UserError
+
 
 class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
     """The pieces of a vocab.txt, a line each.
@@ -27,14 +29,14 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
 
     def __init__(self, path: str):
         if not tf.io.gfile.exists(path):
-            raise FileNotFoundError(f"no WordPiece vocabulary at {path}: give the path of a BERT's vocab.txt")
+            raise MissingFileError(f"no WordPiece vocabulary at {path}: give the path of a BERT's vocab.txt")
         with tf.io.gfile.GFile(path) as file:
             self.pieces = file.read().removesuffix("\n").split("\n")
         ids = {piece: i for i, piece in enumerate(self.pieces)}
         if missing := [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if piece not in ids]:
-            raise ValueError(f"{path} is no BERT's vocab.txt: it lacks {', '.join(missing)}")
+            raise UserError(f"{path} is no BERT's vocab.txt: it lacks {', '.join(missing)}")
         if ids["[PAD]"] != 0:
-            raise ValueError(f"{path} has [PAD] in line {ids['[PAD]'] + 1}: padding must be token 0, its first line")
+            raise UserError(f"{path} has [PAD] in line {ids['[PAD]'] + 1}: padding must be token 0, its first line")
         self.file, self.lower_case = path, _lower_case(path, self.pieces)
         super().__init__(path, start_of_sequence_id=ids["[CLS]"], end_of_sequence_id=ids["[SEP]"])
 
@@ -75,5 +77,5 @@ def _lower_case(path: str, pieces: Sequence[str]) -> bool:
     lower = bool(said.get("do_lower_case", True))
     for key, due in (("tokenize_chinese_chars", True), ("strip_accents", lower)):
         if said.get(key, due) not in (due, None):
-            raise ValueError(f"{config}: {key} is {said[key]!r}; BERT as published, and here, has {due!r}")
+            raise UserError(f"{config}: {key} is {said[key]!r}; BERT as published, and here, has {due!r}")
     return lower

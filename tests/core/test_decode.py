@@ -75,7 +75,7 @@ def decoder(golden_t5, **settings):
 def test_beam_search_agrees_with_t5x(golden_t5, alpha):
     reference = golden_t5.outputs["generation"][f"t5x_beam4_alpha{alpha:g}"]
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
-    beam = decoder(golden_t5, method="beam", beam_size=4, num_return=4, alpha=alpha)
+    beam = decoder(golden_t5, method="beam", beam_size=4, num_decodes=4, alpha=alpha)
     tokens, scores = beam(golden_t5.params, inputs)
     np.testing.assert_array_equal(tokens, np.asarray(reference["sequences"])[:, ::-1])  # T5X's come worst first
     np.testing.assert_allclose(scores, np.asarray(reference["scores"])[:, ::-1], atol=1e-4)
@@ -106,7 +106,7 @@ def test_sampling_draws_from_the_models_distribution(golden_t5):
     logits = model_logits({"params": golden_t5.params}, rows, np.zeros((1, 1), np.int32))[0, 0]
 
     def shares(**settings):
-        decoding = decode.Decoding("sample", num_return=draws, **settings)
+        decoding = decode.Decoding("sample", num_decodes=draws, **settings)
         sample = jax.jit(functools.partial(decode.generate, config=golden_t5.config, max_length=1, decoding=decoding))
         tokens, scores = sample(golden_t5.params, rows, key=jax.random.key(0))
         drawn = np.asarray(tokens)[0, :, 0]
@@ -127,7 +127,7 @@ def test_sampling_draws_from_the_models_distribution(golden_t5):
 
 def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t5):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
-    sample = decoder(golden_t5, method="sample", num_return=3)
+    sample = decoder(golden_t5, method="sample", num_decodes=3)
     first, _ = sample(golden_t5.params, inputs, key=jax.random.key(0))
     again, _ = sample(golden_t5.params, inputs, key=jax.random.key(0))
     other, _ = sample(golden_t5.params, inputs, key=jax.random.key(1))
@@ -146,7 +146,7 @@ def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t
         assert not np.any(limited[row, 0, limit:])
 
 
-@pytest.mark.parametrize("settings", [{"method": "beam", "num_return": 4}, {"method": "sample", "num_return": 2}, {}])
+@pytest.mark.parametrize("settings", [{"method": "beam", "num_decodes": 4}, {"method": "sample", "num_decodes": 2}, {}])
 def test_log_likelihoods_of_results_are_what_scoring_them_gives(golden_t5, settings):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
     tokens, ranked = decoder(golden_t5, **settings)(golden_t5.params, inputs, key=jax.random.key(0))
@@ -171,8 +171,8 @@ def test_of_beams_that_never_ended_there_is_no_log_likelihood():
     ("settings", "says"),
     [
         ({"method": "best"}, "DECODE_METHOD 'best'"),
-        ({"method": "beam", "num_return": 5}, "NUM_DECODES 5: beam gives 1 to 4"),
-        ({"num_return": 2}, "NUM_DECODES 2: greedy gives 1 to 1"),
+        ({"method": "beam", "num_decodes": 5}, "NUM_DECODES 5: beam gives 1 to 4"),
+        ({"num_decodes": 2}, "NUM_DECODES 2: greedy gives 1 to 1"),
         ({"method": "sample", "temperature": 0.0}, "TEMPERATURE 0"),
         ({"method": "sample", "top_p": 0.0}, "TOP_P 0"),
         ({"method": "sample"}, "needs a key"),

@@ -37,7 +37,7 @@ def called(folder, inputs):
     return [[np.load(folder / f"{name}{n}.npy") for name in ("tokens", "scores")] for n in range(2)]
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "beam", "num_return": 2}, {"method": "sample", "num_return": 3}])
+@pytest.mark.parametrize("options", [{}, {"method": "beam", "num_decodes": 2}, {"method": "sample", "num_decodes": 3}])
 def test_a_program_alone_gives_what_the_model_gives(golden_dir, golden_t5, tmp_path, options, unchecked_types):
     folder, source = tmp_path / "program", golden_dir / "hf_t5_v11"
     said = [f"--{name}={value}" for name, value in options.items()]
@@ -48,7 +48,7 @@ def test_a_program_alone_gives_what_the_model_gives(golden_dir, golden_t5, tmp_p
         expected, expected_scores = model.generate(rows, max_length=9, **options)
         np.testing.assert_array_equal(tokens, expected)
         np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
-    assert tokens.shape == (3, options.get("num_return", 1), 9)
+    assert tokens.shape == (3, options.get("num_decodes", 1), 9)
     assert len(np.unique(tokens)) > 5
     said = "is there and not empty"
     with pytest.raises(FileExistsError, match=said):

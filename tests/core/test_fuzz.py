@@ -5,12 +5,12 @@ import re
 import pytest
 
 import run
-from t5x_lite import options
+from t5x_lite import run_config
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-NAMES = re.findall(r"^([A-Z_]+) *=", (run.GIN_CONFIGS / "defaults.gin").read_text(), re.MULTILINE)
+NAMES = re.findall(r"^([A-Z_]+) *=", run_config.gin_defaults(), re.MULTILINE)
 NAMES += ["T5Config.d_model", "T5Config.mlp_activations", "adafactor.decay_rate", "make_optimizer.clip_norm"]
 ODD = [
     "@adafactor()",
@@ -52,7 +52,7 @@ files = st.sampled_from(["runs/finetune.gin", "runs/pretrain.gin", "quickstart.g
 def test_any_bindings_give_a_run_or_a_refusal(bound, file):
     try:
         found = run.configure(["models/t5_1_1/small.gin", file], [f"{name} = {value}" for name, value in bound])
-        options.last_step(found)
+        run_config.last_step(found)
     except Exception as error:
-        if not isinstance(error, run.Refusal) and not run._deliberate(error):
+        if not isinstance(error, run._user_errors()):
             raise

@@ -78,7 +78,7 @@ def test_predictions_come_in_the_order_asked_whatever_their_lengths(data_dir, mo
     model = t5x_lite.load(data_dir / "t5x_test_t5_tiny.checkpoint_0")
     model.vocabulary = t5x_lite.Vocabulary(data_dir / "vocab" / "sentencepiece.model")
     texts = ["a b c d e f g h i j " * n for n in (1, 5, 2, 4)]
-    assert len(model.predict(texts[:1], method="sample", num_return=3, max_length=5)) == 3
+    assert len(model.predict(texts[:1], method="sample", num_decodes=3, max_length=5)) == 3
     scores = model.score(texts, ["x", "y", "z", "w"])
     np.testing.assert_allclose(scores[2:3], model.score(texts[2:3], ["z"]), rtol=1e-5)
     with pytest.raises(ValueError, match="put it in a list"):

@@ -256,3 +256,18 @@ def test_stack_layers_is_in_order():
     leaves = {f"encoder/layers_{i}/mlp/wo/kernel": np.full((1, 2), i) for i in (10, 2, 0, 1)}
     stacked = stack_layers(leaves)["encoder"]["layers"]["mlp"]["wo"]["kernel"]
     np.testing.assert_array_equal(stacked[:, 0, 0], [0, 1, 2, 10])
+
+
+def test_a_state_can_begin_with_given_parameters_and_a_part_of_random_ones():
+    optimizer = optim.make_optimizer(optim.adafactor(), optim.rsqrt_decay(0.1, 2))
+    abstract = step.abstract_state(CONFIG, optimizer, sharding.make_mesh(1, devices=jax.devices()[:1]))
+    whole = step.init_state(CONFIG, optimizer, jax.random.key(3), abstract)
+    names = ["decoder/logits_dense/kernel", "encoder/encoder_norm/scale"]
+    part = step.init_params(CONFIG, jax.random.key(3), abstract, names)
+    assert sorted(part) == names
+    np.testing.assert_array_equal(part[names[0]], whole.params["decoder"]["logits_dense"]["kernel"])
+    given = jax.tree.map(lambda x: x + 1, whole.params)
+    expected = jax.tree.map(np.asarray, given)
+    state = step.init_state(CONFIG, optimizer, jax.random.key(3), abstract, given)
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, whole.opt_state)
