@@ -13,7 +13,7 @@
 # PYTHON=python3.12 picks the Python that .venv is made with (the newest supported one on PATH otherwise), and
 # VENV=folder another place for it: `make test-core VENV=.venv-3.13 PYTHON=python3.13`.
 
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt

@@ -26,8 +26,9 @@ log = logging.getLogger("t5x_lite")
 
 # A process that is not heard of for so long is taken for dead, and JAX then ends the others.
 HEARTBEAT_SECONDS = 60
-# A server that does not accept a connection for so long is taken for absent. JAX's own requests wait for minutes.
-SERVER_SECONDS = 3.0
+# A server that does not accept a connection within so long, so many times, is taken for absent. JAX's own requests wait
+# for minutes.
+SERVER_SECONDS, SERVER_ATTEMPTS = 3.0, 3
 # What JAX says where it finds no cluster, and where it has been started already (in a notebook, say).
 _NO_CLUSTER = "coordinator_address should be defined"
 _STARTED = "must be called before any JAX"
@@ -70,7 +71,10 @@ def connect(
         step = _slurm_step()
         # Only a step that agrees with the flags says which GPUs are this process's.
         agrees = step is not None and (step.tasks, step.index) == (process_count, process_index)
-        _initialize(coordinator_address, process_count, process_index, step.gpus if step and agrees else None)
+        gpus = step.gpus if step and agrees else None
+        if (_number("OMPI_COMM_WORLD_SIZE"), _number("OMPI_COMM_WORLD_RANK")) == (process_count, process_index):
+            gpus = _gpus(_number("OMPI_COMM_WORLD_LOCAL_RANK"), _number("OMPI_COMM_WORLD_LOCAL_SIZE"))
+        _initialize(coordinator_address, process_count, process_index, gpus)
     elif _number("OMPI_COMM_WORLD_SIZE") > 1:
         # Before Slurm, which starts only Open MPI's daemons: its variables count them.
         _search("ompi", _gpus(_number("OMPI_COMM_WORLD_LOCAL_RANK"), _number("OMPI_COMM_WORLD_LOCAL_SIZE")))
@@ -276,10 +280,14 @@ def _check_servers() -> None:
 
 def _check_server(name: str, host: str, port: int) -> None:
     host, _, own_port = host.partition(":") if host.count(":") == 1 else (host, "", "")  # not of an IPv6 address
-    try:
-        socket.create_connection((host, int(own_port or port)), timeout=SERVER_SECONDS).close()
-    except OSError as error:
-        raise ConnectionError(f"{name} {host} does not answer: {error}") from error
+    failure: OSError | None = None
+    for _ in range(SERVER_ATTEMPTS):
+        try:
+            socket.create_connection((host, int(own_port or port)), timeout=SERVER_SECONDS).close()
+            return
+        except OSError as error:
+            failure = error
+    raise ConnectionError(f"{name} {host} does not answer: {failure}") from failure
 
 
 def _bypass_proxies() -> list[str]:

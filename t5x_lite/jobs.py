@@ -323,7 +323,9 @@ def _made_from(
         return about
     length = run.max_decode_length or run.task_feature_lengths["targets"]
     seed = run.random_seed if run.decode_method == "sample" else None
-    return about | {"decoding": dataclasses.asdict(run.decoding), "max_decode_length": length, "seed": seed}
+    decoding = dataclasses.asdict(run.decoding)
+    decoding["num_return"] = decoding.pop("num_decodes")  # its name in results of earlier versions
+    return about | {"decoding": decoding, "max_decode_length": length, "seed": seed}
 
 
 def inspect(run: RunConfig) -> None:

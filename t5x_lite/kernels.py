@@ -37,6 +37,7 @@ FASTER = 1.05
 # A sound candidate's error, relative to the norm of the exact values: at most this many times that of the reference in
 # the same dtype, or this many of the dtype's steps, whichever is more.
 ERRORS = 4
+CRASHES = 2  # of a check, after which its kernel is left out: one may have been a kill
 EXACT = 1e-5  # what the order of summation alone does in float32
 
 _choices: dict[str, str] = {}
@@ -57,39 +58,44 @@ def fastest(
       version: of the kernels' code; a choice holds for one version.
     """
     device = jax.local_devices()[0]
-    versions = {"device": device.device_kind, "platform": device.client.platform_version, "jax": jax.__version__}
-    description = json.dumps({"what": what, "kernels": list(kernels), "code": version, **versions}, sort_keys=True)
-    key = hashlib.sha256(description.encode()).hexdigest()[:32]
-
     name = ", ".join(f"{field} {value}" for field, value in what.items())
+    wanted = {"what": what, "kernels": list(kernels), "code": version}
+    versions = {"device": device.device_kind, "platform": device.client.platform_version, "jax": jax.__version__}
 
     def check() -> str:
-        # In a thread of its own, because traces, meshes and transfer guards in force belong to a thread.
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(_check, key, name, kernels, make_arguments, device).result()
-
-    if key not in _choices:
         try:
-            _choices[key] = hosts.broadcast(f"kernels/{key}", check)
+            # In a thread of its own, because traces, meshes and transfer guards in force belong to a thread.
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                record = Record(_hash(wanted | versions))
+                return thread.submit(_check, record, name, kernels, make_arguments, device).result()
         except Exception as error:
             reference = next(iter(kernels))
             logger.warning("%s: %s is used, since no kernel could be checked: %s", name, reference, _line(error))
-            _choices[key] = reference
+            return reference
+
+    key = _hash(wanted)
+    if key not in _choices:
+        # What fails between the hosts is not caught: one that chose by itself would compile another program.
+        _choices[key] = hosts.broadcast(f"kernels/{key}", check)
     return _choices[key]
 
 
+def _hash(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _check(
-    key: str,
+    record: "Record",
     name: str,
     kernels: Mapping[str, Kernel],
     make_arguments: Callable[[], Arguments],
     device: Any,
 ) -> str:
     (reference, right), *candidates = kernels.items()
-    record = Record(key)
     if record.choice is not None:
         logger.info("%s: %s is used, as checked before (%s)", name, record.choice, record.file)
         return record.choice
+    start = time.perf_counter()
     arguments = make_arguments()
     floats = {n: x for n, x in enumerate(arguments) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)}
     eps = max(float(jnp.finfo(x.dtype).eps) for x in floats.values())
@@ -120,7 +126,8 @@ def _check(
     seconds = _time(programs)
     choice = min(seconds, key=lambda n: seconds[n] * (FASTER if n == reference else 1.0))
     times = ", ".join(f"{n} {s * 1e3:.3g} ms" for n, s in seconds.items())
-    logger.info("%s: %s is used on %s (%s)", name, choice, device.device_kind, times)
+    took = time.perf_counter() - start
+    logger.info("%s: %s is used on %s (%s; checked in %.0f s)", name, choice, device.device_kind, times, took)
     record.end(choice if lasting else None, seconds)
     return choice
 
@@ -184,23 +191,22 @@ class Record:
     """
 
     def __init__(self, key: str) -> None:
-        folder = cache_folder()
-        self.file = epath.Path(folder) / f"t5x_lite-kernels-{key}.json" if folder else None
-        content: dict[str, Any] = {}
-        if self.file is not None:
-            try:
-                content = json.loads(self.file.read_text())
-            except (OSError, ValueError):
-                pass  # none yet, or a broken one: checked anew
+        folder, content = cache_folder(), {}
+        self.file: epath.Path | None = None
+        try:
+            self.file = epath.Path(folder) / f"t5x_lite-kernels-{key}.json" if folder else None
+            content = json.loads(self.file.read_text()) if self.file is not None else {}
+        except Exception:  # none yet, a broken one, or a folder that cannot be read, in its library's words
+            pass
         self.choice: str | None = content.get("choice")
         self._crashed: list[str] = content.get("crashed", [])
         if (trying := content.get("trying")) and _is_gone(trying["host"], trying["process"]):
             self._crashed.append(trying["candidate"])
 
     def crashed(self, candidate: str) -> str | None:
-        if candidate not in self._crashed:
+        if self._crashed.count(candidate) < CRASHES:
             return None
-        return f"a process ended while it was checked; remove {self.file} to check it again"
+        return f"{CRASHES} processes ended while it was checked; remove {self.file} to check it again"
 
     def begin(self, candidate: str) -> None:
         process = {"candidate": candidate, "host": socket.gethostname(), "process": os.getpid()}
@@ -216,7 +222,7 @@ class Record:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps(content))
-        except OSError as error:
+        except Exception as error:  # a bucket's library has errors of its own
             logger.info("%s is not kept (%s): kernels are checked again at the next start", self.file, _line(error))
             self.file = None
 

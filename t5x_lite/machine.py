@@ -24,6 +24,11 @@ class Machine:
 
     def __init__(self, run: RunConfig, devices: Sequence[Any] | None = None):
         """devices: of a plan, which may be of machines that are not there; None: all there are."""
+        if devices is None and jax.process_count() > 1 and not jax.distributed.is_initialized():
+            raise UserError(
+                "the devices belong to several processes, which have not found one another: give "
+                "--coordinator_address, --process_count and --process_index"
+            )
         if unknown := set(run.mesh) - set(sharding.MESH_AXES):
             raise UserError(f"MESH has no axis {unknown.pop()!r}: its axes are {', '.join(sharding.MESH_AXES)}")
         sizes = (run.mesh.get(axis, 1) for axis in sharding.MESH_AXES)

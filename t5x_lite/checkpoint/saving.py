@@ -276,7 +276,7 @@ class Checkpointer:
             log.warning("Step %s is saved, but something remains that should have been deleted (%s).", step, why)
             return
         self._failures, self._left_behind = self._failures + 1, True
-        self._failure = OSError(
+        self._failure = UserFileError(
             f"Step {step} could not be saved ({why}). The newest checkpoint in {self.directory} is of step "
             f"{self.latest_step()}: once it can be written to, start the same command again, and it goes on from there."
         )
