@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import scipy.stats
 
-from tasks.errors import UserError
-
 Metrics = dict[str, float]
 
 # ------------------------------------------------------------------------------------------------ from text to values
@@ -202,7 +200,7 @@ def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float:
     Raises ValueError where a score is missing: an average of fewer tasks is not comparable.
     """
     if missing := glue_missing(scores):
-        raise UserError(f"no GLUE average without {', '.join(missing)}")
+        raise ValueError(f"no GLUE average without {', '.join(missing)}")
     return float(
         np.mean([np.mean([scores[task][name] for task in part for name in part[task]]) for part in GLUE_AVERAGE])
     )

@@ -1,14 +1,17 @@
 """One tiny T5 1.1 and batches of a committed text, which tests share."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 
-from t5x_lite import packing
+from t5x_lite import optim, packing, sharding, step
 from t5x_lite.config import T5Config
 
 FOLDER = Path(__file__).parent / "loss_curve"
@@ -59,6 +62,27 @@ def batch(step: int, *, packed: bool = False) -> dict[str, np.ndarray]:
         arrays["decoder_input_tokens"] = np.where(starts, 0, arrays["decoder_input_tokens"])
         arrays |= {f"{side}_segment_ids": ids for side, ids in segments.items()}
     return arrays
+
+
+@functools.cache
+def _initial_params(config: T5Config, seed: int) -> Any:
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    optimizer = optim.make_optimizer(optax.identity(), optim.constant(1.0))
+    abstract = step.abstract_state(config, optimizer, mesh)
+    return jax.device_get(step.init_state(config, optimizer, jax.random.key(seed), abstract).params)
+
+
+def initial_state(
+    config: T5Config, optimizer: optim.Optimizer, abstract: step.TrainState, seed: int = 0
+) -> step.TrainState:
+    """`step.init_state`, whose parameters are computed once for all meshes and settings that do not change them."""
+    same = {"dropout_rate": 0.0, "dtype": "float32", "remat": "none", "scan_layers": True, "attention": None}
+    params = jax.tree.map(
+        lambda x, leaf: jax.device_put(x, leaf.sharding),
+        _initial_params(dataclasses.replace(config, **same), seed),
+        abstract.params,
+    )
+    return step.init_state(config, optimizer, jax.random.key(seed), abstract, params)
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from t5x_lite.machine import Machine
 pytestmark = pytest.mark.usefixtures("same_root_logger")
 
 
+@pytest.mark.slow
 def test_every_run_is_one_that_the_command_takes(tmp_path):
     experiments = [*study.pretraining(tmp_path), *study.finetuning(tmp_path, 0), *study.finetuning(tmp_path, 1)]
     names = [experiment.name for experiment in experiments]

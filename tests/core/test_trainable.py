@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from core.test_step import CONFIG, ROWS, TARGETS, make_batch, run
 from flax import traverse_util
 
@@ -36,7 +37,7 @@ def flat(tree) -> dict[str, Any]:
 
 def start(config, optimizer):
     abstract = step.abstract_state(config, optimizer, sharding.make_mesh(1, devices=jax.devices()[:1]))
-    return step.init_state(config, optimizer, jax.random.key(0), abstract)
+    return tiny.initial_state(config, optimizer, abstract)
 
 
 def changed(before, after):

@@ -49,7 +49,7 @@ def train(
     if saver is not None and newest is not None:
         state = saver.restore(newest, abstract, batches)
     else:
-        state = step.init_state(config, optimizer, jax.random.key(0), abstract)
+        state = tiny.initial_state(config, optimizer, abstract)
     rows = sharding.batch_sharding(compiler.mesh)
     key = jax.device_put(jax.random.key(1), compiler.replicated())
     schedule = loop.Schedule(STEPS, log=1, save=10)
