@@ -54,6 +54,12 @@ def _new_state(config: Config, optimizer: Optimizer, key: Key[Array, ""], params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.split(params)[0]))
 
 
+def abstract_params(config: Config, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES) -> Any:
+    """Shapes, dtypes and shardings of the parameters, without computing any of them."""
+    boxed = jax.eval_shape(lambda key: _boxed_params(config, key), jax.eval_shape(lambda: jax.random.key(0)))
+    return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
+
+
 def abstract_state(
     config: Config, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:

@@ -18,19 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from t5x_lite import checkpoint, sharding
-from t5x_lite.bert import Bert, BertConfig
+from t5x_lite import checkpoint, sharding, step
+from t5x_lite.bert import BertConfig
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
-from t5x_lite.model import T5, T5Config
+from t5x_lite.model import T5Config
 
 Format = Literal["huggingface", "t5x_lite"]
 ModelConfig = T5Config | BertConfig
@@ -52,15 +50,7 @@ def abstract_params(
     config: ModelConfig, mesh: sharding.AnyMesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> dict[str, Any]:
     """Shapes and shardings of a model's parameters; without a mesh, on the first device."""
-    mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    if isinstance(config, BertConfig):
-        model, inputs = Bert(config), (token,)
-    else:
-        model, inputs = T5(config), (None if config.decoder_only else token, token)
-    boxed = jax.eval_shape(lambda *args: model.init(*args)["params"], key, *inputs)
-    return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
+    return step.abstract_params(config, mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1]), rules)
 
 
 def read(
