@@ -25,6 +25,7 @@ from orbax.checkpoint._src.serialization import serialization
 
 from t5x_lite import checkpoint
 from t5x_lite.checkpoint import checksums, saving
+from t5x_lite.errors import UserFileError
 
 
 def bad_disk(monkeypatch, failing: set[int], where: str) -> None:
@@ -80,7 +81,7 @@ def test_saves_that_go_on_failing_end_the_run_and_so_does_the_last(tmp_path, mon
         for step in (10, 20, 30, 40, 50):
             checkpointer.save(step, make_state(), Position(step))
     with (
-        pytest.raises(OSError, match=r"^Step 20 could not be saved .* start the same command again"),
+        pytest.raises(UserFileError, match=r"^Step 20 could not be saved .* start the same command again"),
         saving.Checkpointer(tmp_path, keep_last=1) as checkpointer,
     ):
         checkpointer.save(20, make_state(), Position(20))

@@ -190,6 +190,15 @@ def test_flags_that_agree_with_slurm_keep_its_gpus(environment, calls):
     assert calls == [("head:1234", 16, 11, [3], "deactivate")]
 
 
+def test_flags_that_agree_with_open_mpi_keep_each_process_its_gpus(environment, calls):
+    environment({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"})
+    environment({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+    hosts.connect("head:1234", 4, 1)
+    hosts.connect("head:1234", 4, 2)
+    assert [call[3] is not None for call in calls] == [True, False]
+    assert 1 in calls[0][3] and 0 not in calls[0][3]
+
+
 @pytest.mark.parametrize("variables", [SIXTEEN_TASKS, {"OMPI_COMM_WORLD_SIZE": "2"}, {"JOB_COMPLETION_INDEX": "0"}, {}])
 def test_a_process_count_of_one_trains_alone(environment, calls, variables):
     environment(variables)
