@@ -114,7 +114,8 @@ def test_summed_loss_with_z_loss_agrees_with_t5x(golden_t5):
 
 @pytest.mark.parametrize(
     "mesh",
-    [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((8, 1, 1), (1, 2, 4), (1, 8, 1)))],
+    # Meshes with several groups of devices can stand still on two cores: XLA's CPU collectives wait for a free thread.
+    [(8, 1, 1), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((2, 2, 2), (1, 2, 4), (1, 8, 1)))],
     ids=str,
 )
 def test_eight_devices_train_as_one_with_one_compilation(mesh):
@@ -208,7 +209,7 @@ def test_remat_and_packing_train_alike():
 
 @pytest.mark.parametrize(
     ("tied", "mesh"),
-    [(False, (1, 1, 1)), (True, (2, 2, 2)), pytest.param(True, (1, 1, 1), marks=pytest.mark.exhaustive)],
+    [(False, (1, 1, 1)), (True, (8, 1, 1)), pytest.param(True, (2, 2, 2), marks=pytest.mark.exhaustive)],
 )
 def test_bfloat16_trains_as_float32_does_but_for_its_rounding(tied, mesh):
     whole = dataclasses.replace(CONFIG, tie_embeddings=tied)
