@@ -248,20 +248,10 @@ def _kernel(name: str, key_length: int, visibility: Visibility) -> Callable[...,
 
 
 def _batch(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    query_segments: Array | None,
-    key_segments: Array | None,
-    prefix: Array | None,
-    offset: Array,
-    *,
-    causal: bool,
-    most_segments: int,
+    query: Array, key: Array, value: Array, bias: Array | None, *masks: Any, causal: bool, most_segments: int
 ) -> Array:
     del most_segments
-    visibility = Visibility(query_segments, key_segments, prefix, offset, causal)
+    visibility = Visibility(*masks, causal=causal)
     return _attend(bias, query, key, value, visibility.dense(query.shape[1], key.shape[1]))
 
 
@@ -278,9 +268,7 @@ def _cudnn(
     bias: Array | None,
     query_segments: Array | None,
     key_segments: Array | None,
-    prefix: Array | None,
-    offset: Array,
-    *,
+    *_: Array | None,  # a prefix and an offset, which `_able` rules out
     causal: bool,
     most_segments: int,
 ) -> Array:
@@ -290,7 +278,6 @@ def _cudnn(
     So segments are said by the product of queries and keys: both get the bits of their segment as more of head_dim.
     Each bit that differs adds -2^14, each that agrees exactly 0.
     """
-    del prefix, offset  # `_able` rules them out
     width, dtype = query.shape[-1], query.dtype
     if query_segments is not None and key_segments is not None:
         bits = jnp.arange(_segment_bits(most_segments))
