@@ -159,11 +159,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 @functools.cache
 def configurables() -> dict[str, Callable]:
     """What gin files can name: the parts that a run is made of."""
-    from t5x_lite import bert, losses, model, optim, run_config, trainable
+    from t5x_lite import interface, losses, optim, run_config, trainable
 
     gin.external_configurable(run_config.RunConfig, name="Run", module=RUN_MODULE)
     parts = (
-        *(model.T5Config, bert.BertConfig, losses.LossConfig),
+        *(*interface.config_types().values(), losses.LossConfig),
         *(optim.make_optimizer, optim.adafactor, optim.adamw, trainable.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
@@ -280,6 +280,8 @@ def _check_macros(config: Config, used_before: set[str]) -> None:
 
 def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
     """Refuses values that are missing or of the wrong type, in the parts that this run is made of."""
+    from t5x_lite import interface
+
     macros = _macros(config)
     chosen = {ref.selector.split(".")[-1] for ref in gin_config.iterate_references(config)} | {"Run"}
     for name, part in parts.items():
@@ -301,7 +303,7 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
                 raise UserError(f"{said} = {value!r} is not of its type, {_type_name(hints[parameter])}")
         needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
         if unset := sorted(needed - bound.keys()):
-            of_model = name in ("T5Config", "BertConfig")
+            of_model = name in interface.config_types()
             models = " A model file sets them: --gin_file=models/t5_1_1/small.gin, say." if of_model else ""
             raise UserError(f"{name} has no value for {', '.join(unset)}.{models}")
 

@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import gin_values  # noqa: E402
-from t5x_lite import logs, optim, plan, sharding, step  # noqa: E402
+from t5x_lite import interface, logs, optim, plan, sharding, step  # noqa: E402
 from t5x_lite.attention import Implementation  # noqa: E402
 from t5x_lite.losses import LossConfig  # noqa: E402
 from t5x_lite.model import T5Config  # noqa: E402
@@ -154,7 +154,8 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
         if number == 1:
             steps_a_round = max(math.ceil(seconds_a_round / seconds[-1]), 1)
     median = statistics.median(seconds[2:])
-    flops = logs.flops_per_step(config, shape.batch_size, shape.inputs, shape.targets)
+    lengths = {"inputs": shape.inputs, "targets": shape.targets}
+    flops = interface.model_of(config).flops(shape.batch_size, lengths)
     peak = logs.peak_flops(jax.devices()[0])
     memory = jax.devices()[0].memory_stats() or {}
     return {

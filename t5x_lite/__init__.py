@@ -9,9 +9,9 @@ from typing import Any
 _PUBLIC = {
     "T5": "model",
     "T5Config": "model",
-    "Bert": "bert",
+    "Bert": "bert.network",
     "BertConfig": "bert",
-    "LoadedBert": "load_bert",
+    "LoadedBert": "bert.pretrained",
     "Optimizer": "optim",
     "adafactor": "optim",
     "make_optimizer": "optim",

@@ -6,10 +6,9 @@ This module knows no arrays. The dimensions' letters are those of model.py.
 import dataclasses
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
-
 from t5x_lite.attention import Implementation
 from t5x_lite.errors import UserError
+from t5x_lite.interface import ModelConfig
 from t5x_lite.layers import ACTIVATIONS
 
 Remat = Literal["none", "minimal", "full"]
@@ -18,7 +17,7 @@ RelativeBias = Literal["shared", "per_layer"]
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(ModelConfig):
     """One T5. The published sizes are in `gin_configs/models/`.
 
     num_encoder_layers: 0 makes a decoder alone: inputs and targets follow each other in its row.
@@ -80,15 +79,6 @@ class T5Config:
     def decoder_only(self) -> bool:
         return self.num_encoder_layers == 0
 
-    @property
-    def layout(self) -> Literal["encoder_decoder", "decoder"]:
-        """How inputs and targets lie in a batch: apart, or one behind the other in one row."""
-        return "decoder" if self.decoder_only else "encoder_decoder"
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
 
 def check_choices(config: Any, **kinds: Any) -> None:
     """Raises ValueError: a field is none of its kind's literals, or `attention` no implementation."""
@@ -98,5 +88,5 @@ def check_choices(config: Any, **kinds: Any) -> None:
             raise UserError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
 
 
-# Found in the names of the parameters that adapter_size and lora_rank add to a model.
-ADDED = r"/adapter/|_lora/"
+# Regular expression for the names of the parameters that adapter_size and lora_rank add to a model.
+ADAPTER_PARAMS = r"/adapter/|_lora/"

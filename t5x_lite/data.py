@@ -16,27 +16,17 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite import packing
 from t5x_lite.errors import UserError
+from t5x_lite.feature_converters import EncDecFeatureConverter, FeatureConverter
 from tasks import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
-
-# How a model's batch is laid out, and the features that it needs of a task. BERT's are those of tasks/bert.py, and of
-# tasks/glue_bert.py where it classifies.
-Layout = Literal["encoder_decoder", "decoder", "encoder", "classifier"]
-FEATURES = {
-    "encoder_decoder": ("inputs", "targets"),
-    "decoder": ("targets",),
-    "encoder": ("inputs", "targets", "segments", "random"),
-    "classifier": ("inputs", "segments", "label"),
-}
 
 for _kind in ("GPU", "TPU"):  # before TensorFlow's first op: it would take the whole accelerator's memory
     if tf.config.get_visible_devices(_kind):
@@ -55,6 +45,7 @@ class _WithoutSeqioAdvice(logging.Filter):
 logging.getLogger("absl").addFilter(_WithoutSeqioAdvice())
 
 Batch = dict[str, np.ndarray]
+PACKED, UNPACKED = EncDecFeatureConverter(pack=True), EncDecFeatureConverter(pack=False)
 Provider = seqio.Task | seqio.Mixture
 
 
@@ -122,34 +113,19 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
             )
 
 
-def check_labels(name: str, num_labels: int) -> None:
-    """Raises ValueError where a classification task has not as many classes as the model (one number counts as one)."""
-    labels = find_provider(name).output_features["label"].vocabulary
-    if labels.vocab_size != num_labels:
-        raise UserError(
-            f"{name} has {labels.vocab_size} classes ({labels}), the model BertConfig.num_labels = {num_labels}: give "
-            f"it --gin.BertConfig.num_labels={labels.vocab_size}"
-        )
-
-
-def check_lengths(name: str, lengths: Mapping[str, int], layout: Layout = "encoder_decoder") -> None:
+def check_lengths(name: str, lengths: Mapping[str, int], converter: FeatureConverter = PACKED) -> None:
     """Raises ValueError where TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
     features = find_provider(name).output_features
-    if missing := [feature for feature in FEATURES[layout] if feature not in features]:
+    if missing := [feature for feature in converter.features if feature not in features]:
         raise UserError(
-            f"{name} has the features {', '.join(features)}; a model of layout {layout!r} also needs "
-            f"{', '.join(missing)}: see models/*.gin for which tasks go with which model."
+            f"{name} has the features {', '.join(features)}; this model also needs {', '.join(missing)}: see "
+            "models/*.gin for which tasks go with which model."
         )
-    needed, allowed = {
-        "encoder_decoder": ({"inputs", "targets"}, {"inputs", "targets"}),
-        "decoder": ({"targets"}, {"inputs", "targets"}),
-        "encoder": ({"inputs"}, {"inputs"}),
-        "classifier": ({"inputs"}, {"inputs"}),
-    }[layout]
-    if not needed <= set(lengths) <= allowed:
+    needed, optional = set(converter.lengths), set(converter.optional_lengths)
+    if not needed <= set(lengths) <= needed | optional:
         raise UserError(
             f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))} and nothing "
-            f"else{' but inputs' if allowed - needed else ''}, such as "
+            f"else{' but inputs' if optional else ''}, such as "
             f"{ {feature: 512 if feature == 'inputs' else 114 for feature in sorted(needed)} }; {name} has the "
             f"features {', '.join(features)}."
         )
@@ -194,10 +170,7 @@ class TrainBatches:
       lengths: {"inputs": S, "targets": T} in tokens; longer examples are cut.
       batch_size: of all hosts together.
       seed: fixes the order, for the same number of shards.
-      layout: of the model: "decoder" has inputs and targets in one row of length S + T, and no encoder's arrays but
-        decoder_causal_attention; examples without inputs make rows of length T. "encoder" and "classifier" have the
-        features of tasks/bert.py and tasks/glue_bert.py as they are, padded, one example a row.
-      pack: several examples in one row.
+      converter: the model's; another than T5's makes other arrays.
       use_cached: read SeqIO's offline cache.
       rows: first and last + 1 of this host's rows in the global batch; None: all.
       shards: None: as many as there are hosts with other rows; after `restore`, as many as there were.
@@ -210,15 +183,14 @@ class TrainBatches:
         *,
         batch_size: int,
         seed: int,
-        layout: Layout = "encoder_decoder",
+        converter: FeatureConverter = PACKED,
         split: str = "train",
-        pack: bool = True,
         shuffle: bool = True,
         use_cached: bool = False,
         rows: tuple[int, int] | None = None,
         shards: int | None = None,
     ):
-        check_lengths(name, lengths, layout)
+        check_lengths(name, lengths, converter)
         check_split(name, split)
         self._name = name
         # All that the position depends on: a position is only worth something to the same stream.
@@ -229,11 +201,11 @@ class TrainBatches:
             "BATCH_SIZE": batch_size,
             "seed": seed,
             "split": split,
-            "PACK": pack,
+            "PACK": converter.pack,
             "SHUFFLE_TRAIN_EXAMPLES": shuffle,
             "USE_CACHED_TASKS": use_cached,
         }
-        self._layout: Layout = layout
+        self._converter = converter
         self._range = rows or (0, batch_size)
         self._asked = shards
         self._open(shards or max(batch_size // (self._range[1] - self._range[0]), 1))
@@ -268,7 +240,7 @@ class TrainBatches:
         options.deterministic = True
         # Maps that are meant to be sequential stay so: handing each example to another thread costs more than they do.
         options.experimental_optimization.map_parallelization = False
-        dataset = _rows(self._name, examples, lengths, self._layout, self._stream["PACK"])
+        dataset = _rows(self._name, examples, lengths, self._converter)
         return dataset.rebatch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def __iter__(self) -> "TrainBatches":
@@ -324,39 +296,29 @@ class TrainBatches:
 
 
 def _rows(
-    name: str, examples: tf.data.Dataset, lengths: Mapping[str, int], layout: Layout, pack: bool
+    name: str, examples: tf.data.Dataset, lengths: Mapping[str, int], converter: FeatureConverter
 ) -> tf.data.Dataset:
-    """Blocks of rows as `packing` makes them. The number of examples packed together is SeqIO's."""
+    """Blocks of rows as the converter makes them. The number of examples packed together is SeqIO's."""
     spec: Any = examples.element_spec
-    if layout in ("encoder", "classifier"):
-        widths = {k: 1 if k in ("random", "label") else lengths["inputs"] for k in FEATURES[layout]}
-        dtypes = {k: tf.float32 if spec[k].dtype.is_floating else tf.int32 for k in widths}
-        cut = examples.map(lambda x: {k: tf.cast(x[k][:width], dtypes[k]) for k, width in widths.items()})
-        return cut.padded_batch(lengths["inputs"], widths)
-    if "inputs" not in spec and layout != "decoder":
-        raise UserError(
-            f"the examples of {name} have no inputs: they are for a decoder alone, such as models/decoder_only.gin"
-        )
-    features = {k: lengths[k] for k in ("inputs", "targets") if k in spec and k in lengths}
-    row_length = sum(features.values())
+    try:
+        widths = converter.widths(lengths, set(spec))
+    except UserError as error:
+        raise UserError(f"the examples of {name} {error}") from None
+    cut = examples.map(lambda x: {k: tf.cast(x[k][:width], converter.dtype(k)) for k, width in widths.items()})
+    blocks = cut.padded_batch(converter.block(widths), converter.padded_to(widths))
+    if type(converter).convert is FeatureConverter.convert:
+        return blocks  # as they are, without a call of Python for each
+    nothing = {k: np.zeros((1, width), np.int32) for k, width in widths.items()}
+    wide = {k: x.shape[1] for k, x in converter.convert(nothing, widths).items()}
 
-    def make(targets: np.ndarray, inputs: np.ndarray) -> dict[str, np.ndarray]:
-        if layout == "decoder":
-            return packing.pack_joined(inputs, targets, row_length) if pack else packing.joined(inputs, targets)
-        return packing.pack(inputs, targets, features) if pack else packing.unpacked(inputs, targets)
-
-    nothing = np.zeros((1, 0), np.int32)
-    none = {k: np.zeros((1, length), np.int32) for k, length in features.items()}
-    wide = {k: x.shape[1] for k, x in make(none["targets"], none.get("inputs", nothing)).items()}
+    def convert(*arrays: np.ndarray) -> list[np.ndarray]:
+        return list(converter.convert(dict(zip(widths, arrays, strict=True)), widths).values())
 
     def rows(block: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        given = [block["targets"], block.get("inputs", tf.zeros([tf.shape(block["targets"])[0], 0], tf.int32))]
-        arrays = tf.numpy_function(lambda *x: list(make(*x).values()), given, [tf.int32] * len(wide), stateful=False)
+        arrays = tf.numpy_function(convert, [block[k] for k in widths], [tf.int32] * len(wide), stateful=False)
         return {k: tf.ensure_shape(x, [None, length]) for x, (k, length) in zip(arrays, wide.items(), strict=True)}
 
-    cut = examples.map(lambda x: {k: tf.cast(x[k][:length], tf.int32) for k, length in features.items()})
-    block = row_length if layout == "decoder" else max(lengths.values())
-    return cut.padded_batch(block, None if pack else features).map(rows, num_parallel_calls=tf.data.AUTOTUNE)
+    return blocks.map(rows, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 # Evaluation.
@@ -380,14 +342,13 @@ class EvalBatches:
         *,
         batch_size: int,
         split: str = "validation",
-        layout: Layout = "encoder_decoder",
-        pack: bool = False,
+        converter: FeatureConverter = UNPACKED,
         num_batches: int | None = None,
         seed: int = 0,
         use_cached: bool = False,
         rows: tuple[int, int] | None = None,
     ):
-        check_lengths(task_name, lengths, layout)
+        check_lengths(task_name, lengths, converter)
         check_split(task_name, split)
         self._rows = slice(*(rows or (0, batch_size)))
         self._batch_size = batch_size
@@ -396,7 +357,7 @@ class EvalBatches:
         examples = find_provider(task_name).get_dataset(
             sequence_length=lengths, split=split, use_cached=use_cached, shuffle=False, num_epochs=1, seed=seed
         )
-        dataset = _rows(task_name, examples, lengths, layout, pack).rebatch(batch_size)
+        dataset = _rows(task_name, examples, lengths, converter).rebatch(batch_size)
         self._dataset = dataset.take(-1 if num_batches is None else num_batches)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -13,20 +13,25 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, logs, report, step, watch, work
+from t5x_lite import checkpoint, convert, logs, step, watch, work
 from t5x_lite import train as loop
-from t5x_lite.bert import ON_TOP
 from t5x_lite.checkpoint import lock, saving
-from t5x_lite.config import ADDED
+from t5x_lite.config import ADAPTER_PARAMS
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
 from t5x_lite.folder import Folder
-from t5x_lite.machine import Functions, Machine
+from t5x_lite.interface import model_of
+from t5x_lite.partitioner import Partitioner
+from t5x_lite.predictor import Mode
 from t5x_lite.run_config import RunConfig, last_step
+
+if TYPE_CHECKING:
+    from t5x_lite.plan import Memory, Plan
+    from t5x_lite.plan.topologies import Topology
 
 log = logging.getLogger("t5x_lite")
 
@@ -63,10 +68,10 @@ def train(run: RunConfig, config: str) -> None:
       config: what is written to MODEL_DIR/config.gin, to do the same again.
     """
     last_step(run)  # refuses what is not set
-    machine = Machine(run)
+    partitioner = work.partitioner(run)
     try:
         with lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-            _train(run, config, machine)
+            _train(run, config, partitioner)
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -76,7 +81,7 @@ def train(run: RunConfig, config: str) -> None:
         ) from error
 
 
-def _train(run: RunConfig, config: str, machine: Machine) -> None:
+def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
     last = last_step(run)
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
     name = work.prepare(run)
@@ -84,13 +89,14 @@ def _train(run: RunConfig, config: str, machine: Machine) -> None:
 
     run = work.with_labels(run, name)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in work.rates(name).items()))
-    log.info("%s on %s", _parameters(run, machine), machine)
-    batches = work.train_batches(run, name, machine.local_rows(run.batch_size))
+    log.info("%s on %s", _parameters(run, partitioner), partitioner)
+    batches = work.train_batches(run, name, partitioner.local_rows(run.batch_size))
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
-    evaluation = work.evaluation(run, name, machine, Functions(run, machine), folder)
+    predictor = work.predictor(run, partitioner)
+    evaluation = work.evaluation(run, name, partitioner, predictor, folder)
     with (
-        contextlib.closing(logs.MetricLogger(folder.path, last, _flops(run, machine), folder.publish)) as logger,
-        _checkpointer(run, start, machine, logger.settle) as saver,
+        contextlib.closing(logs.MetricLogger(folder.path, last, _flops(run, partitioner), folder.publish)) as logger,
+        _checkpointer(run, start, partitioner, logger.settle) as saver,
         watch.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
@@ -100,13 +106,13 @@ def _train(run: RunConfig, config: str, machine: Machine) -> None:
         log.info(start.reason)
         keys = jax.jit(  # compiled, so that they lie on all hosts
             lambda: jax.random.split(jax.random.key(run.random_seed, impl=run.rng_impl)),
-            out_shardings=machine.compiler.replicated(),
+            out_shardings=partitioner.compiler.replicated(),
         )
         parameter_key, dropout_key = keys()
         if start.step is not None:
-            state = saver.restore(start.step, machine.abstract, batches)
+            state = saver.restore(start.step, partitioner.abstract, batches)
         else:
-            state = _first_state(run, start, machine, parameter_key)
+            state = _first_state(run, start, partitioner, parameter_key)
         schedule = loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period)
         evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
         evaluated = evaluated or not schedule.due(schedule.evaluate, int(state.step))
@@ -126,8 +132,7 @@ def _train(run: RunConfig, config: str, machine: Machine) -> None:
                 logger.evaluation(int(state.step), found)
         state = loop.train(
             state,
-            machine.compiler.train_step(
-                machine.abstract,
+            partitioner.train_step(
                 config=run.model,
                 optimizer=run.optimizer,
                 loss=run.loss,
@@ -135,7 +140,7 @@ def _train(run: RunConfig, config: str, machine: Machine) -> None:
             ),
             batches,
             dropout_key,
-            rows=machine.batch_sharding,
+            rows=partitioner.batch_sharding,
             schedule=schedule,
             logger=logger,
             saver=saver,
@@ -145,28 +150,32 @@ def _train(run: RunConfig, config: str, machine: Machine) -> None:
             dump=partial(_dump, folder),
         )
         logger.settle()
-    if jax.process_index() == 0:
-        made_with = (work.vocabulary_file(run, name), run.model.layout)
-        report.after_training(folder.path, scores, int(state.step), work.about(run, name), *made_with)
+    if jax.process_index() == 0 and (report := work.report()):
+        at = folder.path
+        start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
+        command = f"python run.py --gin_file={at / 'config.gin'}"
+        next_steps = predictor.next_steps(command, start_from, work.vocabulary_file(run, name))
+        report.after_training(at, scores, int(state.step), work.about(run, name), next_steps)
         folder.publish()
 
 
-def _first_state(run: RunConfig, start: checkpoint.Start, machine: Machine, key: jax.Array) -> step.TrainState:
+def _first_state(run: RunConfig, start: checkpoint.Start, partitioner: Partitioner, key: jax.Array) -> step.TrainState:
     """Random parameters; where INITIAL_CHECKPOINT_PATH has them, its own. The optimizer is new."""
     params = None
     if start.path is not None:
-        names = [name for name in checkpoint.flat(machine.abstract.params) if re.search(f"{ADDED}|{ON_TOP}", name)]
-        added = step.init_params(run.model, key, machine.abstract, names)
-        params = checkpoint.restore_params(start.path, machine.abstract.params, fresh=added, left_out=ON_TOP)
-    return step.init_state(run.model, run.optimizer, key, machine.abstract, params)
+        heads = model_of(run.model).head_params
+        may_be_new = re.compile(f"{ADAPTER_PARAMS}|{heads}")
+        names = [name for name in checkpoint.flat(partitioner.abstract.params) if may_be_new.search(name)]
+        added = step.init_params(run.model, key, partitioner.abstract, names)
+        params = checkpoint.restore_params(start.path, partitioner.abstract.params, fresh=added, left_out=heads)
+    return step.init_state(run.model, run.optimizer, key, partitioner.abstract, params)
 
 
-def _flops(run: RunConfig, machine: Machine) -> float | None:
+def _flops(run: RunConfig, partitioner: Partitioner) -> float | None:
     """Of a step; None where a part of the model is frozen, whose gradients are not computed: no MFU is claimed then."""
-    if run.optimizer.trainable.split(machine.abstract.params)[1]:
+    if run.optimizer.trainable.split(partitioner.abstract.params)[1]:
         return None
-    lengths = run.task_feature_lengths
-    return logs.flops_per_step(run.model, run.batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
+    return model_of(run.model).flops(run.batch_size, run.task_feature_lengths)
 
 
 def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:
@@ -180,17 +189,17 @@ def _dump(folder: Folder, step_number: int, batch: Mapping[str, Any]) -> str:
     return f"Its batch is in {folder}/{name}: --mode=inspect shows it."
 
 
-def _parameters(run: RunConfig, machine: Machine) -> str:
-    params, trainable = machine.abstract.params, run.optimizer.trainable
+def _parameters(run: RunConfig, partitioner: Partitioner) -> str:
+    params, trainable = partitioner.abstract.params, run.optimizer.trainable
     count, trained = step.param_count(params), trainable.count(params)
     return f"{count:,} parameters" + (f", of which {trained:,} train" if trained != count else "")
 
 
 def _checkpointer(
-    run: RunConfig, start: checkpoint.Start, machine: Machine, before_commit: Callable[[], None]
+    run: RunConfig, start: checkpoint.Start, partitioner: Partitioner, before_commit: Callable[[], None]
 ) -> saving.Checkpointer:
-    info: dict[str, Any] = {"model": dataclasses.asdict(run.model)}
-    trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(machine.abstract.params))
+    info: dict[str, Any] = convert.info(run.model)
+    trained, frozen = map(checkpoint.flat, run.optimizer.trainable.split(partitioner.abstract.params))
     base = None
     held = checkpoint.parameter_names(start.path) if frozen and start.path is not None else set()
     if start.path is not None and frozen and frozen.keys() <= held <= frozen.keys() | trained.keys():
@@ -215,16 +224,17 @@ def _checkpointer(
 def eval(run: RunConfig) -> None:
     """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
     _, at_step, restore = _checkpoint_to_read(run)
-    machine = Machine(run)
+    partitioner = work.partitioner(run)
     name = work.prepare(run)
     folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
-    evaluation = work.evaluation(run, name, machine, Functions(run, machine), folder)
-    scores = evaluation(restore(machine.abstract.params), at_step)
+    predictor = work.predictor(run, partitioner)
+    evaluation = work.evaluation(run, name, partitioner, predictor, folder)
+    scores = evaluation(restore(partitioner.abstract.params), at_step)
     logger = logs.MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
     logger.settle()
     logger.close()
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and (report := work.report()):
         about = work.about(run, name)
         print(report.table(scores, about.baselines))
         if found := report.confusions(folder.path, at_step):
@@ -245,18 +255,14 @@ def score(run: RunConfig) -> None:
     _write_results(run, "score")
 
 
-def _write_results(run: RunConfig, mode: Literal["infer", "score"]) -> None:
-    classifies = run.model.layout == "classifier"
-    if run.model.layout == "encoder" or (classifies and mode == "score"):
-        raise UserError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
-    if classifies and not run.mixture_or_task_name:
-        raise UserError("--mode=infer of a classifier needs MIXTURE_OR_TASK_NAME: the task names the classes")
+def _write_results(run: RunConfig, mode: Mode) -> None:
+    partitioner = work.partitioner(run)
+    predictor = work.predictor(run, partitioner)
+    predictor.check(mode, has_task=bool(run.mixture_or_task_name))
     path, at_step, restore = _checkpoint_to_read(run)
-    machine = Machine(run)
-    functions = Functions(run, machine)
     named = run.mixture_or_task_name or run.train_files or run.infer_input is None
     name = work.prepare(run) if named else work.import_tasks(run)
-    from t5x_lite import classify, data, infer
+    from t5x_lite import data
     from tasks import vocabulary
 
     lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
@@ -268,46 +274,29 @@ def _write_results(run: RunConfig, mode: Literal["infer", "score"]) -> None:
             f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or name one task"
         )
     if run.infer_input is not None:
-        if classifies:
-            source = classify.file_source(run.infer_input, features["inputs"].vocabulary, lengths, num_examples=count)
-        else:
-            of_score = {"with_targets": mode == "score"}
-            source = infer.file_source(run.infer_input, features, lengths, num_examples=count, **of_score)
+        source = predictor.file_source(run.infer_input, features, lengths, mode, num_examples=count)
         sources = {Path(run.infer_input.removesuffix(".gz")).stem: source}
     else:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
-        task_source = classify.task_source if classifies else infer.task_source
-        sources = {task: task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
-    params = restore(machine.abstract.params)
-    about = _made_from(run, path, features, mode)
+        sources = {task: predictor.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
+    params = restore(partitioner.abstract.params)
+    about = _made_from(run, path, features) | predictor.settings(mode)
     folder = Folder(run.model_dir)
     for task, source in sources.items():
         output = run.infer_output or folder.path / mode / f"{task}-{at_step}.jsonl"
-        if mode == "score":
-            answer = partial(functions.score, params)
-            written = infer.write_scores(source, answer, output, lengths=lengths, batch_size=size, about=about)
-        elif classifies:
-            answer, label = partial(functions.classify, params), features["label"]
-            written = classify.write_predictions(
-                *(source, answer, output), label=label, lengths=lengths, batch_size=size, about=about
-            )
-        else:
-            generate, vocabulary_of = partial(functions.generate, params), features["targets"].vocabulary
-            written = infer.write_predictions(
-                *(source, generate, output), vocabulary=vocabulary_of, lengths=lengths, batch_size=size, about=about
-            )
+        written = predictor.write(
+            mode, params, source, output, features=features, lengths=lengths, batch_size=size, about=about
+        )
         log.info("%d lines in %s", written, run.infer_output or f"{folder}/{mode}/{task}-{at_step}.jsonl")
     if jax.process_index() == 0:
         folder.publish()
 
 
-def _made_from(
-    run: RunConfig, path: str, features: Mapping[str, Any], mode: Literal["infer", "score"]
-) -> dict[str, Any]:
+def _made_from(run: RunConfig, path: str, features: Mapping[str, Any]) -> dict[str, Any]:
     """What results follow from beside the examples: an interrupted run may only go on with the same."""
     metadata = Path(path, "_CHECKPOINT_METADATA")
     saved = json.loads(metadata.read_text()).get("commit_timestamp_nsecs") if metadata.exists() else None
-    about = {
+    return {
         "checkpoint": path,
         "checkpoint_saved_ns": saved,
         "model": str(run.model),
@@ -319,13 +308,6 @@ def _made_from(
             for name, feature in features.items()
         },
     }
-    if mode == "score" or run.model.layout == "classifier":
-        return about
-    length = run.max_decode_length or run.task_feature_lengths["targets"]
-    seed = run.random_seed if run.decode_method == "sample" else None
-    decoding = dataclasses.asdict(run.decoding)
-    decoding["num_return"] = decoding.pop("num_decodes")  # its name in results of earlier versions
-    return about | {"decoding": decoding, "max_decode_length": length, "seed": seed}
 
 
 def inspect(run: RunConfig) -> None:
@@ -343,12 +325,12 @@ def inspect(run: RunConfig) -> None:
 
 def dry_run(run: RunConfig, mode: str) -> None:
     """Builds all that the mode starts from, computes nothing, writes nothing, and prints what it found."""
-    machine = Machine(run)
+    partitioner = work.partitioner(run)
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
         reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict).reason
-    print(f"model       {_parameters(run, machine)}: {run.model}")
-    print(f"mesh        {machine}")
+    print(f"model       {_parameters(run, partitioner)}: {run.model}")
+    print(f"mesh        {partitioner}")
     if mode == "train":
         print(f"steps       {steps}\nstart       {reason}")
     elif mode != "inspect":
@@ -356,7 +338,7 @@ def dry_run(run: RunConfig, mode: str) -> None:
     name = work.prepare(run)
     if mode in ("train", "inspect"):
         print(f"data        {name}, this host's batches:")
-        for feature, shape in work.train_batches(run, name, machine.local_rows(run.batch_size)).shapes.items():
+        for feature, shape in work.train_batches(run, name, partitioner.local_rows(run.batch_size)).shapes.items():
             print(f"            {feature} {list(shape)}")
     for task, rate in work.rates(name).items():
         print(f"            {rate:7.3%} {task}")
@@ -371,13 +353,15 @@ def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
       suggest: before that, look for a mesh, REMAT and NUM_MICROBATCHES that fit, and plan with these.
     """
     from t5x_lite import plan as planning
-    from t5x_lite.plan import suggest as search
     from t5x_lite.plan import topologies
 
     place = topologies.find(topology)
-    run, found = search.best(run, place) if suggest else (run, planning.make(run, place))
+    if suggest:
+        run, found = _suggested(run, place)
+    else:
+        found = step_plan(run, place)
     if decode:
-        found.decode_memory = planning.decode_memory(run, place)
+        found.decode_memory = decode_memory(run, place)
     print(planning.table(found))
     folder = Folder(run.model_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -385,3 +369,53 @@ def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
     (folder.path / "plan.json").write_text(json.dumps(values, indent=1) + "\n")
     folder.publish()
     print(f"as JSON: {folder}/plan.json")
+
+
+def step_plan(run: RunConfig, place: "Topology", on_paper: bool = False) -> "Plan":
+    """The plan of a run's training step. Args: those of plan.of_step."""
+    from t5x_lite import plan as planning
+
+    partitioner = work.partitioner(run, place.devices)
+    return planning.of_step(
+        place,
+        partitioner.compiler,
+        partitioner.abstract,
+        abstract_batch(run, partitioner),
+        config=run.model,
+        optimizer=run.optimizer,
+        loss=run.loss,
+        lengths=dict(run.task_feature_lengths),
+        num_microbatches=run.num_microbatches,
+        rng_impl=run.rng_impl,
+        on_paper=on_paper,
+    )
+
+
+def abstract_batch(run: RunConfig, partitioner: Partitioner) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a global training batch."""
+    shapes = work.feature_converter(run).batch(run.task_feature_lengths, run.batch_size)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.batch_sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def decode_memory(run: RunConfig, place: "Topology") -> "Memory":
+    """The memory that each device needs to predict for a batch of EVAL_BATCH_SIZE rows."""
+    from t5x_lite import plan as planning
+
+    predictor = work.predictor(run, work.partitioner(run, place.devices))
+    return planning.compile_within(predictor.lower(run.eval_batch_size, run.task_feature_lengths), place)[0]
+
+
+def _suggested(run: RunConfig, place: "Topology") -> tuple[RunConfig, "Plan"]:
+    from t5x_lite.plan import suggest
+
+    def with_setting(setting: suggest.Setting) -> RunConfig:
+        model: Any = dataclasses.replace(run.model, remat=setting.remat)  # pyright: ignore[reportArgumentType]
+        return dataclasses.replace(run, model=model, mesh=setting.mesh, num_microbatches=setting.num_microbatches)
+
+    setting, found = suggest.best(
+        lambda setting: step_plan(with_setting(setting), place, on_paper=True), run.batch_size, place
+    )
+    return with_setting(setting), found

@@ -18,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import convert, decode, packing, sharding
-from t5x_lite.bert import BertConfig
+from t5x_lite import convert, decode, interface, packing, sharding
 from t5x_lite.config import Dtype
-from t5x_lite.convert import tokenizer, wordpiece
+from t5x_lite.convert import tokenizer
 from t5x_lite.errors import UserError
-from t5x_lite.load_bert import LoadedBert
 from t5x_lite.model import T5, T5Config
 
 Texts = Sequence[str]
@@ -203,8 +201,10 @@ def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
     return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
 
 
-def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> LoadedModel | LoadedBert:
+def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> Any:
     """The model that `path` holds: a Hugging Face directory (T5, BERT), a MODEL_DIR or a checkpoint in it, or T5X's.
+
+    It is a LoadedModel or, of BERT, a `bert.pretrained.LoadedBert`.
 
     Args:
       dtype: of activations; parameters, softmax and logits are float32.
@@ -215,12 +215,7 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | No
       FileNotFoundError, ValueError: see `convert.read`.
     """
     config, params = convert.read(path, mesh, dtype=dtype)
-    file = convert.tokenizer_file(path)
-    if isinstance(config, BertConfig):
-        kind = wordpiece.WordPiece if file is not None and file.suffix == ".txt" else tokenizer.Vocabulary
-        return LoadedBert(config, params, None if file is None else kind(file), mesh)
-    vocabulary = tokenizer.beside(Path(path).expanduser()) if file is None else tokenizer.Vocabulary(file)
-    return LoadedModel(config, params, vocabulary, mesh)
+    return interface.model_of(config).pretrained(params, Path(path).expanduser(), mesh)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
 class _Callable(types.ModuleType):
     """This module has the name of its function, which `t5x_lite.load` must stay after the module is imported."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> LoadedModel | LoadedBert:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return load(*args, **kwargs)
 
 

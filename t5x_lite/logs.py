@@ -19,10 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from t5x_lite import chips, events
-from t5x_lite.bert import BertConfig
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.folder import GrowingFile
-from t5x_lite.model import T5Config
 
 log = logging.getLogger("t5x_lite")
 
@@ -37,32 +35,6 @@ def peak_flops(device: Any) -> float | None:
     """Peak dense bfloat16 FLOP/s of one `jax.Device`; None if it is not in the table of chips."""
     chip = chips.of_device(device)
     return None if chip is None else chip.flops
-
-
-def flops_per_step(config: T5Config | BertConfig, batch_size: int, encoder_length: int, decoder_length: int) -> float:
-    """FLOPs of the matrix products in one training step, padding included; what MFU counts as useful work.
-
-    A multiplication and its addition are two; the backward pass is twice the forward one; what remat repeats does not
-    count. Attention is over whole rows (no discount for the causal mask), as in PaLM's appendix B.
-    """
-    S, T = encoder_length, decoder_length
-    joined = config.num_heads * config.head_dim
-    projection = 2 * config.d_model * joined  # one of query, key, value, out, for one token
-    attended = 4 * joined  # logits and weighted sum, for one query and one key
-    if isinstance(config, BertConfig):
-        layer = S * (4 * projection + 4 * config.d_model * config.d_ff + S * attended)
-        masked_lm = S * 2 * config.d_model * (config.d_model + config.vocab_size)
-        return 3.0 * batch_size * (config.num_layers * layer + masked_lm * ("mlm" in config.heads))
-    mlp = 2 * config.d_model * config.d_ff * (len(config.mlp_activations) + 1)
-
-    encoder_layer = S * (4 * projection + mlp + S * attended)
-    decoder_layer = T * (6 * projection + mlp + (T + S) * attended) + S * 2 * projection
-    if config.decoder_only:
-        T += S  # in one row
-        decoder_layer = T * (4 * projection + mlp + T * attended)
-    logits = T * 2 * config.d_model * config.vocab_size
-    forward = config.num_encoder_layers * encoder_layer + config.num_decoder_layers * decoder_layer + logits
-    return 3.0 * batch_size * forward
 
 
 class MetricLogger:

@@ -48,21 +48,6 @@ def _one_later(tokens_BT: np.ndarray) -> np.ndarray:
     return np.pad(tokens_BT, [(0, 0), (1, 0)])[:, :-1]
 
 
-def pair(
-    first: Sequence[int], second: Sequence[int] | None, cls: int, sep: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] first [SEP], and second [SEP] where there is one, of at most `length` tokens; and their segments, 0 and 1.
-
-    As tasks.glue_bert has them: token by token the longer of the two loses its last, of two equals the second.
-    """
-    if second is not None:
-        room = length - 3
-        second = [*second[: max(room - len(first), room // 2)], sep]
-        first = first[: room + 1 - len(second)]
-    first, second = [cls, *first[: length - 2], sep], second or []
-    return np.array([*first, *second], np.int32), np.repeat([0, 1], [len(first), len(second)]).astype(np.int32)
-
-
 def pack(inputs_NS: np.ndarray, targets_NT: np.ndarray, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Packs examples in their order, each behind the one before if both its inputs and its targets still fit.
 

@@ -11,13 +11,12 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from t5x_lite import checkpoint, decode, sharding
+from t5x_lite import checkpoint, decode, interface, sharding
 from t5x_lite.attention import Implementation
-from t5x_lite.bert import BertConfig
-from t5x_lite.config import Dtype, Remat
+from t5x_lite.config import Dtype, Remat, T5Config
 from t5x_lite.errors import MissingFileError, UserError
+from t5x_lite.interface import ModelConfig
 from t5x_lite.losses import LossConfig, NamedFactor
-from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
 
 Names = str | list[str]
@@ -52,8 +51,8 @@ def option(default: Any, text: str, check: Check | None = None, sets: tuple[str,
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _both(parameter: str) -> tuple[str, ...]:
-    return f"T5Config.{parameter}", f"BertConfig.{parameter}"
+def _of_models(parameter: str) -> tuple[str, ...]:
+    return tuple(f"{config}.{parameter}" for config in interface.config_types())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,25 +108,27 @@ class ModelOptions:
     """The model: its sizes are in models/*.gin"""
 
     dropout_rate: float = option(
-        T5Config.dropout_rate, "T5 has 0 for pre-training 1.1, and 0.1 for fine-tuning", sets=_both("dropout_rate")
+        T5Config.dropout_rate, "T5 has 0 for pre-training 1.1, and 0.1 for fine-tuning", sets=_of_models("dropout_rate")
     )
     dtype: Dtype = option(
-        "bfloat16", 'of activations, or "float32"; parameters, norms and loss are always float32', sets=_both("dtype")
+        "bfloat16",
+        'of activations, or "float32"; parameters, norms and loss are always float32',
+        sets=_of_models("dtype"),
     )
     scan_layers: bool = option(
         T5Config.scan_layers,
         "layers as a loop, which compiles quickly; False: unrolled. Checkpoints are the same",
-        sets=_both("scan_layers"),
+        sets=_of_models("scan_layers"),
     )
     remat: Remat = option(
         T5Config.remat,
         'what the backward pass recomputes to save memory: "none", "minimal" or "full"',
-        sets=_both("remat"),
+        sets=_of_models("remat"),
     )
     attention: Implementation | None = option(
         T5Config.attention,
         '"batch", "rows", "flash" (TPU) or "cudnn" (GPU); None: by platform, shape and a check on the device',
-        sets=_both("attention"),
+        sets=_of_models("attention"),
     )
 
 
@@ -277,7 +278,7 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
       UserError: an option is out of range, or two do not go together; names them.
     """
 
-    model: T5Config | BertConfig
+    model: ModelConfig
     optimizer: Optimizer
     loss: LossConfig
 

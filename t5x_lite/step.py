@@ -15,20 +15,15 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key
 
-from t5x_lite import bert, model, sharding
-from t5x_lite.bert import BertConfig
-from t5x_lite.errors import UserError
+from t5x_lite import sharding
+from t5x_lite.interface import Batch, ModelConfig, model_of
 from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
-from t5x_lite.model import T5Config
 from t5x_lite.optim import Optimizer
 from t5x_lite.trainable import ALL, merged
 
-Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-
-Config = T5Config | BertConfig
 
 T5_LOSS = LossConfig()
 
@@ -42,36 +37,29 @@ class TrainState:
     opt_state: Any
 
 
-def _boxed_params(config: Config, key: Key[Array, ""]) -> Any:
-    token = jnp.zeros((1, 1), jnp.int32)
-    if isinstance(config, BertConfig):
-        return bert.Bert(config).init(key, token)["params"]
-    return model.T5(config).init(key, None if config.decoder_only else token, token)["params"]
-
-
-def _new_state(config: Config, optimizer: Optimizer, key: Key[Array, ""], params: Any = None) -> TrainState:
-    params = nn.unbox(_boxed_params(config, key)) if params is None else params
+def _new_state(config: ModelConfig, optimizer: Optimizer, key: Key[Array, ""], params: Any = None) -> TrainState:
+    params = nn.unbox(model_of(config).init(key)) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.split(params)[0]))
 
 
-def abstract_params(config: Config, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES) -> Any:
+def abstract_params(config: ModelConfig, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES) -> Any:
     """Shapes, dtypes and shardings of the parameters, without computing any of them."""
-    boxed = jax.eval_shape(lambda key: _boxed_params(config, key), jax.eval_shape(lambda: jax.random.key(0)))
+    boxed = jax.eval_shape(lambda key: model_of(config).init(key), jax.eval_shape(lambda: jax.random.key(0)))
     return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
 
 
 def abstract_state(
-    config: Config, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
+    config: ModelConfig, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing any of it (`jax.ShapeDtypeStruct` leaves)."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: _new_state(config, optimizer, key), key)
-    params = jax.eval_shape(lambda key: _boxed_params(config, key), key)
+    params = jax.eval_shape(lambda key: model_of(config).init(key), key)
     return sharding.shard_state(state, params, mesh, rules)
 
 
 def init_state(
-    config: Config, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState, params: Any = None
+    config: ModelConfig, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState, params: Any = None
 ) -> TrainState:
     """A fresh state, each leaf made where it will lie. The same numbers on every mesh.
 
@@ -85,42 +73,20 @@ def init_state(
     return make(key, params)
 
 
-def init_params(config: Config, key: Key[Array, ""], abstract: TrainState, names: Collection[str]) -> dict[str, Array]:
+def init_params(
+    config: ModelConfig, key: Key[Array, ""], abstract: TrainState, names: Collection[str]
+) -> dict[str, Array]:
     """Random values of the parameters with these names ("a/b/c") alone, the same as in `init_state`."""
 
     def named(tree: Any) -> dict[str, Any]:
         return {k: v for k, v in traverse_util.flatten_dict(tree, sep="/").items() if k in names}
 
     shardings = {name: leaf.sharding for name, leaf in named(abstract.params).items()}
-    return jax.jit(lambda key: named(nn.unbox(_boxed_params(config, key))), out_shardings=shardings)(key)
+    return jax.jit(lambda key: named(nn.unbox(model_of(config).init(key))), out_shardings=shardings)(key)
 
 
 def param_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-# What a model says and what is right are named by its heads: T5 has one, "", and BERT "mlm", "nsp" or "classify".
-
-
-def _logits(
-    config: Config, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None
-) -> Mapping[str, Float[Array, "..."]]:
-    if isinstance(config, BertConfig):
-        return bert.forward(config, params, batch, dropout_key)
-    return {"": model.forward(config, params, batch, dropout_key)}
-
-
-def _targets(config: Config, batch: Batch) -> Mapping[str, tuple[Num[Array, "B _"], Num[Array, "B _"]]]:
-    """Of each head that is trained: targets (floats are numbers to be hit, not classes) and loss weights."""
-    if isinstance(config, BertConfig):
-        asked = bert.targets(batch)
-        if not asked.keys() & set(config.heads):
-            raise UserError(
-                f"BertConfig.heads={config.heads}: of these none learns from the task, whose features "
-                f"({', '.join(batch)}) are for {' and '.join(asked)}"
-            )
-        return {head: found for head, found in asked.items() if head in config.heads}
-    return {"": (batch["decoder_target_tokens"], batch["decoder_loss_weights"])}
 
 
 def _sums(
@@ -141,7 +107,7 @@ def train_step(
     batch: Batch,
     key: Key[Array, ""],
     *,
-    config: Config,
+    config: ModelConfig,
     optimizer: Optimizer,
     loss: LossConfig = T5_LOSS,
     num_microbatches: int = 1,
@@ -163,14 +129,15 @@ def train_step(
       gradients.
     """
     trained, frozen = optimizer.trainable.split(state.params)
-    targets = _targets(config, batch)
+    model = model_of(config)
+    targets = model.targets(batch)
     normalized = {
         head: normalizer(loss, weights, batch.get("decoder_segment_ids")) for head, (_, weights) in targets.items()
     }
     key = jax.random.fold_in(key, state.step)
 
     def loss_sums(trained: Any, part: dict[str, Any], index: Int[Array, ""]) -> tuple[Array, dict[str, Metrics]]:
-        logits = _logits(config, merged(trained, frozen), part["batch"], jax.random.fold_in(key, index))
+        logits = model.logits(merged(trained, frozen), part["batch"], jax.random.fold_in(key, index))
         with jax.named_scope("loss"):
             sums = _sums(logits, part["targets"], loss)
         return sum((sums[head]["loss"] / normalized[head][1] for head in sums), jnp.float32(0.0)), sums
@@ -242,12 +209,13 @@ def means(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found if "" in sums else {"loss": sum(found[f"{head}_loss"] for head in sums)} | found
 
 
-def eval_step(params: Any, batch: Batch, *, config: Config) -> dict[str, Metrics]:
+def eval_step(params: Any, batch: Batch, *, config: ModelConfig) -> dict[str, Metrics]:
     """Sums over a batch of the plain loss (no z-loss, no smoothing), of each head ("" is T5's).
 
     They are `loss`, `weights` and, of classes, `correct`.
     """
-    return _sums(_logits(config, params, batch), _targets(config, batch), LossConfig(z_loss=0.0))
+    model = model_of(config)
+    return _sums(model.logits(params, batch), model.targets(batch), LossConfig(z_loss=0.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,20 +11,19 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5x_lite import report
-from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
+from t5x_lite.feature_converters import FeatureConverter
 from t5x_lite.folder import Folder
-from t5x_lite.machine import Functions, Machine
+from t5x_lite.interface import model_of
+from t5x_lite.partitioner import Partitioner
+from t5x_lite.predictor import Predictor, Scores
 from t5x_lite.run_config import RunConfig
-from t5x_lite.train import Scores
 
 log = logging.getLogger("t5x_lite")
 
@@ -49,20 +48,40 @@ def prepare(run: RunConfig) -> str:
     for task, read in describe(data.find_provider(name)).items():
         log.info("%s reads %s", task, read)
     data.check_vocabulary(name, run.model.vocab_size)
-    data.check_lengths(name, run.task_feature_lengths, run.model.layout)
-    if isinstance(run.model, BertConfig) and run.model.layout == "classifier":
-        data.check_labels(name, run.model.num_labels)
+    data.check_lengths(name, run.task_feature_lengths, feature_converter(run))
+    with_labels(run, name)  # checks the task against the model
     return name
 
 
 def with_labels(run: RunConfig, name: str) -> RunConfig:
-    """A classifier's run with the names of the task's classes, for its checkpoints to say."""
-    if not (isinstance(run.model, BertConfig) and run.model.layout == "classifier"):
-        return run
+    """The run with a model config that has what the task says, such as the names of classes, for checkpoints."""
     from t5x_lite import data
 
-    labels = getattr(data.find_provider(name).output_features["label"].vocabulary, "words", ())
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, labels=labels))
+    return dataclasses.replace(run, model=run.model.for_task(name, data.find_provider(name).output_features))
+
+
+def partitioner(run: RunConfig, devices: Sequence[Any] | None = None) -> Partitioner:
+    """Args: those of Partitioner."""
+    return Partitioner(
+        run.model,
+        run.optimizer,
+        mesh=run.mesh,
+        rules=run.logical_axis_rules,
+        batch_rows={
+            "BATCH_SIZE / NUM_MICROBATCHES": run.batch_size // run.num_microbatches,
+            "EVAL_BATCH_SIZE": run.eval_batch_size,
+        },
+        devices=devices,
+    )
+
+
+def predictor(run: RunConfig, of: Partitioner) -> Predictor:
+    length = run.max_decode_length or run.task_feature_lengths.get("targets", 0)
+    return model_of(run.model).predictor(of, run.decoding, length, run.random_seed)
+
+
+def feature_converter(run: RunConfig) -> FeatureConverter:
+    return model_of(run.model).feature_converter(run.pack)
 
 
 def import_tasks(run: RunConfig) -> None:
@@ -134,8 +153,7 @@ def train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None
         run.task_feature_lengths,
         batch_size=run.batch_size,
         seed=run.random_seed,
-        layout=run.model.layout,
-        pack=run.pack,
+        converter=feature_converter(run),
         shuffle=run.shuffle_train_examples,
         use_cached=run.use_cached_tasks,
         rows=rows,
@@ -144,48 +162,42 @@ def train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None
 
 
 def evaluation(
-    run: RunConfig, name: str, machine: Machine, functions: Functions, folder: Folder
+    run: RunConfig, name: str, partitioner: Partitioner, predictor: Predictor, folder: Folder
 ) -> Callable[[Any, int], Scores]:
     """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
-    from t5x_lite import classify, data, evaluate
+    from t5x_lite import data, evaluate
 
     batches = {
         task: data.EvalBatches(
             task,
             run.task_feature_lengths,
             batch_size=run.eval_batch_size,
-            layout=run.model.layout,
-            pack=run.pack,
+            converter=feature_converter(run),
             split=run.eval_split,
             num_batches=run.eval_steps,
             seed=run.random_seed,
             use_cached=run.use_cached_tasks,
-            rows=machine.local_rows(run.eval_batch_size),
+            rows=partitioner.local_rows(run.eval_batch_size),
         )
         for task in data.tasks_with_split(name, run.eval_split)
     }
     if not batches:
         log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
-    options = {
-        "batch_size": run.eval_batch_size,
-        "split": run.eval_split,
-        "num_examples": run.eval_examples,
-        "use_cached": run.use_cached_tasks,
-        "seed": run.random_seed,
-        "predictions": _only_first(folder.path / "predictions"),
-    }
-    answers: dict[str, Callable]
-    if run.model.layout == "classifier":
-        metrics: Any = classify.Evaluation(name, run.task_feature_lengths, **options)
-        answers = {"classify": functions.classify}
-    else:
-        metrics = evaluate.Evaluation(name, run.task_feature_lengths, **options)
-        answers = {"predict": functions.predict, "score": functions.score}
+    metrics = predictor.evaluator(
+        name,
+        run.task_feature_lengths,
+        batch_size=run.eval_batch_size,
+        split=run.eval_split,
+        num_examples=run.eval_examples,
+        use_cached=run.use_cached_tasks,
+        seed=run.random_seed,
+        predictions=_only_first(folder.path / "predictions"),
+    )
 
     def evaluated(params: Any, at_step: int) -> Scores:
-        scores = {task: functions.loss(params, rows) for task, rows in batches.items()}
-        found = metrics.run(**{name: partial(answer, params) for name, answer in answers.items()}, step=at_step)
-        scores = {task: {**values, **found.get(task, {})} for task, values in scores.items()}
+        scores = {task: predictor.loss(params, rows) for task, rows in batches.items()}
+        of_tasks = metrics(params, at_step)
+        scores = {task: {**values, **of_tasks.get(task, {})} for task, values in scores.items()}
         return scores | evaluate.averages(scores)
 
     return evaluated
@@ -212,8 +224,19 @@ def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
     return quickstart.baselines()
 
 
-def about(run: RunConfig, name: str) -> report.About:
-    return report.About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
+def report() -> Any:
+    """The package t5x_lite.report, or None where it has been removed."""
+    try:
+        return importlib.import_module("t5x_lite.report")
+    except ModuleNotFoundError as error:
+        if error.name != "t5x_lite.report":
+            raise
+        return None
+
+
+def about(run: RunConfig, name: str) -> Any:
+    """What a report says of the run: a report.page.About."""
+    return report().About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
 
 
 def rates(name: str) -> dict[str, float]:

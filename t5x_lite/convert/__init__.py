@@ -22,16 +22,14 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from t5x_lite import checkpoint, sharding, step
-from t5x_lite.bert import BertConfig
+from t5x_lite import checkpoint, interface, sharding, step
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
-from t5x_lite.model import T5Config
+from t5x_lite.interface import ModelConfig
 
 Format = Literal["huggingface", "t5x_lite"]
-ModelConfig = T5Config | BertConfig
 
 TOKENIZER_FILES = ("spiece.model", "sentencepiece.model")
 _HUB_TOKENIZER_FILES = (
@@ -66,7 +64,7 @@ def read(
 
     Raises:
       FileNotFoundError: nothing there that is known.
-      ValueError: a tensor is unknown, missing or of the wrong shape; a config that no T5Config or BertConfig can say.
+      ValueError: a tensor is unknown, missing or of the wrong shape; a config that is of no known model type.
     """
     path = Path(path).expanduser()
     if (path / "config.json").exists():
@@ -86,16 +84,26 @@ def read(
     return config, _placed(_claim(path, source), abstract_params(config, mesh, rules))
 
 
+def info(config: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint says of its model."""
+    return {"model": dataclasses.asdict(config), "model_type": type(config).__name__}
+
+
 def _own_config(path: Path) -> ModelConfig:
-    info = checkpoint.read_info(path)
-    if "model" not in info:
+    said = checkpoint.read_info(path)
+    if "model" not in said:
         raise UserError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
-    said: dict[str, Any] = info["model"]
-    said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-    for kind in (T5Config, BertConfig):
-        if set(said) <= {field.name for field in dataclasses.fields(kind)}:
-            return kind(**said)
-    raise UserError(f"{path}: its model config, {said}, is neither a T5Config's nor a BertConfig's")
+    kinds = interface.config_types()
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in said["model"].items()}
+    if "model_type" in said:
+        kinds = {name: kind for name, kind in kinds.items() if name == said["model_type"]}
+    for kind in kinds.values():  # checkpoints of earlier versions do not say of which type they are
+        if set(fields) <= {field.name for field in dataclasses.fields(kind)}:
+            return kind(**fields)
+    raise UserError(
+        f"{path}: its model config, {said.get('model_type', '')}{fields}, is of none of these types: "
+        f"{', '.join(interface.config_types())}"
+    )
 
 
 # Each parameter is a list of the source's tensors: one, or one for each layer.
@@ -184,7 +192,7 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     config, params = read(source, host)
     if to == "t5x_lite":
-        saving.save_params(dest, params, info={"model": dataclasses.asdict(config)})
+        saving.save_params(dest, params, info=info(config))
         (dest / "model.gin").write_text(model_gin(config))
     else:
         huggingface.write(dest, *_lora_merged(config, params))
@@ -203,7 +211,7 @@ def model_gin(config: ModelConfig) -> str:
 
 def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The same model without LoRA: what it adds is added to the kernels."""
-    if isinstance(config, BertConfig) or not config.lora_rank:
+    if not getattr(config, "lora_rank", 0):
         return config, params
     leaves = {name: np.asarray(leaf) for name, leaf in tensors.flat(params).items()}
     for name in [name for name in leaves if name.endswith("_lora/a/kernel")]:
@@ -218,7 +226,7 @@ def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
         shutil.copyfile(file, dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model"))
         if (config_file := file.parent / "tokenizer_config.json").is_file():  # a vocab.txt alone does not say its case
             shutil.copyfile(config_file, dest / config_file.name)
-    elif isinstance(config, T5Config) and (model := tokenizer.rebuilt(source)) is not None:
+    elif (model := tokenizer.rebuilt(source)) is not None:
         (dest / "spiece.model").write_bytes(model)  # which SeqIO needs
     for name in _HUB_TOKENIZER_FILES:
         if (source / name).is_file():

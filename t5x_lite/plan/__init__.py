@@ -15,16 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import logs, packing, step
-from t5x_lite.bert import BertConfig
+from t5x_lite import sharding, step
 from t5x_lite.chips import GIB
-from t5x_lite.errors import UserError
+from t5x_lite.interface import ModelConfig, model_of
 from t5x_lite.losses import LossConfig
-from t5x_lite.machine import Functions, Machine
 from t5x_lite.optim import Optimizer
 from t5x_lite.plan import hlo
 from t5x_lite.plan.topologies import Topology
-from t5x_lite.run_config import RunConfig
 
 
 @dataclasses.dataclass
@@ -96,54 +93,39 @@ class Plan:
         return None if self.capacity is None else self.memory.needed <= self.capacity
 
 
-def make(run: RunConfig, topology: Topology) -> Plan:
-    """Compiles the training step of `run` for `topology`.
-
-    Raises:
-      ValueError: mesh, batch or model do not go with the devices; the same that a run would say.
-    """
-    machine = Machine(run, topology.devices)
-    return of_step(
-        topology,
-        machine.compiler,
-        machine.abstract,
-        abstract_batch(run, machine),
-        config=run.model,
-        optimizer=run.optimizer,
-        loss=run.loss,
-        lengths=dict(run.task_feature_lengths),
-        num_microbatches=run.num_microbatches,
-        rng_impl=run.rng_impl,
-    )
-
-
 def of_step(
     topology: Topology,
     compiler: step.Compiler,
     abstract: step.TrainState,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     *,
-    config: step.Config,
+    config: ModelConfig,
     optimizer: Optimizer,
     loss: LossConfig,
     lengths: Mapping[str, int],
     num_microbatches: int = 1,
     rng_impl: str = "threefry2x32",
+    on_paper: bool = False,
 ) -> Plan:
-    """Compiles one training step for `topology`; `make` without a `RunConfig`.
+    """Compiles one training step for `topology`.
 
     Args:
       abstract, batch: shapes and shardings of the state and of a global batch, on the compiler's mesh.
-      lengths: of the "inputs" and "targets" of a row.
+      lengths: of the features in a row.
+      on_paper: do not compile what cannot fit by `least_memory`; that is then the plan's memory.
     """
     key = jax.eval_shape(lambda: jax.random.key(0, impl=rng_impl))
     train_step = compiler.train_step(
         abstract, config=config, optimizer=optimizer, loss=loss, num_microbatches=num_microbatches
     )
     traced = train_step.trace(abstract, batch, key)
-    memory, compiled, seconds = compile_within(traced.lower(), topology)
     mesh, batch_size = compiler.mesh, next(iter(batch.values())).shape[0]
-    flops = logs.flops_per_step(config, batch_size, lengths.get("inputs", 0), lengths.get("targets", 0))
+    least = least_memory(config, compiler, abstract, batch, num_microbatches) if on_paper else 0
+    if least > (topology.chip.memory or math.inf):
+        memory, compiled, seconds = Memory(int(least)), None, 0.0
+    else:
+        memory, compiled, seconds = compile_within(traced.lower(), topology)
+    flops = model_of(config).flops(batch_size, lengths)
     plan = Plan(
         topology=topology.name,
         devices=mesh.size,
@@ -181,39 +163,30 @@ def of_step(
     return plan
 
 
-def decode_memory(run: RunConfig, topology: Topology) -> Memory:
-    """What decoding a batch takes on each device, by the run's method.
+def least_memory(
+    config: ModelConfig,
+    compiler: step.Compiler,
+    abstract: step.TrainState,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    num_microbatches: int = 1,
+) -> float:
+    """Bytes on each device below which no compiled step can stay: state, gradients, logits and saved activations.
 
-    Raises:
-      ValueError: the model does not decode.
+    Of what the backward pass is traced to save a compiler may recompute cheap parts, so half of it counts, and that as
+    if it were divided over all devices.
     """
-    if isinstance(run.model, BertConfig):
-        raise UserError("--decode: an encoder alone does not decode")
-    machine = Machine(run, topology.devices)
-    shape = (run.eval_batch_size, run.task_feature_lengths.get("inputs", 1))
-    inputs = jax.ShapeDtypeStruct(shape, np.int32, sharding=machine.batch_sharding)
-    lowered = Functions(run, machine)._generate.lower(machine.abstract.params, inputs)
-    return compile_within(lowered, topology)[0]
+    rows = next(iter(batch.values())).shape[0] // num_microbatches
+    part = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    model = model_of(config)
 
+    def saved(params: Any, part: Any) -> Any:
+        with sharding.layout(compiler.mesh, compiler.rules):
+            return jax.vjp(lambda params: model.logits(params, part, jax.random.key(0)), params)
 
-def abstract_batch(run: RunConfig, machine: Machine) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a global training batch, of all that makes batches of this run."""
-    lengths = run.task_feature_lengths
-    inputs, targets = (np.ones((1, lengths.get(feature, 0)), np.int32) for feature in ("inputs", "targets"))
-    if run.model.layout == "encoder":
-        row = dict.fromkeys(("inputs", "targets", "segments"), inputs) | {"random": np.ones((1, 1), np.int32)}
-    elif isinstance(run.model, BertConfig):
-        label = np.ones((1, 1), np.int32 if run.model.num_labels > 1 else np.float32)
-        row = {"inputs": inputs, "segments": inputs, "label": label}
-    elif run.model.layout == "decoder":
-        length = sum(lengths.values())
-        row = packing.pack_joined(inputs, targets, length) if run.pack else packing.joined(inputs, targets)
-    else:
-        row = packing.pack(inputs, targets, lengths) if run.pack else packing.unpacked(inputs, targets)
-    return {
-        name: jax.ShapeDtypeStruct((run.batch_size, *x.shape[1:]), x.dtype, sharding=machine.batch_sharding)
-        for name, x in row.items()
-    }
+    leaves = jax.tree.leaves(jax.eval_shape(saved, abstract.params, part))
+    held = sum(x.size * x.dtype.itemsize for x in leaves if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    held -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+    return shard_bytes(abstract) + shard_bytes(abstract.params) + max(held, 0) / 2 / compiler.mesh.size
 
 
 def shard_bytes(tree: Any) -> int:

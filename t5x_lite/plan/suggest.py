@@ -4,19 +4,15 @@ Few are compiled: what cannot fit by a count on paper is left out. It knows plan
 names of those in gin_configs/mesh.
 """
 
-import dataclasses
 import logging
 import math
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, get_args
 
-from t5x_lite.bert import BertConfig
 from t5x_lite.config import Remat
 from t5x_lite.errors import UserError
-from t5x_lite.machine import Machine
-from t5x_lite.plan import Plan, gib, make, shard_bytes
+from t5x_lite.plan import Plan, gib
 from t5x_lite.plan.topologies import Topology
-from t5x_lite.run_config import RunConfig
 
 log = logging.getLogger("t5x_lite")
 
@@ -28,93 +24,76 @@ MESHES: dict[str, Mapping[str, int]] = {
 }
 
 
-def best(run: RunConfig, topology: Topology) -> tuple[RunConfig, Plan]:
-    """The run with what fits and has the best bound on the step's time, and its plan; prints all that was compiled.
+class Setting(NamedTuple):
+    """One of the combinations that are tried; `name` is the mesh's in gin_configs/mesh."""
+
+    name: str
+    mesh: Mapping[str, int]
+    remat: Remat
+    num_microbatches: int
+
+
+Make = Callable[[Setting], Plan]
+
+
+def best(make: Make, batch_size: int, topology: Topology) -> tuple[Setting, Plan]:
+    """The setting that fits and has the best bound on the step's time, and its plan; prints all that was compiled.
 
     On the first mesh that can hold the model each remat policy is compiled, with the fewest micro-batches that fit; the
     best of these is then tried on the other meshes.
 
+    Args:
+      make: compiles a setting, where it may fit (`on_paper` of plan.of_step).
+      batch_size: rows of a global batch, the most micro-batches that are tried.
+
     Raises:
-      ValueError: nothing fits.
+      UserError: nothing fits.
     """
-    fitting: list[tuple[str, RunConfig, Plan]] = []
+    fitting: list[tuple[Setting, Plan]] = []
     policies: tuple[Remat, ...] = get_args(Remat)
     print(f"{'mesh':12} {'REMAT':8} {'NUM_MICROBATCHES':16}  memory a device  step at least")
     for name, mesh in MESHES.items():
-        here = [(name, *found) for remat in policies if (found := _fewest_parts(run, topology, name, mesh, remat))]
-        fitting += here
-        if here:
-            policies = (min(here, key=_seconds)[1].model.remat,)
+        of_mesh = [plan for remat in policies if (plan := _fewest_parts(make, batch_size, name, mesh, remat))]
+        fitting += of_mesh
+        if of_mesh:
+            policies = (min(of_mesh, key=_seconds)[0].remat,)
     if not fitting:
         raise UserError(
             f"nothing fits {topology.name} on any of the meshes {', '.join(MESHES)}: take more or larger devices, "
             "or a smaller BATCH_SIZE"
         )
-    name, found, plan = min(fitting, key=_seconds)
+    setting, plan = min(fitting, key=_seconds)
     print(
-        f"suggested: --gin_file=mesh/{name}.gin --gin.REMAT=\"'{found.model.remat}'\" "
-        f"--gin.NUM_MICROBATCHES={found.num_microbatches}\n"
+        f"suggested: --gin_file=mesh/{setting.name}.gin --gin.REMAT=\"'{setting.remat}'\" "
+        f"--gin.NUM_MICROBATCHES={setting.num_microbatches}\n"
     )
-    return found, plan
+    return setting, plan
 
 
-def _seconds(candidate: tuple[str, RunConfig, Plan]) -> float:
-    return candidate[2].step_seconds or math.inf
+def _seconds(candidate: tuple[Setting, Plan]) -> float:
+    return candidate[1].step_seconds or math.inf
 
 
 def _fewest_parts(
-    run: RunConfig, topology: Topology, name: str, mesh: Mapping[str, int], remat: Remat
-) -> tuple[RunConfig, Plan] | None:
-    """The run with the fewest micro-batches that fit; None: none do, or the mesh does not go with model and batch."""
+    make: Make, batch_size: int, name: str, mesh: Mapping[str, int], remat: Remat
+) -> tuple[Setting, Plan] | None:
+    """The setting with the fewest micro-batches that fit; None: none do, or the mesh does not suit model and batch."""
     parts = 1
-    while parts <= run.batch_size:
-        model = dataclasses.replace(run.model, remat=remat)
-        setting = f"{name:12} {remat:8} {parts:16}"
+    while parts <= batch_size:
+        setting = Setting(name, mesh, remat, parts)
+        line = f"{name:12} {remat:8} {parts:16}"
         try:
-            tried = dataclasses.replace(run, model=model, mesh=mesh, num_microbatches=parts)
-            least = least_memory(tried, Machine(tried, topology.devices))
+            plan = make(setting)
         except ValueError as error:
-            log.info("%s  left out: %s", setting, error)
+            log.info("%s  left out: %s", line, error)
             return None
-        if topology.chip.memory and least > topology.chip.memory:
-            log.info("%s  left out: needs %s at least", setting, gib(least))
+        if plan.compile_seconds == 0.0:
+            log.info("%s  left out: needs %s at least", line, gib(plan.memory.needed))
         else:
-            plan = make(tried, topology)
             seconds = "" if plan.step_seconds is None else f"{plan.step_seconds * 1e3:.1f} ms"
             note = "  does not fit" if plan.fits is False else ""
-            print(f"{setting}  {gib(plan.memory.needed):>15}  {seconds:>13}{note}", flush=True)
-            if plan.fits is not False:
-                return tried, plan
+            print(f"{line}  {gib(plan.memory.needed):>15}  {seconds:>13}{note}", flush=True)
+        if plan.fits is not False:
+            return setting, plan
         parts *= 2
     return None
-
-
-def least_memory(run: RunConfig, machine: Machine) -> float:
-    """Bytes on each device that no compiler can do without: state, gradients and what the backward pass is left with.
-
-    Of each layer "full" remat keeps its input, "minimal" its matrix products with parameters as well, "none" the
-    attention's weights, too, where no fused kernel does without them.
-    """
-    c, lengths = run.model, run.task_feature_lengths
-    state = shard_bytes(machine.abstract) + shard_bytes(machine.abstract.params)
-    if isinstance(c, BertConfig):
-        return state
-    S, T = lengths.get("inputs", 0), lengths["targets"]
-    if c.decoder_only:
-        S, T = 0, S + T
-    rows = run.batch_size / run.num_microbatches / (machine.mesh.shape["data"] * machine.mesh.shape["fsdp"])
-    tensor = machine.mesh.shape["tensor"]
-    width, joined = c.compute_dtype.itemsize, c.num_heads * c.head_dim / tensor
-    encoder, decoder = S * c.d_model, T * c.d_model
-    if c.remat != "full":
-        mlp = len(c.mlp_activations) * c.d_ff / tensor
-        encoder += S * (4 * joined + c.d_model + mlp)
-        decoder += T * (4 * joined + c.d_model + mlp)
-        if not c.decoder_only:
-            decoder += T * (2 * joined + c.d_model) + S * 2 * joined
-    may_fuse = machine.mesh.devices.flat[0].platform != "cpu" and c.attention in (None, "flash", "cudnn")
-    if c.remat == "none" and not may_fuse:
-        encoder += c.num_heads / tensor * S * S
-        decoder += c.num_heads / tensor * T * (T + S)
-    kept = rows * width * (c.num_encoder_layers * encoder + c.num_decoder_layers * decoder)
-    return state + kept + rows * T * c.vocab_size / tensor * 4  # the last: logits

@@ -99,13 +99,12 @@ def _parsed(text: str, place: str) -> dict:
 
 
 def after_training(
-    folder: Path, scores: Scores, step: int, about: About, vocabulary: str | None, layout: str = "encoder_decoder"
+    folder: Path, scores: Scores, step: int, about: About, next_steps: tuple[str, Sequence[str]]
 ) -> None:
     """Draws loss.png, writes report.html and prints the report of a training run that ended at `step`.
 
     Args:
-      vocabulary: the value of VOCABULARY that the model goes with, where it is not the default.
-      layout: of the model's batches, which says what can be done with it.
+      next_steps: what can be done with the model in addition to training on, in words and as commands.
     """
     losses = {f"{task}: baseline": named["loss"] for task, named in about.baselines.items() if "loss" in named}
     picture = logs.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
@@ -117,6 +116,8 @@ def after_training(
             print(f"\n{task}")
             print("\n".join(_shown(file)))
     config = folder / "config.gin"
+    what, commands = next_steps
+    indented = "\n".join(f"  {command}" for command in commands)
     print(f"""
 {write_page(folder, about)}  scores, curves and predictions, for a browser
 {picture}  training and validation loss
@@ -125,30 +126,10 @@ def after_training(
 {folder / "checkpoints"}/  the model
 {config}  this run's options, to be given to --gin_file again
 
-What next: {_what_next(folder, step, vocabulary, layout)}
+What next: train on; {what}:
+  python run.py --gin_file={config} --gin.TRAIN_STEPS={2 * step}
+{indented}
 """)
-
-
-def _what_next(folder: Path, step: int, vocabulary: str | None, layout: str) -> str:
-    config = folder / "config.gin"
-    on = f"python run.py --gin_file={config} --gin.TRAIN_STEPS={2 * step}"
-    ask = f"python run.py --gin_file={config} --mode=infer --gin.INFER_INPUT="
-    initial = f"""--gin.INITIAL_CHECKPOINT_PATH="'{folder}'\""""
-    if layout == "encoder":
-        return f"""train on; or fine-tune it, on a task of GLUE, say:
-  {on}
-  python run.py --gin_file={config} --gin_file=runs/finetune_bert.gin --gin.MODEL_DIR="'runs/mrpc'" \\
-    {initial}"""
-    if layout == "classifier":
-        return f"""train on; or ask it something, a text a line, or JSON lines with sentence1 and sentence2:
-  {on}
-  {ask}"'pairs.jsonl'\""""
-    mine = f""" --gin.VOCABULARY="'{vocabulary}'\"""" if vocabulary else ""
-    return f"""train on; ask it something, a question a line; or start from it on files of your own:
-  {on}
-  {ask}"'questions.txt'"
-  python run.py --gin_file={config} --gin.TRAIN_FILES="'my/*.jsonl'" --gin.MODEL_DIR="'runs/mine'" \\
-    {initial}{mine}"""
 
 
 def _shown(file: Path) -> list[str]:

@@ -16,8 +16,10 @@ from core.test_convert import assert_same
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
-from t5x_lite import bert, checkpoint, convert, sharding, step
-from t5x_lite.bert import Bert, BertConfig
+from t5x_lite import checkpoint, convert, sharding, step
+from t5x_lite.bert import BertConfig, network
+from t5x_lite.bert.model import BertModel
+from t5x_lite.bert.network import Bert
 from t5x_lite.checkpoint import saving
 from t5x_lite.losses import LossConfig
 from t5x_lite.optim import adamw, linear, make_optimizer
@@ -262,11 +264,11 @@ def init(config):
     return nn.unbox(jax.jit(Bert(config).init)(jax.random.key(0), BATCH["inputs"]))["params"]
 
 
-forward = jax.jit(bert.forward, static_argnums=0)
+forward = jax.jit(network.forward, static_argnums=0)
 
 
 def loss(config, params):
-    said, wanted = bert.forward(config, params, BATCH), bert.targets(BATCH)
+    said, wanted = network.forward(config, params, BATCH), network.targets(BATCH)
     total = jnp.zeros(())
     for head, (right, weights) in wanted.items():
         nats = optax.softmax_cross_entropy_with_integer_labels(said[head].reshape(*right.shape, -1), right)
@@ -285,7 +287,7 @@ def test_the_loss_is_of_chosen_tokens_and_of_rows(loaded):
     rows = [nats(said["nsp"][b], right) for b, right in ((0, 1), (1, 0))]
     near(jax.jit(loss, static_argnums=0)(model.config, model.params), np.mean(tokens) + np.mean(rows))
     padded = {name: jnp.pad(x, [(0, 1), (0, 0)]) for name, x in BATCH.items()}
-    for head, (_, weights) in bert.targets(padded).items():
+    for head, (_, weights) in network.targets(padded).items():
         assert weights.sum() == {"mlm": 3, "nsp": 2}[head]
 
 
@@ -370,7 +372,7 @@ def test_a_new_head_begins_anew_and_others_stay_behind(tmp_path, caplog):
     new = jax.tree.map(lambda x: x + 1, init(wanted))
     caplog.set_level("INFO")
     head = {name: x for name, x in checkpoint.flat(new).items() if name.startswith(("pooler", "classify"))}
-    options = {"fresh": head, "left_out": bert.ON_TOP}
+    options = {"fresh": head, "left_out": BertModel.head_params}
     got = checkpoint.restore_params(tmp_path / "pretrained", convert.abstract_params(wanted), **options)
     assert_same(got["classify"], new["classify"])
     assert_same(got["pooler"], init(CONFIG)["pooler"])
@@ -383,9 +385,8 @@ def test_a_new_head_begins_anew_and_others_stay_behind(tmp_path, caplog):
     # A head of another number of classes is another head; one that fits is taken.
     saving.save_params(tmp_path / "three", got, info={})
     two = dataclasses.replace(wanted, num_labels=2)
-    again = checkpoint.restore_params(
-        tmp_path / "three", convert.abstract_params(two), fresh=checkpoint.flat(init(two)), left_out=bert.ON_TOP
-    )
+    options["fresh"] = checkpoint.flat(init(two))
+    again = checkpoint.restore_params(tmp_path / "three", convert.abstract_params(two), **options)
     assert_same(again["classify"], init(two)["classify"])
     same = checkpoint.restore_params(tmp_path / "three", convert.abstract_params(wanted), **options)
     assert_same(same["classify"], got["classify"])

@@ -21,7 +21,7 @@ import run
 import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.convert import __main__ as convert_command
-from t5x_lite.convert import huggingface, t5x, tensors
+from t5x_lite.convert import huggingface_t5, t5x, tensors
 from t5x_lite.model import T5Config
 
 
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_by_name(hub, tensors_, config, said):
 
 def test_tied_models_are_scaled_only_where_the_directory_says_so(hub):
     shared = load_file(hub / "model.safetensors")["shared.weight"]
-    copies = {"lm_head.weight": shared, "decoder.embed_tokens.weight": shared, huggingface._UNUSED: shared[:, :3]}
+    copies = {"lm_head.weight": shared, "decoder.embed_tokens.weight": shared, huggingface_t5._UNUSED: shared[:, :3]}
     change(hub, copies, tie_word_embeddings=True)
     config, params = convert.read(hub)
     assert isinstance(config, T5Config) and config.tie_embeddings and "logits_dense" not in params["decoder"]

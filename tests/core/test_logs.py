@@ -18,6 +18,7 @@ import torture
 from t5x_lite import folder, logs, optim, sharding
 from t5x_lite.model import T5Config, forward
 from t5x_lite.step import abstract_state
+from t5x_lite.t5 import T5Model
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEP = {"loss": 2.5, "cross_ent_loss": 2.25, "input_tokens": 30.0, "target_tokens": 10.0}
@@ -328,8 +329,8 @@ def test_flops_by_counting_products():
 
     products = 2 * [*attention(S, S), *mlp(S)] + [*attention(T, T), *attention(T, S), *mlp(T), (T, D, V)]
     expected = 3 * B * sum(2 * m * k * n for m, k, n in products)
-    assert logs.flops_per_step(config, B, S, T) == expected
-    assert logs.flops_per_step(config, B, T, S) != expected
+    assert T5Model(config).flops(B, {"inputs": S, "targets": T}) == expected
+    assert T5Model(config).flops(B, {"inputs": T, "targets": S}) != expected
 
 
 def test_flops_against_xla():
@@ -346,7 +347,7 @@ def test_flops_against_xla():
     }
     lowered = jax.jit(lambda params, batch: forward(config, params, batch)).lower(params, batch)
     counted = lowered.cost_analysis()["flops"]
-    assert 1.0 < 3 * counted / logs.flops_per_step(config, B, S, T) < 1.06
+    assert 1.0 < 3 * counted / T5Model(config).flops(B, {"inputs": S, "targets": T}) < 1.06
 
 
 def test_plot(tmp_path):

@@ -18,8 +18,8 @@ from core.test_run import configured, refused
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import run as command
-from t5x_lite import chips, logs, plan, sharding, step
-from t5x_lite.machine import Machine
+from t5x_lite import chips, jobs, plan, sharding, step, work
+from t5x_lite.interface import model_of
 from t5x_lite.plan import hlo, suggest, topologies
 from t5x_lite.plan.topologies import Topology
 
@@ -41,7 +41,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def tiny_plan():
-    return plan.make(configured(*TINY), cpus())
+    return jobs.step_plan(configured(*TINY), cpus())
 
 
 def cpus(memory: float = 0.0) -> Topology:
@@ -50,9 +50,9 @@ def cpus(memory: float = 0.0) -> Topology:
 
 def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny, tiny_plan):
     found = tiny_plan
-    machine = Machine(tiny)
+    machine = work.partitioner(tiny)
     state = step.init_state(tiny.model, tiny.optimizer, jax.random.key(0), machine.abstract)
-    rows = {name: np.ones(x.shape, np.int32) for name, x in plan.abstract_batch(tiny, machine).items()}
+    rows = {name: np.ones(x.shape, np.int32) for name, x in jobs.abstract_batch(tiny, machine).items()}
     batch = sharding.shard_batch(rows, machine.batch_sharding)
     train_step = machine.compiler.train_step(
         machine.abstract, config=tiny.model, optimizer=tiny.optimizer, loss=tiny.loss, num_microbatches=1
@@ -79,14 +79,14 @@ def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_
     layers = 0 if decoder_only else 2
     model = dataclasses.replace(tiny.model, d_model=128, d_ff=256, num_encoder_layers=layers, scan_layers=False)
     run = dataclasses.replace(tiny, model=model)
-    machine = Machine(run)
-    closed = logs.flops_per_step(model, 16, 12, 10)
+    machine = work.partitioner(run)
+    closed = model_of(model).flops(16, {"inputs": 12, "targets": 10})
 
     def traced(remat, **options):
         config = dataclasses.replace(model, remat=remat, **options)
         train_step = machine.compiler.train_step(machine.abstract, config=config, optimizer=run.optimizer)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return train_step.trace(machine.abstract, plan.abstract_batch(run, machine), key)
+        return train_step.trace(machine.abstract, jobs.abstract_batch(run, machine), key)
 
     assert plan.matmul_flops(traced("none").jaxpr) == closed
     assert plan.matmul_flops(traced("none", scan_layers=True).jaxpr) == closed
@@ -98,14 +98,14 @@ def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_
 
 def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tiny):
     model = dataclasses.replace(tiny.model, num_decoder_layers=1)
-    machine = Machine(tiny)
+    machine = work.partitioner(tiny)
 
     def flops(attention, remat):
         config = dataclasses.replace(model, attention=attention, remat=remat)
         abstract = step.abstract_state(config, tiny.optimizer, machine.mesh)
         train_step = machine.compiler.train_step(abstract, config=config, optimizer=tiny.optimizer)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return plan.matmul_flops(train_step.trace(abstract, plan.abstract_batch(tiny, machine), key).jaxpr)
+        return plan.matmul_flops(train_step.trace(abstract, jobs.abstract_batch(tiny, machine), key).jaxpr)
 
     # Two layers of the encoder on 12 inputs; one of the decoder on 10 targets, alone and with the inputs.
     once = 2 * 16 * 4 * 6 * (2 * 12 * 12 + 10 * 10 + 10 * 12)
@@ -305,7 +305,7 @@ def test_without_libtpu_the_command_that_installs_it_is_said(capsys):
 
 def test_a_mesh_that_does_not_fit_is_refused_as_a_run_refuses_it(tiny):
     with pytest.raises(ValueError, match=r"fsdp=3.*does not fit 8"):
-        plan.make(dataclasses.replace(tiny, mesh={"fsdp": 3}), cpus())
+        jobs.step_plan(dataclasses.replace(tiny, mesh={"fsdp": 3}), cpus())
 
 
 def test_chips_are_known_by_what_jax_calls_them():
@@ -351,43 +351,41 @@ def test_presets_are_those_of_the_gin_files():
         assert configured(*TINY[:-2], f"--gin_file=mesh/{name}.gin").mesh == mesh
 
 
-def test_the_quickest_of_what_fits_is_suggested(tiny, tiny_plan, monkeypatch, capsys):
+def test_the_quickest_of_what_fits_is_suggested(tiny_plan, capsys):
     made = []
 
-    def fake(run, topology):
-        made.append((dict(run.mesh), run.model.remat, run.num_microbatches))
-        seconds = {"none": 4.0, "minimal": 2.0, "full": 3.0}[run.model.remat] - 0.5 * (run.mesh["data"] == -1)
-        needed = {"none": 15 * 10**9, "minimal": 10**11, "full": 10**9}[run.model.remat] // run.num_microbatches
+    def make(setting):
+        made.append((dict(setting.mesh), setting.remat, setting.num_microbatches))
+        seconds = {"none": 4.0, "minimal": 2.0, "full": 3.0}[setting.remat] - 0.5 * (setting.mesh["data"] == -1)
+        needed = {"none": 15 * 10**9, "minimal": 10**11, "full": 10**9}[setting.remat] // setting.num_microbatches
         memory = dataclasses.replace(tiny_plan.memory, needed=needed)
-        return dataclasses.replace(tiny_plan, memory=memory, step_seconds=seconds, capacity=topology.chip.memory)
+        return dataclasses.replace(tiny_plan, memory=memory, step_seconds=seconds, capacity=10e9)
 
-    monkeypatch.setattr(suggest, "make", fake)
-    machines = functools.cache(
-        lambda mesh, parts: Machine(dataclasses.replace(tiny, mesh=dict(mesh), num_microbatches=parts))
-    )
-    monkeypatch.setattr(
-        suggest, "Machine", lambda run, devices: machines(tuple(run.mesh.items()), run.num_microbatches)
-    )
-    found, itself = suggest.best(tiny, cpus(10e9))
+    found, itself = suggest.best(make, 2, cpus(10e9))
     assert itself.step_seconds == 2.5
-    # "minimal" never fits with the 2 micro-batches that 16 rows allow on 8 devices: "full" is what is tried elsewhere.
-    assert (found.model.remat, found.num_microbatches, found.mesh["data"]) == ("full", 1, -1)
+    # "minimal" never fits with the 2 micro-batches that 2 rows allow: "full" is what is tried elsewhere.
+    assert (found.remat, found.num_microbatches, found.mesh["data"]) == ("full", 1, -1)
     fsdp, data, both = ({"data": d, "fsdp": f, "tensor": t} for d, f, t in ((1, -1, 1), (-1, 1, 1), (1, -1, 2)))
     expected = [(fsdp, "none", 1), (fsdp, "none", 2), (fsdp, "minimal", 1), (fsdp, "minimal", 2)]
     assert made == [*expected, (fsdp, "full", 1), (data, "full", 1), (both, "full", 1)]
     assert "suggested: --gin_file=mesh/data.gin --gin.REMAT=\"'full'\"" in capsys.readouterr().out
-    made.clear()
+
+
+def test_nothing_is_compiled_that_cannot_fit_on_paper(tiny, monkeypatch):
+    monkeypatch.setattr(plan, "compile_within", None)
+    found = jobs.step_plan(tiny, cpus(1e3), on_paper=True)
+    assert found.fits is False and found.compile_seconds == 0.0
     with pytest.raises(ValueError, match="nothing fits cpu:8"):
-        suggest.best(tiny, cpus(1e3))
-    assert not made  # on paper already
+        suggest.best(lambda setting: found, 16, cpus(1e3))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
     model = dataclasses.replace(tiny.model, remat=remat, vocab_size=2048)
     run = dataclasses.replace(tiny, model=model, task_feature_lengths={"inputs": 64, "targets": 48})
-    least = suggest.least_memory(run, Machine(run))
-    really = plan.make(run, cpus()).memory.needed
+    machine = work.partitioner(run)
+    least = plan.least_memory(run.model, machine.compiler, machine.abstract, jobs.abstract_batch(run, machine))
+    really = jobs.step_plan(run, cpus()).memory.needed
     assert 0.2 * really < least < really
 
 

@@ -12,10 +12,10 @@ import pytest
 from core.test_model import PARAMETERS
 
 import run
-from t5x_lite import logs, run_config, step
+from t5x_lite import run_config, step, work
 from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
-from t5x_lite.machine import Machine
+from t5x_lite.interface import model_of
 from t5x_lite.model import T5Config
 from t5x_lite.run_config import RunConfig, last_step
 
@@ -214,16 +214,16 @@ def test_every_model_file_is_counted():
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_parameter_counts(size):
     file = REPO / "gin_configs" / "models" / f"{size}.gin"
-    machine = Machine(configured(f"--gin_file={file}"))
-    assert step.param_count(machine.abstract.params) == PARAMETERS[size]
+    partitioner = work.partitioner(configured(f"--gin_file={file}"))
+    assert step.param_count(partitioner.abstract.params) == PARAMETERS[size]
     assert f"{PARAMETERS[size]:,} parameters" in file.read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "fsdp_tensor"])
 def test_mesh_files_use_all_devices(mesh):
-    machine = Machine(configured(SMALL, f"--gin_file=mesh/{mesh}.gin"))
-    assert machine.mesh.size == len(jax.devices()) == 8
-    shares = {axis for axis, size in machine.mesh.shape.items() if size > 1}
+    partitioner = work.partitioner(configured(SMALL, f"--gin_file=mesh/{mesh}.gin"))
+    assert partitioner.mesh.size == len(jax.devices()) == 8
+    shares = {axis for axis, size in partitioner.mesh.shape.items() if size > 1}
     assert shares == {"data": {"data"}, "fsdp": {"fsdp"}, "fsdp_tensor": {"fsdp", "tensor"}}[mesh]
 
 
@@ -239,7 +239,7 @@ def test_run_files_follow_the_published_recipes():
         "--gin_file=models/bert.gin", "--gin_file=runs/finetune_bert.gin", "--gin.INITIAL_CHECKPOINT_PATH='bert'"
     )
     assert isinstance(bert.model, BertConfig)
-    assert (bert.model.layout, bert.model.num_labels, bert.model.dropout_rate) == ("classifier", 2, 0.1)
+    assert (bert.model.heads, bert.model.num_labels, bert.model.dropout_rate) == (("pooler", "classify"), 2, 0.1)
     assert [float(bert.optimizer.schedule(n)) for n in (17, 34, 189)] == pytest.approx([1e-5, 2e-5, 1e-5])
     for name in ("eval", "infer", "score"):
         assert isinstance(configured(SMALL, f"--gin_file=runs/{name}.gin").model, T5Config)
@@ -258,13 +258,12 @@ def test_transfer_strategies_are_one_file_apart():
 
 
 def test_compared_architectures_cost_alike():
-    flops, layouts = {}, {}
+    flops, kinds = {}, set()
     for file in sorted((REPO / "gin_configs" / "compare").glob("*.gin")):
         found = configured(f"--gin_file={file}")
-        lengths = found.task_feature_lengths
-        flops[file.stem] = logs.flops_per_step(found.model, 1, lengths.get("inputs", 0), lengths["targets"])
-        layouts[file.stem] = (found.model.layout, found.model.prefix_lm)
-    assert len(flops) == 6 and len(set(layouts.values())) == 3
+        flops[file.stem] = model_of(found.model).flops(1, found.task_feature_lengths)
+        kinds.add((found.model.decoder_only, found.model.prefix_lm))
+    assert len(flops) == 6 and len(kinds) == 3
     for objective in ("denoising", "lm"):
         same = [value for name, value in flops.items() if name.endswith(f"_{objective}")]
         assert len(same) == 3 and max(same) < 1.35 * min(same), same

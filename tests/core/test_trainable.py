@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from t5x_lite import checkpoint, convert, optim, sharding, step
 from t5x_lite.checkpoint import saving
-from t5x_lite.config import ADDED
+from t5x_lite.config import ADAPTER_PARAMS
 from t5x_lite.model import T5, T5Config
 from t5x_lite.trainable import Trainable, gradual_unfreezing
 
@@ -290,7 +290,7 @@ def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
 
 def test_only_what_an_adaptation_adds_may_be_missing_where_a_run_begins(adapted):
     fresh = start(adapted.config, adapted.optimizer).params
-    added = {name: leaf for name, leaf in flat(fresh).items() if re.search(ADDED, name)}
+    added = {name: leaf for name, leaf in flat(fresh).items() if re.search(ADAPTER_PARAMS, name)}
     got = flat(checkpoint.restore_params(adapted.base_path, fresh, fresh=added))
     assert got.keys() == flat(fresh).keys() and added
     for name, leaf in got.items():

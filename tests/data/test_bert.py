@@ -10,12 +10,15 @@ import seqio
 
 from t5x_lite import data, describe, sharding, step
 from t5x_lite.bert import BertConfig
+from t5x_lite.bert.feature_converters import PretrainingFeatureConverter
 from t5x_lite.losses import LossConfig
 from t5x_lite.optim import adamw, constant, make_optimizer
 from tasks import bert, vocabulary
 
 LENGTHS = {"inputs": 64}
 SENTENCES, DOCUMENTS = 12, 30
+
+CONVERTER = PretrainingFeatureConverter()
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def test_word_pieces_have_their_own_special_tokens(tmp_path):
 
 
 def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
-    batches = data.TrainBatches("c4_v220_bert", LENGTHS, batch_size=8, seed=0, layout="encoder")
+    batches = data.TrainBatches("c4_v220_bert", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
     batch = next(batches)
     assert {name: x.shape for name, x in batch.items()} == batches.shapes
     assert batch["random"].shape == (8, 1) and batch["segments"].shape == (8, 64)
@@ -129,6 +132,6 @@ def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
 
 def test_a_task_for_another_kind_of_model_is_refused(examples):
     with pytest.raises(ValueError, match="also needs segments, random"):
-        data.TrainBatches("c4_v220_lm", LENGTHS, batch_size=8, seed=0, layout="encoder")
+        data.TrainBatches("c4_v220_lm", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
     with pytest.raises(ValueError, match="must give a length for inputs and nothing else"):
-        data.TrainBatches("c4_v220_bert", {**LENGTHS, "targets": 9}, batch_size=8, seed=0, layout="encoder")
+        data.TrainBatches("c4_v220_bert", {**LENGTHS, "targets": 9}, batch_size=8, seed=0, converter=CONVERTER)

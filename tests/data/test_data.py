@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tasks  # noqa: F401  registers C4
 from t5x_lite import convert, data, describe
+from t5x_lite.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
 from tasks import vocabulary
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=10)
@@ -78,7 +79,7 @@ def test_batches_have_the_agreed_names_shapes_and_dtype():
     assert {v.dtype for v in batch.values()} == {np.dtype(np.int32)}
     assert batch["encoder_segment_ids"].max() > 1, "packed"
     assert batches().shapes == {k: v.shape for k, v in batch.items()}
-    (unpacked,) = take(batches(pack=False), 1)
+    (unpacked,) = take(batches(converter=data.UNPACKED), 1)
     assert set(unpacked) == {"encoder_input_tokens"} | {t for t in targets if "segment" not in t and "pos" not in t}
 
 
@@ -125,7 +126,7 @@ def test_hosts_share_the_batch_and_see_different_examples():
     seen = []
     for host in range(2):
         stream = data.TrainBatches(
-            "data_test_short", LENGTHS, batch_size=4, seed=1, pack=False, rows=(2 * host, 2 * host + 2)
+            "data_test_short", LENGTHS, batch_size=4, seed=1, converter=data.UNPACKED, rows=(2 * host, 2 * host + 2)
         )
         rows = [row for batch in take(stream, 30) for row in batch["decoder_target_tokens"]]
         assert len(rows) == 60
@@ -198,7 +199,8 @@ def test_eval_batches_are_whole_in_order_and_weigh_what_fills_up_as_nothing():
 
 def test_packed_eval_batches_are_the_same_examples_in_fewer_rows():
     plain, packed = (
-        list(data.EvalBatches("data_test_long", LENGTHS, batch_size=2, pack=pack)) for pack in (False, True)
+        list(data.EvalBatches("data_test_long", LENGTHS, batch_size=2, converter=converter))
+        for converter in (data.UNPACKED, data.PACKED)
     )
     for name in ("encoder_input_tokens", "decoder_target_tokens"):
         tokens = [np.concatenate([batch[name].ravel() for batch in of]) for of in (plain, packed)]
@@ -293,15 +295,15 @@ def test_tensorflow_sees_no_accelerator():
 
 
 CONVERTERS = {
-    ("encoder_decoder", True): seqio.EncDecFeatureConverter,
-    ("decoder", True): seqio.PrefixLMFeatureConverter,
-    ("decoder", False): seqio.LMFeatureConverter,
+    (EncDecFeatureConverter, True): seqio.EncDecFeatureConverter,
+    (DecoderFeatureConverter, True): seqio.PrefixLMFeatureConverter,
+    (DecoderFeatureConverter, False): seqio.LMFeatureConverter,
 }
 
 
 @pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize(("layout", "with_inputs"), CONVERTERS)
-def test_rows_are_seqios(layout, with_inputs, pack):
+@pytest.mark.parametrize(("converter", "with_inputs"), CONVERTERS)
+def test_rows_are_seqios(converter, with_inputs, pack):
     random = np.random.default_rng(0)
     lengths = {"inputs": 32, "targets": 16} if with_inputs else {"targets": 16}
 
@@ -311,8 +313,8 @@ def test_rows_are_seqios(layout, with_inputs, pack):
     examples = [example() for _ in range(200)] + [{k: np.arange(1, n + 1, dtype=np.int32) for k, n in lengths.items()}]
     signature = {k: tf.TensorSpec([None], tf.int32) for k in lengths}
     dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=signature)
-    expected = list(CONVERTERS[layout, with_inputs](pack=pack)(dataset, lengths).as_numpy_iterator())
-    found = list(data._rows("a task", dataset, lengths, layout, pack).unbatch().as_numpy_iterator())
+    expected = list(CONVERTERS[converter, with_inputs](pack=pack)(dataset, lengths).as_numpy_iterator())
+    found = list(data._rows("a task", dataset, lengths, converter(pack)).unbatch().as_numpy_iterator())
     assert not pack or max(x["decoder_segment_ids"].max() for x in expected) > 1
     for x, y in zip(found, expected, strict=True):
         if not with_inputs:  # SeqIO's language model has no prefix; ours is the start token alone, which all see anyway
@@ -326,11 +328,11 @@ def test_rows_are_seqios(layout, with_inputs, pack):
 def test_examples_without_inputs_are_for_a_decoder_alone():
     dataset = tf.data.Dataset.from_tensors({"targets": tf.constant([1, 2])})
     with pytest.raises(ValueError, match="no inputs: they are for a decoder alone"):
-        data._rows("a task", dataset, LENGTHS, "encoder_decoder", True)
+        data._rows("a task", dataset, LENGTHS, EncDecFeatureConverter())
 
 
 def test_a_batch_of_a_decoder_alone_is_read_back_as_text():
-    batch = next(batches(layout="decoder"))
+    batch = next(batches(converter=DecoderFeatureConverter()))
     assert batch["decoder_target_tokens"].shape == (4, 36)
     text = describe.describe_batch(batch, VOCABULARY)
     plain = describe.describe_batch(next(batches()), VOCABULARY)

@@ -13,10 +13,11 @@ import tensorflow as tf
 
 import run
 import t5x_lite
-from t5x_lite import classify, convert, data, describe, packing, step
-from t5x_lite.bert import BertConfig
+from t5x_lite import convert, data, describe, step
+from t5x_lite.bert import BertConfig, classification
+from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
+from t5x_lite.bert.wordpiece import WordPiece
 from t5x_lite.checkpoint import saving
-from t5x_lite.convert.wordpiece import WordPiece
 from t5x_lite.optim import adamw, constant, make_optimizer
 from tasks import bert, glue_bert, vocabulary
 from tasks.vocabulary import WordPieceVocabulary
@@ -85,10 +86,10 @@ def test_what_is_too_long_is_cut_as_published(bytes_vocabulary):
             assert x["inputs"].tolist() == [cls, *first, sep, *second, sep]
             assert x["segments"].tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
             for ours, theirs in zip(
-                packing.pair(n.tolist(), m.tolist(), cls, sep, length), (x["inputs"], x["segments"]), strict=True
+                pair(n.tolist(), m.tolist(), cls, sep, length), (x["inputs"], x["segments"]), strict=True
             ):
                 np.testing.assert_array_equal(ours, theirs)
-    single, _ = packing.pair(range(10, 20), None, cls, sep, 5)
+    single, _ = pair(range(10, 20), None, cls, sep, 5)
     assert single.tolist() == [cls, 10, 11, 12, sep]
 
 
@@ -128,7 +129,7 @@ def test_tasks_of_other_classes_do_not_mix(corpus, bytes_vocabulary):
         write(corpus / f"glue/{name}/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n")
     seqio.MixtureRegistry.add("glue_bert_mix", ["glue_rte_bert", "glue_wnli_bert"], default_rate=1)
     with pytest.raises(ValueError, match="must use the same vocabulary"):
-        data.TrainBatches("glue_bert_mix", {"inputs": 16}, batch_size=2, seed=0, layout="classifier")
+        data.TrainBatches("glue_bert_mix", {"inputs": 16}, batch_size=2, seed=0, converter=ClassifierFeatureConverter())
     seqio.MixtureRegistry.remove("glue_bert_mix")
 
 
@@ -228,7 +229,13 @@ def test_a_position_among_wordpieces_can_be_gone_on_from(corpus, tmp_path):
     write(corpus / "glue/STS-B/train.tsv", f"index\tsentence1\tsentence2\tscore\n{text}")
 
     def batches():
-        return data.TrainBatches("glue_stsb_bert", {"inputs": 12}, batch_size=2, seed=3, layout="classifier")
+        return data.TrainBatches(
+            "glue_stsb_bert",
+            {"inputs": 12},
+            batch_size=2,
+            seed=3,
+            converter=ClassifierFeatureConverter(regression=True),
+        )
 
     first = batches()
     for _ in range(4):
@@ -263,7 +270,7 @@ def test_metrics_and_predictions_are_of_the_classes(corpus, bytes_vocabulary, tm
         assert batch["inputs"].shape == batch["segments"].shape == (2, 16)
         return np.tile([0.0, np.log(3)], (2, 1))
 
-    evaluation = classify.Evaluation("glue_rte_bert", {"inputs": 16}, batch_size=2, predictions=tmp_path)
+    evaluation = classification.Evaluation("glue_rte_bert", {"inputs": 16}, batch_size=2, predictions=tmp_path)
     assert evaluation.run(second_class, step=3) == {"glue_rte_bert": {"accuracy": pytest.approx(200 / 3)}}
     first, *_ = map(json.loads, (tmp_path / "glue_rte_bert-3.jsonl").read_text().splitlines())
     assert first == {
@@ -273,7 +280,7 @@ def test_metrics_and_predictions_are_of_the_classes(corpus, bytes_vocabulary, tm
         "score": pytest.approx(np.log(0.75)),
     }
 
-    evaluation = classify.Evaluation("glue_stsb_bert", {"inputs": 16}, batch_size=4, predictions=tmp_path)
+    evaluation = classification.Evaluation("glue_stsb_bert", {"inputs": 16}, batch_size=4, predictions=tmp_path)
     said = evaluation.run(lambda batch: batch["inputs"][:, 3:4] * -1.0, step=0)  # of the second sentence's letter
     assert said["glue_stsb_bert"]["spearman_corrcoef"] == pytest.approx(-100)
     assert "score" not in (tmp_path / "glue_stsb_bert-0.jsonl").read_text()
@@ -385,7 +392,7 @@ def _tokens(predicted):
     ids = bert.special(vocab)
     for row in predicted:
         first, second = (vocab.encode(text) for text in row["inputs"].split(" [SEP] "))
-        inputs, segments = packing.pair(first, second, ids.cls, ids.sep, 16)
+        inputs, segments = pair(first, second, ids.cls, ids.sep, 16)
         yield {"inputs": np.pad(inputs, (0, 16 - len(inputs))), "segments": np.pad(segments, (0, 16 - len(segments)))}
 
 

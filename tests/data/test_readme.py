@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t5x_lite.bert import Bert, BertConfig
+from t5x_lite.bert import BertConfig
+from t5x_lite.bert.network import Bert
 from t5x_lite.convert import huggingface
 from t5x_lite.model import T5, T5Config
 

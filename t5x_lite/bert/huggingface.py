@@ -1,4 +1,4 @@
-"""Hugging Face's BERT: names and config.json in both directions, as huggingface.py has them for T5.
+"""Hugging Face's BERT: names and config.json in both directions, as convert/huggingface_t5.py has them for T5.
 
 Models with Hugging Face's heads for pre-training, masked tokens, next sentences and sequence classification, or with
 none. Which of them a directory has is seen from its tensors. Must not know how files are made.

@@ -6,9 +6,8 @@ divided by sqrt(K). Dimensions are those of model.py, and N classes. Token 0 is 
 This module knows nothing of losses, optimizers, data or files.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,82 +15,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Num
 
-from t5x_lite.attention import Implementation, Visibility, dot_product_attention
-from t5x_lite.config import Dtype, Remat, check_choices
+from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
 from t5x_lite.layers import PRODUCT, Embed, named_axes, project
 from t5x_lite.sharding import constrain
 from t5x_lite.stacks import stack
 
-Head = Literal["pooler", "mlm", "nsp", "classify"]
-
-# Found in the names of parameters that lie on top of the encoder: each task has its own.
-ON_TOP = r"^(pooler|mlm|nsp|classify)/"
-
 # Cut at two standard deviations, as `create_initializer` of google-research/bert has it.
 _INIT = nn.initializers.truncated_normal(0.02)
 _EPSILON = 1e-12  # of norms
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """One BERT.
-
-    max_length: of a row: as many positions have an embedding.
-    heads: what is on top: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on the pooler "nsp" (whether
-      the second segment follows the first) and "classify" (`num_labels` classes, or one number).
-    labels: the names of the classes, where they are known: a checkpoint's are those of the task that it was trained on.
-    dtype, scan_layers, remat, attention: see T5Config. Dropout is at the published places; of attention weights it is
-      shared by the queries of a row, as in T5.
-    """
-
-    d_model: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    vocab_size: int = 30522
-    max_length: int = 512
-    num_segments: int = 2
-    heads: tuple[Head, ...] = ("pooler", "mlm", "nsp")
-    num_labels: int = 2
-    labels: tuple[str, ...] = ()
-    dropout_rate: float = 0.1
-    dtype: Dtype = "float32"
-    scan_layers: bool = True
-    remat: Remat = "none"
-    attention: Implementation | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", tuple(self.heads))
-        object.__setattr__(self, "labels", tuple(self.labels))
-        sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments", "num_labels")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"BertConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.num_heads:
-            raise UserError(f"BertConfig.d_model={self.d_model} must be a multiple of num_heads={self.num_heads}")
-        if unknown := [head for head in self.heads if head not in get_args(Head)]:
-            raise UserError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
-        if "pooler" not in self.heads and (above := {"nsp", "classify"} & set(self.heads)):
-            raise UserError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
-        if self.labels and len(self.labels) != self.num_labels:
-            raise UserError(f"BertConfig.labels={self.labels} must name num_labels={self.num_labels} classes")
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise UserError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
-        check_choices(self, dtype=Dtype, remat=Remat)
-
-    @property
-    def layout(self) -> Literal["encoder", "classifier"]:
-        """Of a batch: as pre-training has it, or with the label of each row."""
-        return "classifier" if "classify" in self.heads else "encoder"
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.num_heads
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from t5x_lite import packing, sharding
-from t5x_lite.bert import Bert, BertConfig
+from t5x_lite import sharding
+from t5x_lite.bert import BertConfig
+from t5x_lite.bert.feature_converters import pair
+from t5x_lite.bert.network import Bert
+from t5x_lite.bert.wordpiece import WordPiece
 from t5x_lite.convert.tokenizer import Vocabulary
-from t5x_lite.convert.wordpiece import WordPiece
 from t5x_lite.errors import UserError
 
 Ids = Int[Array | np.ndarray, "B S"]
@@ -85,7 +87,7 @@ class LoadedBert:
         v, most, rows = self.vocabulary, self.config.max_length, []
         for text in texts:
             first, *rest = (v.encode(part) for part in ((text,) if isinstance(text, str) else text))
-            rows.append(packing.pair(first, rest[0] if rest else None, v.cls, v.sep, most))
+            rows.append(pair(first, rest[0] if rest else None, v.cls, v.sep, most))
         width = min(-(-max(len(tokens) for tokens, _ in rows) // 32) * 32, most)
         tokens, segments = (
             np.array([np.pad(x, (0, width - len(x))) for x in column]) for column in zip(*rows, strict=True)

@@ -17,6 +17,7 @@ import seqio
 from etils import epath
 
 from t5x_lite import data, infer, packing
+from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
 from t5x_lite.errors import UserError
 from t5x_lite.evaluate import text_of
 from t5x_lite.infer import Example, Source
@@ -130,7 +131,7 @@ def word(label: seqio.utils.Feature, value: int | float) -> str:
 
 def task_source(task_name: str, lengths: Mapping[str, int], **options: Any) -> Source:
     """The examples of one task in the order of its split. Args: those of infer.task_source."""
-    data.check_lengths(task_name, lengths, "classifier")
+    data.check_lengths(task_name, lengths, ClassifierFeatureConverter())
     return infer.task_source(task_name, lengths, **options, example=_labelled)
 
 
@@ -159,7 +160,7 @@ def file_source(
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
         first, *rest = (list(vocabulary.encode(text)) for text in texts(row))
-        tokens, segments = packing.pair(first, rest[0] if rest else None, ids.cls, ids.sep, lengths["inputs"])
+        tokens, segments = pair(first, rest[0] if rest else None, ids.cls, ids.sep, lengths["inputs"])
         return Example(where, " [SEP] ".join(texts(row)), row.get("targets"), tokens, None, segments)
 
     return infer.lines_source(path, check, example, lengths, num_examples)

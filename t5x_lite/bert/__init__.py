@@ -1,0 +1,80 @@
+"""BERT as published (Devlin et al. 2019) as a model family: `BertConfig` says what one BERT is.
+
+The other modules are its network, what training and tools may ask of it (model.py), its predictions, its
+classification tasks, and Hugging Face's names. Nothing outside of this folder imports them: `interface.FAMILIES` names
+them. Without the folder everything else works.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from t5x_lite.attention import Implementation
+from t5x_lite.config import Dtype, Remat, check_choices
+from t5x_lite.errors import UserError
+from t5x_lite.interface import ModelConfig
+
+Head = Literal["pooler", "mlm", "nsp", "classify"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig(ModelConfig):
+    """One BERT.
+
+    max_length: of a row: as many positions have an embedding.
+    heads: what is on top: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on the pooler "nsp" (whether
+      the second segment follows the first) and "classify" (`num_labels` classes, or one number).
+    labels: the names of the classes, where they are known: a checkpoint's are those of the task that it was trained on.
+    dtype, scan_layers, remat, attention: see T5Config. Dropout is at the published places; of attention weights it is
+      shared by the queries of a row, as in T5.
+    """
+
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_layers: int
+    vocab_size: int = 30522
+    max_length: int = 512
+    num_segments: int = 2
+    heads: tuple[Head, ...] = ("pooler", "mlm", "nsp")
+    num_labels: int = 2
+    labels: tuple[str, ...] = ()
+    dropout_rate: float = 0.1
+    dtype: Dtype = "float32"
+    scan_layers: bool = True
+    remat: Remat = "none"
+    attention: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments", "num_labels")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"BertConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.num_heads:
+            raise UserError(f"BertConfig.d_model={self.d_model} must be a multiple of num_heads={self.num_heads}")
+        if unknown := [head for head in self.heads if head not in get_args(Head)]:
+            raise UserError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
+        if "pooler" not in self.heads and (above := {"nsp", "classify"} & set(self.heads)):
+            raise UserError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
+        if self.labels and len(self.labels) != self.num_labels:
+            raise UserError(f"BertConfig.labels={self.labels} must name num_labels={self.num_labels} classes")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise UserError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        check_choices(self, dtype=Dtype, remat=Remat)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    def for_task(self, name: str, features: Mapping[str, Any]) -> "BertConfig":
+        if "classify" not in self.heads:
+            return self
+        labels = features["label"].vocabulary
+        if labels.vocab_size != self.num_labels:  # one number counts as one class
+            raise UserError(
+                f"{name} has {labels.vocab_size} classes ({labels}), the model BertConfig.num_labels = "
+                f"{self.num_labels}: give it --gin.BertConfig.num_labels={labels.vocab_size}"
+            )
+        return dataclasses.replace(self, labels=getattr(labels, "words", ()))

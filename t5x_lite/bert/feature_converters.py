@@ -1,0 +1,48 @@
+"""How texts and the examples of BERT's tasks become the rows of a batch. Must not know text or datasets."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_lite.feature_converters import FeatureConverter
+
+
+class _BertFeatureConverter(FeatureConverter):
+    """The features of tasks/bert.py or tasks/glue_bert.py as they are, padded, one example in a row."""
+
+    lengths = ("inputs",)
+    of_one = ("random", "label")  # numbers, not tokens
+
+    def widths(self, lengths: Mapping[str, int], given: Collection[str]) -> dict[str, int]:
+        return {feature: 1 if feature in self.of_one else lengths["inputs"] for feature in self.features}
+
+
+class PretrainingFeatureConverter(_BertFeatureConverter):
+    features = ("inputs", "targets", "segments", "random")
+
+
+class ClassifierFeatureConverter(_BertFeatureConverter):
+    features = ("inputs", "segments", "label")
+
+    def __init__(self, pack: bool = True, regression: bool = False):
+        super().__init__(pack)
+        self._regression = regression
+
+    def dtype(self, feature: str) -> Any:
+        return np.float32 if feature == "label" and self._regression else np.int32
+
+
+def pair(
+    first: Sequence[int], second: Sequence[int] | None, cls: int, sep: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[CLS] first [SEP], and second [SEP] where there is one, of at most `length` tokens; and their segments, 0 and 1.
+
+    As tasks.glue_bert has them: token by token the longer of the two loses its last, of two equals the second.
+    """
+    if second is not None:
+        room = length - 3
+        second = [*second[: max(room - len(first), room // 2)], sep]
+        first = first[: room + 1 - len(second)]
+    first, second = [cls, *first[: length - 2], sep], second or []
+    return np.array([*first, *second], np.int32), np.repeat([0, 1], [len(first), len(second)]).astype(np.int32)

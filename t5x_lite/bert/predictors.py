@@ -1,0 +1,92 @@
+"""Predictions of BERT: classes of texts and pairs of texts; while it is pre-trained, none."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite.bert import BertConfig, network
+from t5x_lite.errors import UserError
+from t5x_lite.partitioner import Partitioner
+from t5x_lite.predictor import Mode, Predictor, Scores
+
+
+class PretrainingPredictor(Predictor):
+    def check(self, mode: Mode, has_task: bool) -> None:
+        raise UserError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
+
+    def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
+        raise UserError("--decode: an encoder alone does not decode")
+
+    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+        other = "--gin_file=runs/finetune_bert.gin --gin.MODEL_DIR=\"'runs/mrpc'\""
+        return "or fine-tune it, on a task of GLUE, say", (f"{run} {other} \\\n    {initial_checkpoint}",)
+
+
+class ClassPredictor(Predictor):
+    def __init__(self, config: BertConfig, partitioner: Partitioner):
+        super().__init__(config, partitioner)
+        self._classify = partitioner.with_params(_classify, config=config)
+
+    def classify(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits of the classes [B, N] of `inputs` and `segments` [B, S]."""
+        return jax.device_get(self._classify(params, self._on_mesh(dict(rows))))
+
+    def check(self, mode: Mode, has_task: bool) -> None:
+        if mode == "score":
+            raise UserError("--mode=score is for models that write text; --mode=infer gives the score of each class")
+        if not has_task:
+            raise UserError("--mode=infer of a classifier needs MIXTURE_OR_TASK_NAME: the task names the classes")
+
+    def evaluator(self, name: str, lengths: Mapping[str, int], **options: Any) -> Callable[[Any, int], Scores]:
+        from t5x_lite.bert import classification
+
+        evaluation = classification.Evaluation(name, lengths, **options)
+        return lambda params, at_step: evaluation.run(partial(self.classify, params), step=at_step)
+
+    def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
+        from t5x_lite.bert import classification
+
+        return classification.task_source(task_name, lengths, **options)
+
+    def file_source(
+        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
+    ) -> Any:
+        from t5x_lite.bert import classification
+
+        return classification.file_source(path, features["inputs"].vocabulary, lengths, num_examples=num_examples)
+
+    def write(
+        self,
+        mode: Mode,
+        params: Any,
+        source: Any,
+        path: str | Path,
+        *,
+        features: Mapping[str, Any],
+        lengths: Mapping[str, int],
+        batch_size: int,
+        about: Mapping[str, Any],
+    ) -> int:
+        from t5x_lite.bert import classification
+
+        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size, "about": about}
+        classify = partial(self.classify, params)
+        return classification.write_predictions(source, classify, path, label=features["label"], **options)
+
+    def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
+        rows = jax.ShapeDtypeStruct(
+            (batch_size, lengths["inputs"]), np.int32, sharding=self._partitioner.batch_sharding
+        )
+        return self._classify.lower(self._partitioner.abstract.params, {"inputs": rows, "segments": rows})
+
+    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+        ask = "or ask it something, a text a line, or JSON lines with sentence1 and sentence2"
+        return ask, (f"{run} --mode=infer --gin.INFER_INPUT=\"'pairs.jsonl'\"",)
+
+
+def _classify(params: Any, rows: Mapping[str, jax.Array], *, config: BertConfig) -> jax.Array:
+    return network.forward(config, params, rows)["classify"]

@@ -1,0 +1,69 @@
+"""T5 as a model family: what `interface.Model` asks, for encoder-decoders and for a decoder alone.
+
+It knows the network, decoding and how to load; it must not know tasks, runs or gin.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from t5x_lite import interface, model
+from t5x_lite.config import T5Config
+from t5x_lite.decode import Decoding
+from t5x_lite.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter, FeatureConverter
+from t5x_lite.partitioner import Partitioner
+from t5x_lite.predictor import Predictor
+from t5x_lite.text_predictor import TextPredictor
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Model:
+    config: T5Config
+    head_params: str = interface.NO_PARAMS
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        token = jnp.zeros((1, 1), jnp.int32)
+        inputs = None if self.config.decoder_only else token
+        return model.T5(self.config).init(key, inputs, token)["params"]
+
+    def logits(
+        self, params: Any, batch: interface.Batch, dropout_key: Key[Array, ""] | None = None
+    ) -> Mapping[str, Float[Array, "B T V"]]:
+        return {"": model.forward(self.config, params, batch, dropout_key)}
+
+    def targets(self, batch: interface.Batch) -> Mapping[str, tuple[Array, Array]]:
+        return {"": (batch["decoder_target_tokens"], batch["decoder_loss_weights"])}
+
+    def feature_converter(self, pack: bool) -> FeatureConverter:
+        return DecoderFeatureConverter(pack) if self.config.decoder_only else EncDecFeatureConverter(pack)
+
+    def flops(self, batch_size: int, lengths: Mapping[str, int]) -> float:
+        c, S, T = self.config, lengths.get("inputs", 0), lengths["targets"]
+        if c.decoder_only:
+            S, T = 0, S + T  # in one row
+        joined = c.num_heads * c.head_dim
+        projection = 2 * c.d_model * joined  # one of query, key, value, out, for one token
+        attended = 4 * joined  # logits and weighted sum, for one query and one key
+        mlp = 2 * c.d_model * c.d_ff * (len(c.mlp_activations) + 1)
+        encoder_layer = S * (4 * projection + mlp + S * attended)
+        decoder_layer = T * (4 * projection + mlp + T * attended)
+        if not c.decoder_only:
+            decoder_layer += T * (2 * projection + S * attended) + S * 2 * projection
+        logits = T * 2 * c.d_model * c.vocab_size
+        return 3.0 * batch_size * (c.num_encoder_layers * encoder_layer + c.num_decoder_layers * decoder_layer + logits)
+
+    def predictor(self, partitioner: Partitioner, decoding: Decoding, max_decode_length: int, seed: int) -> Predictor:
+        return TextPredictor(self.config, partitioner, decoding, max_decode_length, seed)
+
+    def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
+        from t5x_lite import convert
+        from t5x_lite.convert import tokenizer
+        from t5x_lite.load import LoadedModel
+
+        file = convert.tokenizer_file(path)
+        vocabulary = tokenizer.beside(path) if file is None else tokenizer.Vocabulary(file)
+        return LoadedModel(self.config, params, vocabulary, mesh)

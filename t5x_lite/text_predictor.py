@@ -1,0 +1,127 @@
+"""Predictions of models that write text: generation and log-likelihoods, for tasks and files of any size."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_lite import decode, packing
+from t5x_lite.config import T5Config
+from t5x_lite.partitioner import Partitioner
+from t5x_lite.predictor import Mode, Predictor, Scores
+
+logger = logging.getLogger(__name__)
+
+
+class TextPredictor(Predictor):
+    def __init__(
+        self, config: T5Config, partitioner: Partitioner, decoding: decode.Decoding, max_decode_length: int, seed: int
+    ):
+        super().__init__(config, partitioner)
+        logger.info("Decoding: %s, at most %d tokens", decoding, max_decode_length)
+        self._decoder_only, self._decoding, self._max_length, self._seed = (
+            config.decoder_only,
+            decoding,
+            max_decode_length,
+            seed,
+        )
+        self._generate = partitioner.with_params(
+            _generate, config=config, max_length=max_decode_length, seed=seed, decoding=decoding
+        )
+        self._score = partitioner.with_params(decode.score, config=config)
+
+    def predict(self, params: Any, inputs_BS: np.ndarray) -> np.ndarray:
+        """Token ids [B, T], the best of each row."""
+        return self.generate(params, inputs_BS)[0][:, 0]
+
+    def generate(self, params: Any, inputs_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """NUM_DECODES results for each row: token ids [B, N, T], log-likelihoods [B, N]; -inf: no such result."""
+        return jax.device_get(self._generate(params, self._on_mesh(inputs_BS)))
+
+    def score(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Log-likelihoods [B] of the targets; `rows` are an encoder-decoder's whatever the model is."""
+        if self._decoder_only:
+            rows = packing.joined(rows["encoder_input_tokens"], rows["decoder_target_tokens"])
+        return jax.device_get(self._score(params, self._on_mesh(dict(rows))))
+
+    def check(self, mode: Mode, has_task: bool) -> None:
+        pass
+
+    def settings(self, mode: Mode) -> dict[str, Any]:
+        if mode == "score":
+            return {}
+        decoding = dataclasses.asdict(self._decoding)
+        decoding["num_return"] = decoding.pop("num_decodes")  # its name in results of earlier versions
+        seed = self._seed if self._decoding.method == "sample" else None
+        return {"decoding": decoding, "max_decode_length": self._max_length, "seed": seed}
+
+    def evaluator(self, name: str, lengths: Mapping[str, int], **options: Any) -> Callable[[Any, int], Scores]:
+        from t5x_lite import evaluate
+
+        evaluation = evaluate.Evaluation(name, lengths, **options)
+
+        def evaluated(params: Any, at_step: int) -> Scores:
+            return evaluation.run(partial(self.predict, params), partial(self.score, params), step=at_step)
+
+        return evaluated
+
+    def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
+        from t5x_lite import infer
+
+        return infer.task_source(task_name, lengths, **options)
+
+    def file_source(
+        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
+    ) -> Any:
+        from t5x_lite import infer
+
+        return infer.file_source(path, features, lengths, num_examples=num_examples, with_targets=mode == "score")
+
+    def write(
+        self,
+        mode: Mode,
+        params: Any,
+        source: Any,
+        path: str | Path,
+        *,
+        features: Mapping[str, Any],
+        lengths: Mapping[str, int],
+        batch_size: int,
+        about: Mapping[str, Any],
+    ) -> int:
+        from t5x_lite import infer
+
+        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size, "about": about}
+        if mode == "score":
+            return infer.write_scores(source, partial(self.score, params), path, **options)
+        vocabulary = features["targets"].vocabulary
+        return infer.write_predictions(source, partial(self.generate, params), path, vocabulary=vocabulary, **options)
+
+    def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
+        shape = (batch_size, lengths.get("inputs", 1))
+        inputs = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._partitioner.batch_sharding)
+        return self._generate.lower(self._partitioner.abstract.params, inputs)
+
+    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+        mine = f"{run} --gin.TRAIN_FILES=\"'my/*.jsonl'\" --gin.MODEL_DIR=\"'runs/mine'\" \\\n    {initial_checkpoint}"
+        if vocabulary:
+            mine += f" --gin.VOCABULARY=\"'{vocabulary}'\""
+        commands = (f"{run} --mode=infer --gin.INFER_INPUT=\"'questions.txt'\"", mine)
+        return "ask it something, a question a line; or start from it on files of your own", commands
+
+
+def _generate(
+    params: Any, inputs_BS: jax.Array, *, seed: int, decoding: decode.Decoding, **settings: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`decode.generate` with keys that follow from the seed and each row's tokens: the same input, the same samples."""
+    places_S = jnp.arange(1, inputs_BS.shape[1] + 1, dtype=jnp.uint32)
+    sums_B = jnp.sum(inputs_BS.astype(jnp.uint32) * places_S, axis=1)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sums_B)
+    tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=keys_B, decoding=decoding, **settings)
+    return tokens_BNT, decode.log_likelihoods(tokens_BNT, scores_BN, decoding)

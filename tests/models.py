@@ -1,0 +1,38 @@
+"""One tiny model of each kind, for what every model must hold to."""
+
+import dataclasses
+
+import numpy as np
+import tiny
+
+from t5x_lite.bert import BertConfig
+
+DECODER = dataclasses.replace(tiny.CONFIG, num_encoder_layers=0)
+BERT = BertConfig(d_model=48, d_ff=96, num_heads=4, num_layers=2, vocab_size=264, max_length=64)
+
+CONFIGS = {
+    "encoder-decoder": tiny.CONFIG,
+    "tied encoder-decoder": dataclasses.replace(tiny.CONFIG, tie_embeddings=True, mlp_activations=("relu",)),
+    "decoder": DECODER,
+    "prefix LM": dataclasses.replace(DECODER, prefix_lm=True),
+    "BERT": BERT,
+    "BERT classifier": dataclasses.replace(BERT, heads=("pooler", "classify"), num_labels=3),
+}
+
+
+def lengths(config) -> dict[str, int]:
+    return {"inputs": 24} if isinstance(config, BertConfig) else {"inputs": 24, "targets": 16}
+
+
+def batch(config, rows: int = 8, pack: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of random examples, as the model's feature converter makes them."""
+    from t5x_lite.interface import model_of
+
+    converter, random = model_of(config).feature_converter(pack), np.random.default_rng(seed)
+    widths = converter.widths(lengths(config), {*converter.features, *converter.optional_lengths})
+    most = {"random": 2, "label": 3, "segments": 2}
+    examples = {
+        name: random.integers(0 if name in most else 2, most.get(name, 264), (rows, width)).astype(np.int32)
+        for name, width in widths.items()
+    }
+    return {name: x[:rows] for name, x in converter.convert(examples, widths).items()}
