@@ -90,7 +90,7 @@ def load_generator(args: argparse.Namespace) -> Generate:
     """Loads `args.model` into the library that `args.side` names."""
     rows = input_rows(args.batch_size, args.inputs)
     if args.side == "t5x_lite":
-        from t5x_lite.load import load
+        from t5x_lite.pretrained import load
 
         return generator(load(args.model), rows)
     import torch  # pyright: ignore[reportMissingImports]

@@ -25,8 +25,8 @@ _PUBLIC = {
     "make_mesh": "sharding",
     "shard_batch": "sharding",
     "shard_state": "sharding",
-    "load": "load",
-    "LoadedModel": "load",
+    "load": "pretrained",
+    "LoadedModel": "pretrained",
     "Vocabulary": "convert.tokenizer",
 }
 __all__ = list(_PUBLIC)
@@ -34,8 +34,7 @@ __all__ = list(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        module = importlib.import_module(f"t5x_lite.{_PUBLIC[name]}")
-        return globals().get(name, getattr(module, name))  # load is a module that can be called
+        return getattr(importlib.import_module(f"t5x_lite.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 't5x_lite' has no attribute {name!r}")
 
 

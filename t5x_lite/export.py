@@ -25,7 +25,7 @@ from t5x_lite import convert, decode
 from t5x_lite.config import Dtype
 from t5x_lite.convert import tensors
 from t5x_lite.errors import ExistingFileError, UserError
-from t5x_lite.load import LoadedModel, load
+from t5x_lite.pretrained import LoadedModel, load
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

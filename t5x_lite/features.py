@@ -31,7 +31,7 @@ from t5x_lite import data, infer, packing
 from t5x_lite.checkpoint import find_checkpoint
 from t5x_lite.errors import UserError
 from t5x_lite.evaluate import text_of
-from t5x_lite.load import LoadedModel, load
+from t5x_lite.pretrained import LoadedModel, load
 from t5x_lite.results import json_line
 
 BATCH_SIZE = 64  # rows of one call of the encoder

@@ -5,6 +5,7 @@ optimizer and a loss; nothing of data sources, checkpoints or logs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -42,9 +43,14 @@ def _new_state(config: ModelConfig, optimizer: Optimizer, key: Key[Array, ""], p
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.split(params)[0]))
 
 
+@functools.lru_cache(maxsize=32)  # tracing a model takes a second
+def _boxed_params(config: ModelConfig) -> Any:
+    return jax.eval_shape(model_of(config).init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
 def abstract_params(config: ModelConfig, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES) -> Any:
     """Shapes, dtypes and shardings of the parameters, without computing any of them."""
-    boxed = jax.eval_shape(lambda key: model_of(config).init(key), jax.eval_shape(lambda: jax.random.key(0)))
+    boxed = _boxed_params(config)
     return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
 
 
@@ -52,10 +58,9 @@ def abstract_state(
     config: ModelConfig, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing any of it (`jax.ShapeDtypeStruct` leaves)."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: _new_state(config, optimizer, key), key)
-    params = jax.eval_shape(lambda key: model_of(config).init(key), key)
-    return sharding.shard_state(state, params, mesh, rules)
+    boxed, key = _boxed_params(config), jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key, params: _new_state(config, optimizer, key, params), key, nn.unbox(boxed))
+    return sharding.shard_state(state, boxed, mesh, rules)
 
 
 def init_state(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from core.test_convert import assert_same
 from safetensors.numpy import load_file, save_file
 
@@ -259,9 +260,7 @@ def test_gradients_show_that_all_see_all_but_padding(loaded):
 CONFIG = BertConfig(12, 20, 3, 2, vocab_size=31, max_length=9, dropout_rate=0.0)
 
 
-@functools.cache
-def init(config):
-    return nn.unbox(jax.jit(Bert(config).init)(jax.random.key(0), BATCH["inputs"]))["params"]
+init = functools.cache(tiny.random_params)
 
 
 forward = jax.jit(network.forward, static_argnums=0)
@@ -363,7 +362,7 @@ MEAN = LossConfig(0.0, 0.0, "NUM_REAL_TARGET_TOKENS")
 def test_heads_that_learn_nothing_from_a_task_are_refused():
     batch = {"inputs": BATCH["inputs"], "segments": BATCH["segments"], "label": jnp.zeros((2, 1), jnp.int32)}
     with pytest.raises(ValueError, match=r"none learns from the task.*label\) are for classify"):
-        step.eval_step(init(CONFIG), batch, config=CONFIG)
+        BertModel(CONFIG).targets(batch)
 
 
 def test_a_new_head_begins_anew_and_others_stay_behind(tmp_path, caplog):
@@ -457,7 +456,8 @@ def test_bfloat16_is_near_with_float32_logits_and_gradients(loaded):
 
 
 def test_parameters_begin_as_published():
-    params = init(dataclasses.replace(CONFIG, vocab_size=4001))
+    config = dataclasses.replace(CONFIG, vocab_size=4001)
+    params = nn.unbox(jax.jit(Bert(config).init)(jax.random.key(0), BATCH["inputs"]))["params"]
     table = params["token_embedder"]["embedding"]
     assert np.abs(table).max() <= 0.04 and 0.0165 < np.std(table) < 0.0185  # N(0, 0.02) cut at two deviations
     assert not np.any(params["mlm"]["bias"]) and np.all(params["embedding_norm"]["scale"] == 1)

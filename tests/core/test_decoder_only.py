@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from t5x_lite import decode, load, packing, sharding, step
+from t5x_lite import decode, packing, pretrained, sharding, step
 from t5x_lite.model import T5, T5Config, forward
 from t5x_lite.optim import adafactor, constant, make_optimizer
 
@@ -21,9 +21,7 @@ TARGETS = np.array([[41, 42, 43], [51, 52, 0], [45, 46, 0]])
 PACKED = packing.pack_joined(INPUTS, TARGETS, 11)
 
 
-@functools.cache
-def init(config, seed=0):
-    return nn.unbox(jax.jit(T5(config).init)(jax.random.key(seed), None, jnp.ones((1, 1), jnp.int32)))["params"]
+init = functools.cache(tiny.random_params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -31,13 +29,15 @@ def jitted_forward(config, params, batch):
     return forward(config, params, batch)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def slope(config, params, batch, row, place):
+    """Of the logits at `place` of `row`, by the table of tokens."""
+    return jax.grad(lambda p: forward(config, p, batch)[row, place].sum())(params)["token_embedder"]["embedding"]
+
+
 def seen_from(config, batch, row, place):
     """The ids of the tokens read in `row` that the logits at `place` depend on."""
-
-    def logit(params, batch):
-        return forward(config, params, batch)[row, place].sum()
-
-    table = jax.jit(jax.grad(logit))(init(config), batch)["token_embedder"]["embedding"]
+    table = slope(config, init(config), batch, row, place)
     return set(np.flatnonzero(np.abs(table).sum(axis=1)).tolist())
 
 
@@ -94,7 +94,7 @@ def test_decoding_from_a_prefilled_cache_follows_the_full_forward(config):
 
 
 def test_loaded_models_read_inputs_before_targets():
-    model = load.LoadedModel(PREFIX_LM, init(PREFIX_LM))
+    model = pretrained.LoadedModel(PREFIX_LM, init(PREFIX_LM))
     start = np.pad(TARGETS, [(0, 0), (1, 0)])[:, :-1]
     got = model.logits(INPUTS, start)
     rows = packing.joined(INPUTS, TARGETS)

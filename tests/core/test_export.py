@@ -12,7 +12,7 @@ from core.test_decoder_only import PREFIX_LM, init
 import t5x_lite
 from t5x_lite import decode, export
 from t5x_lite.convert import tensors
-from t5x_lite.load import LoadedModel
+from t5x_lite.pretrained import LoadedModel
 
 CALL = """
 import pathlib, sys
@@ -37,6 +37,7 @@ def called(folder, inputs):
     return [[np.load(folder / f"{name}{n}.npy") for name in ("tokens", "scores")] for n in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"method": "beam", "num_decodes": 2}, {"method": "sample", "num_decodes": 3}])
 def test_a_program_alone_gives_what_the_model_gives(golden_dir, golden_t5, tmp_path, options, unchecked_types):
     folder, source = tmp_path / "program", golden_dir / "hf_t5_v11"

@@ -106,9 +106,9 @@ def test_the_tokenizer_of_a_checkpoint_is_beside_it_or_in_its_runs_config(tmp_pa
     assert convert.tokenizer_file(step) == tmp_path / "spiece.model"
 
 
-def test_the_name_stays_callable_after_the_module_is_imported_and_needs_no_tokenizer_library():
+def test_loading_needs_no_tokenizer_library():
     check = (
-        "import sys, t5x_lite.load, t5x_lite; from t5x_lite.load import LoadedModel; assert callable(t5x_lite.load);"
+        "import sys, t5x_lite; from t5x_lite.pretrained import LoadedModel; assert callable(t5x_lite.load);"
         "assert t5x_lite.LoadedModel is LoadedModel; assert not {'tensorflow', 'sentencepiece'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True)

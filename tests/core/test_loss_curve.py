@@ -33,7 +33,7 @@ def test_one_device():
     assert_committed(curve.train())
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1)])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
 def test_eight_devices(mesh):
     assert jax.device_count() >= 8
     assert_committed(curve.train(mesh=mesh))
@@ -55,6 +55,7 @@ def test_packed_rows():
     assert_committed(curve.train(packed=True))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     command = [sys.executable, SCRIPT, f"--folder={tmp_path}", "--kill_after=17"]
     killed = subprocess.run(command, capture_output=True, text=True)

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from benchmarks.train_step import model_config
 from t5x_lite.attention import Visibility
 from t5x_lite.layers import relative_position_bucket
 from t5x_lite.model import T5, T5Config
+from t5x_lite.t5 import T5Model
 
 # FACTS of the T5 paper's and T5 1.1's released checkpoints: formula, transformers and T5X agree on each.
 PARAMETERS = {
@@ -33,9 +34,7 @@ ENCODER_INPUT = jnp.array([[7, 8, 9, 10, 11, 12, 1], [5, 6, 1, 0, 0, 0, 0]])
 DECODER_INPUT = jnp.array([[0, 21, 22, 23, 24], [0, 25, 26, 0, 0]])
 
 
-@functools.cache
-def init(config, seed=0):
-    return nn.unbox(jax.jit(T5(config).init)(jax.random.key(seed), ENCODER_INPUT, DECODER_INPUT))["params"]
+init = functools.cache(tiny.random_params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -167,7 +166,7 @@ def test_dropout_needs_train_and_depends_on_its_key():
 
 def test_initialisation_has_t5x_scales():
     config = dataclasses.replace(TINY, d_model=64, head_dim=16, num_heads=4, d_ff=96, vocab_size=512)
-    params = init(config)
+    params = nn.unbox(jax.jit(T5Model(config).init)(jax.random.key(0)))
     attention = params["encoder"]["layers"]["attention"]
     np.testing.assert_allclose(np.std(params["token_embedder"]["embedding"]), 1.0, rtol=0.05)
     np.testing.assert_allclose(np.std(attention["key"]["kernel"]), 64**-0.5, rtol=0.05)

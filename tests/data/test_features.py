@@ -9,8 +9,8 @@ import pytest
 import seqio
 
 from t5x_lite import features
-from t5x_lite.load import LoadedModel
 from t5x_lite.model import T5, T5Config
+from t5x_lite.pretrained import LoadedModel
 from tasks import files
 
 CONFIG = T5Config(16, 24, 2, 8, 1, 1, vocab_size=384, mlp_activations=("relu",), dtype="float32", dropout_rate=0.0)
