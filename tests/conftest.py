@@ -1,5 +1,6 @@
 """Eight CPU devices for all tests, the golden values, and real data: a test that needs real data and has none skips."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -26,7 +27,10 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 # Most of the time goes to compiling: quickly rather than well, and each program once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+# Tracing makes so many objects that collecting garbage as often as usual takes a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 # Shapes and types that signatures state are checked at every call; only here, for a run should not pay for it.
 if importlib.util.find_spec("beartype"):

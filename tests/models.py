@@ -12,7 +12,6 @@ BERT = BertConfig(d_model=48, d_ff=96, num_heads=4, num_layers=2, vocab_size=264
 
 CONFIGS = {
     "encoder-decoder": tiny.CONFIG,
-    "tied encoder-decoder": dataclasses.replace(tiny.CONFIG, tie_embeddings=True, mlp_activations=("relu",)),
     "decoder": DECODER,
     "prefix LM": dataclasses.replace(DECODER, prefix_lm=True),
     "BERT": BERT,

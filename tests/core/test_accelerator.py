@@ -136,6 +136,7 @@ def test_what_is_not_installed_is_skipped(measure):
     assert line["skipped"] == "no such library" and "error" not in line
 
 
+@pytest.mark.slow
 def test_a_part_over_its_limit_is_ended_with_its_children(measure):
     parts = {"a": f'return [{ONE}, Item("slow", wait), {TWO}]', "b": f"return [{ONE}]"}
     lines = measure(parts, "--minutes=0.1")
@@ -184,6 +185,7 @@ def test_killed_and_given_again_it_resumes(measure, tmp_path):
     assert names(lines) == [("a", "one"), ("a", "two"), ("a", "slow")] and lines[0]["process"] == child
 
 
+@pytest.mark.slow
 def test_rows_are_halved_until_they_fit():
     def measure_rows(rows):
         if rows > 100:

@@ -77,6 +77,7 @@ def test_outputs_and_gradients_are_those_of_batch(case, implementation):
     assert_equal(batch, other, inputs, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES["prefix"], (SEGMENTS, False, 0.0)], ids=["prefix", "no bias"])
 def test_flash_in_blocks_of_queries_and_groups_of_heads(case, monkeypatch):
     # Queries: two blocks of 16 and an incomplete one. Heads: two groups of two, 128 lanes each.

@@ -340,6 +340,7 @@ def test_loss_and_gradients_of_a_classifier_are_hugging_faces(what, tmp_path):
         assert np.linalg.norm(gradient) == pytest.approx(norm, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_whether_two_words_are_the_same():
     config = BertConfig(64, 48, 4, 2, vocab_size=6, max_length=5, heads=("pooler", "classify"), dropout_rate=0.0)
     inputs = jnp.array([[2, a, 3, b, 3] for a in (4, 5) for b in (4, 5)])
@@ -440,6 +441,7 @@ def test_dropout_needs_a_key_and_depends_on_it():
     np.testing.assert_array_equal(said[0], forward(CONFIG, init(CONFIG), BATCH)["mlm"])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_with_float32_logits_and_gradients(loaded):
     model, _ = loaded
     half = dataclasses.replace(model.config, dtype="bfloat16")

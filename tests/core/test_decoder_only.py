@@ -112,13 +112,19 @@ def test_loaded_models_read_inputs_before_targets():
     np.testing.assert_allclose(model.score(INPUTS, TARGETS), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [LM, dataclasses.replace(PREFIX_LM, scan_layers=False)], ids=["lm", "prefix_lm"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LM, id="lm"),
+        pytest.param(dataclasses.replace(PREFIX_LM, scan_layers=False), id="prefix_lm", marks=pytest.mark.slow),
+    ],
+)
 def test_a_decoder_alone_learns_its_targets_on_a_mesh(config):
     mesh = sharding.make_mesh(2, 2, 1, devices=jax.devices()[:4])
     optimizer = make_optimizer(adafactor(), constant(0.05))
     compiler = step.Compiler(mesh)
     abstract = step.abstract_state(config, optimizer, mesh)
-    state = step.init_state(config, optimizer, jax.random.key(0), abstract)
+    state = tiny.random_state(optimizer, abstract)
     train = compiler.train_step(abstract, config=config, optimizer=optimizer)
     batch = {name: np.tile(x, (2, 1)) for name, x in PACKED.items()}
     assert batch["decoder_input_tokens"].shape == (4, 11)

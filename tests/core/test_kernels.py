@@ -30,7 +30,7 @@ def slow(a, b, unused, numbers):
     def body(_, x):
         return x @ jnp.eye(64, dtype=x.dtype)
 
-    return jax.lax.fori_loop(0, 2000, body, right(a, b, unused, numbers))
+    return jax.lax.fori_loop(0, 300, body, right(a, b, unused, numbers))
 
 
 def wrong(a, b, unused, numbers):
@@ -157,6 +157,7 @@ t.choose(fused=crashing)
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_ended_two_processes_is_not_tried_again(tmp_path, caplog):
     environment = os.environ | {"CACHE": str(tmp_path), "PYTHONPATH": os.getcwd()}
     for _ in range(kernels.CRASHES):  # one may have been a kill
@@ -239,7 +240,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("visibility", CASES, ids=lambda v: ",".join(k for k, x in vars(v).items() if x is not None))
+def named(visibility):
+    return ",".join(name for name, x in vars(visibility).items() if x is not None)
+
+
+@pytest.mark.parametrize(
+    "visibility",
+    [
+        pytest.param(case, id=named(case), marks=[] if i in (0, 5) else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+    ],
+)
 def test_a_sound_kernel_passes_the_check_at_every_mask(visibility, flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "FASTER", 1e6)  # though interpreted
     query, key, _, bias = shapes()

@@ -39,6 +39,7 @@ def test_greedy_tokens_and_scores_agree(model, golden_t5):
     np.testing.assert_allclose(model.score(inputs, tokens[:, 0]), scores[:, 0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_need_not_divide_over_a_mesh(model, golden, golden_t5):
     inputs, targets = golden_t5.batch["encoder_input_tokens"], golden_t5.io["targets"]
     spread = t5x_lite.load(golden("hf_t5_v11"), mesh=sharding.make_mesh(4, devices=jax.devices()[:4]))
@@ -52,6 +53,7 @@ def test_rows_need_not_divide_over_a_mesh(model, golden, golden_t5):
     assert len(set(answers)) > 1
 
 
+@pytest.mark.slow
 def test_samples_and_limits_of_each_row(model, golden_t5):
     inputs = golden_t5.batch["encoder_input_tokens"]
     together, _ = model.generate(inputs, "sample", 9, seed=[5, 6, 7, 8], max_lengths=np.array([9, 9, 9, 2]))

@@ -11,13 +11,11 @@ import sys
 
 import jax
 import numpy as np
-import optax
 import pytest
 import torture
 
-from t5x_lite import folder, logs, optim, sharding
-from t5x_lite.model import T5Config, forward
-from t5x_lite.step import abstract_state
+from t5x_lite import folder, logs
+from t5x_lite.model import T5Config
 from t5x_lite.t5 import T5Model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -331,23 +329,6 @@ def test_flops_by_counting_products():
     expected = 3 * B * sum(2 * m * k * n for m, k, n in products)
     assert T5Model(config).flops(B, {"inputs": S, "targets": T}) == expected
     assert T5Model(config).flops(B, {"inputs": T, "targets": S}) != expected
-
-
-def test_flops_against_xla():
-    """XLA counts the products and little besides (norms, softmax): 3 percent more. Unrolled: it counts a loop once."""
-    B, S, T = 4, 96, 40
-    config = T5Config(
-        d_model=64, d_ff=160, num_heads=6, head_dim=16, num_encoder_layers=3, num_decoder_layers=2, vocab_size=1152,
-        scan_layers=False,
-    )  # fmt: skip
-    params = abstract_state(config, optim.Optimizer(optax.identity(), optim.constant(1.0)), sharding.make_mesh()).params
-    batch = {
-        "encoder_input_tokens": jax.ShapeDtypeStruct((B, S), np.int32),
-        "decoder_input_tokens": jax.ShapeDtypeStruct((B, T), np.int32),
-    }
-    lowered = jax.jit(lambda params, batch: forward(config, params, batch)).lower(params, batch)
-    counted = lowered.cost_analysis()["flops"]
-    assert 1.0 < 3 * counted / T5Model(config).flops(B, {"inputs": S, "targets": T}) < 1.06
 
 
 def test_plot(tmp_path):

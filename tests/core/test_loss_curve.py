@@ -39,15 +39,18 @@ def test_eight_devices(mesh):
     assert_committed(curve.train(mesh=mesh))
 
 
+@pytest.mark.slow
 def test_microbatches():
     assert_committed(curve.train(num_microbatches=4))
 
 
+@pytest.mark.slow
 def test_layers_unrolled():
     assert tiny.CONFIG.scan_layers
     assert_committed(curve.train(dataclasses.replace(tiny.CONFIG, scan_layers=False)))
 
 
+@pytest.mark.slow
 def test_packed_rows():
     alone, packed = tiny.batch(3), tiny.batch(3, packed=True)
     assert packed["encoder_input_tokens"].shape == (tiny.ROWS // 2, tiny.INPUTS * 2)

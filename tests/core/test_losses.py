@@ -197,6 +197,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_sharded_vocabulary_stays_sharded():
     """Eight devices, V over four of them: no logits travel, only [B, T] sums; value and gradients as on one device."""
     environment = os.environ | {

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,13 @@ def test_gradients_show_that_a_target_sees_all_inputs_and_no_later_target():
     assert not seen[[0, 7]].any()  # padding of the inputs, and the target after it
 
 
-@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "minimal"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scan_layers": False},
+        *(pytest.param({"remat": remat}, marks=pytest.mark.slow) for remat in ("full", "minimal")),
+    ],
+)
 def test_scan_and_remat_change_the_program_but_not_the_gradients(change):
     params = init(TINY)
     other = dataclasses.replace(TINY, **change)

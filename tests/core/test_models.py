@@ -178,7 +178,7 @@ from t5x_lite.config import T5Config
 assert list(interface.config_types()) == ["T5Config"], interface.config_types()
 assert "BertConfig" not in run_config.gin_defaults() and work.report() is None
 config = T5Config(
-    d_model=8, d_ff=12, num_heads=2, head_dim=4, num_encoder_layers=1, num_decoder_layers=1, vocab_size=32)
+    d_model=8, d_ff=12, num_heads=2, head_dim=4, num_encoder_layers=0, num_decoder_layers=1, vocab_size=32)
 optimizer = optim.make_optimizer(optim.adafactor(), optim.constant(0.01))
 mesh = sharding.make_mesh()
 abstract = step.abstract_state(config, optimizer, mesh)

@@ -39,19 +39,24 @@ def tiny():
     return configured(*TINY)
 
 
+DECODER = [*TINY, "--gin.T5Config.num_encoder_layers=0"]
+
+
 @pytest.fixture(scope="module")
 def tiny_plan():
-    return jobs.step_plan(configured(*TINY), cpus())
+    """Of a decoder alone, which compiles in half of the time."""
+    return jobs.step_plan(configured(*DECODER), cpus())
 
 
 def cpus(memory: float = 0.0) -> Topology:
     return Topology("cpu:8", dataclasses.replace(CPU, memory=memory), tuple(jax.devices()[:8]))
 
 
-def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny, tiny_plan):
-    found = tiny_plan
+@pytest.mark.slow
+def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny):
+    found = jobs.step_plan(tiny, cpus())
     machine = work.partitioner(tiny)
-    state = step.init_state(tiny.model, tiny.optimizer, jax.random.key(0), machine.abstract)
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), machine.abstract)
     rows = {name: np.ones(x.shape, np.int32) for name, x in jobs.abstract_batch(tiny, machine).items()}
     batch = sharding.shard_batch(rows, machine.batch_sharding)
     train_step = machine.compiler.train_step(
@@ -74,10 +79,9 @@ def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny,
     assert {"encoder_segment_ids", "decoder_positions"} <= set(batch)  # packed, as training has it
 
 
-@pytest.mark.parametrize("decoder_only", [False, True])
-def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_counts(tiny, decoder_only):
-    layers = 0 if decoder_only else 2
-    model = dataclasses.replace(tiny.model, d_model=128, d_ff=256, num_encoder_layers=layers, scan_layers=False)
+@pytest.mark.slow
+def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_counts(tiny):
+    model = dataclasses.replace(tiny.model, d_model=128, d_ff=256, num_encoder_layers=2, scan_layers=False)
     run = dataclasses.replace(tiny, model=model)
     machine = work.partitioner(run)
     closed = model_of(model).flops(16, {"inputs": 12, "targets": 10})
@@ -89,13 +93,13 @@ def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_
         return train_step.trace(machine.abstract, jobs.abstract_batch(run, machine), key)
 
     assert plan.matmul_flops(traced("none").jaxpr) == closed
-    assert plan.matmul_flops(traced("none", scan_layers=True).jaxpr) == closed
     counted = traced("none").lower().cost_analysis()["flops"]  # elementwise operations as well
     assert closed < counted < 1.25 * closed
     with_full, with_minimal = (plan.matmul_flops(traced(remat).jaxpr) for remat in ("full", "minimal"))
     assert closed < with_minimal < with_full < 4 / 3 * closed  # the logits are not repeated
 
 
+@pytest.mark.slow
 def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tiny):
     model = dataclasses.replace(tiny.model, num_decoder_layers=1)
     machine = work.partitioner(tiny)
@@ -379,7 +383,8 @@ def test_nothing_is_compiled_that_cannot_fit_on_paper(tiny, monkeypatch):
         suggest.best(lambda setting: found, 16, cpus(1e3))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
     model = dataclasses.replace(tiny.model, remat=remat, vocab_size=2048)
     run = dataclasses.replace(tiny, model=model, task_feature_lengths={"inputs": 64, "targets": 48})
@@ -394,7 +399,7 @@ def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
 
 def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which the command adds to
-    arguments = ["run.py", "--mode=plan", "--topology=cpu:8", "--decode", *TINY, f"--gin.MODEL_DIR='{tmp_path}'"]
+    arguments = ["run.py", "--mode=plan", "--topology=cpu:8", "--decode", *DECODER, f"--gin.MODEL_DIR='{tmp_path}'"]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "plan.json").read_text())

@@ -88,6 +88,7 @@ def flops(rules):
     return jax.jit(train_step).lower(abstract, batch, key).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_gradient_computed():
     whole, norms, encoder = flops(None), flops((("norm/scale", True),)), flops(FROZEN_ENCODER)
     assert norms < 0.8 * whole  # a third of the products are kernels' gradients

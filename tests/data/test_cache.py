@@ -103,6 +103,7 @@ def test_a_cache_is_shared_among_hosts(corpus):
     assert sorted(one + two) == whole == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_position_in_a_cache_is_exact_over_the_ends_of_passes(corpus, tmp_path_factory):
     """As tests/data/test_sources.py has it for files; the order of a pass is that of its number and the seed."""
     write(seqio.TaskRegistry.get(RTE), corpus / "cache", shards=3)

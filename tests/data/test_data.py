@@ -143,6 +143,7 @@ def joined(streams, count):
     return [{k: np.concatenate([rows[k] for rows in of]) for k in of[0]} for of in zip(*parts, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_any_number_of_hosts_goes_on_with_the_same_global_batches(tmp_path, hosts):
     started = [of_host(host, 2) for host in range(2)]

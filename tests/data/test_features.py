@@ -1,25 +1,24 @@
 """Feature-based transfer: pooled features of the encoder, kept on disk, and a linear head with the task's metrics."""
 
+import functools
 import json
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 import seqio
+import tiny
 
 from t5x_lite import features
-from t5x_lite.model import T5, T5Config
+from t5x_lite.model import T5Config
 from t5x_lite.pretrained import LoadedModel
 from tasks import files
 
 CONFIG = T5Config(16, 24, 2, 8, 1, 1, vocab_size=384, mlp_activations=("relu",), dtype="float32", dropout_rate=0.0)
 
 
-def model(seed=0):
-    tokens = jax.numpy.ones((1, 1), jax.numpy.int32)
-    params = T5(CONFIG).init(jax.random.key(seed), tokens, tokens)["params"]
-    return LoadedModel(CONFIG, nn.meta.unbox(params))
+@functools.cache
+def model():
+    return LoadedModel(CONFIG, tiny.random_params(CONFIG))
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def test_sources_do_not_cross_splits():
     assert not any(name in source for source in train | validation for name in ("idlelib", "lib2to3", "site-packages"))
 
 
+@pytest.mark.slow
 def test_no_sentence_is_in_both_splits_or_twice_in_one():
     train, validation = (list(map(stdlib_text.normalized, split_sentences(split))) for split in stdlib_text.SPLITS)
     assert len(set(train)) == len(train)
@@ -294,6 +295,7 @@ def test_batches_come_through_seqio(name, split):
     assert count == 20
 
 
+@pytest.mark.slow
 def test_no_example_is_cut():
     for name in TASKS[1:]:
         task = seqio.get_mixture_or_task(name)
@@ -324,6 +326,7 @@ def test_text_of_the_tasks():
     assert {4095, 4094} <= set(example["inputs"]) & set(example["targets"])
 
 
+@pytest.mark.slow
 def test_order_follows_from_the_seed():
     def order(seed):
         dataset = seqio.get_mixture_or_task("quickstart").get_dataset(

@@ -126,7 +126,13 @@ def compare_glue(config, rows, data_dir, tmp_path, monkeypatch, prepare):
         assert from_files == from_tfds
 
 
-@pytest.mark.parametrize("config", glue.CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=config.name, marks=[pytest.mark.slow] if config.name != "stsb" else [])
+        for config in glue.CONFIGS
+    ],
+)
 def test_glue(config, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
     compare_glue(config, ROWS, data_dir, tmp_path, monkeypatch, prepare)
 
@@ -153,6 +159,7 @@ SQUAD_TASKS = [name for name in seqio.TaskRegistry.names() if name.startswith("s
 
 
 @pytest.mark.parametrize("articles", [2, pytest.param(None, marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
 def test_squad(articles, data_dir, tmp_path, monkeypatch, prepare, bytes_vocabulary):
     folder = tmp_path / "files/squad"
     lay_out_squad(data_dir / "squad", folder, articles)
