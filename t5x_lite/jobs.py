@@ -284,9 +284,7 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     folder = Folder(run.model_dir)
     for task, source in sources.items():
         output = run.infer_output or folder.path / mode / f"{task}-{at_step}.jsonl"
-        written = predictor.write(
-            mode, params, source, output, features=features, lengths=lengths, batch_size=size, about=about
-        )
+        written = predictor.write(mode, params, source, output, features, lengths=lengths, batch_size=size, about=about)
         log.info("%d lines in %s", written, run.infer_output or f"{folder}/{mode}/{task}-{at_step}.jsonl")
     if jax.process_index() == 0:
         folder.publish()

@@ -79,18 +79,14 @@ class Predictor:
         raise NotImplementedError
 
     def write(
-        self,
-        mode: Mode,
-        params: Any,
-        source: Any,
-        path: str | Path,
-        *,
-        features: Mapping[str, Any],
-        lengths: Mapping[str, int],
-        batch_size: int,
-        about: Mapping[str, Any],
+        self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
     ) -> int:
-        """Writes a JSON line for each example of `source`; returns their number. See infer.write_predictions."""
+        """Writes a JSON line for each example of `source`; returns their number.
+
+        Args:
+          features: output_features of the task, whose vocabularies are used.
+          options: lengths, batch_size and about, as infer.write_predictions takes them.
+        """
         raise NotImplementedError
 
     def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:

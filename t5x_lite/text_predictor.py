@@ -25,12 +25,8 @@ class TextPredictor(Predictor):
     ):
         super().__init__(config, partitioner)
         logger.info("Decoding: %s, at most %d tokens", decoding, max_decode_length)
-        self._decoder_only, self._decoding, self._max_length, self._seed = (
-            config.decoder_only,
-            decoding,
-            max_decode_length,
-            seed,
-        )
+        self._decoder_only, self._decoding = config.decoder_only, decoding
+        self._max_length, self._seed = max_decode_length, seed
         self._generate = partitioner.with_params(
             _generate, config=config, max_length=max_decode_length, seed=seed, decoding=decoding
         )
@@ -84,20 +80,10 @@ class TextPredictor(Predictor):
         return infer.file_source(path, features, lengths, num_examples=num_examples, with_targets=mode == "score")
 
     def write(
-        self,
-        mode: Mode,
-        params: Any,
-        source: Any,
-        path: str | Path,
-        *,
-        features: Mapping[str, Any],
-        lengths: Mapping[str, int],
-        batch_size: int,
-        about: Mapping[str, Any],
+        self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
     ) -> int:
         from t5x_lite import infer
 
-        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size, "about": about}
         if mode == "score":
             return infer.write_scores(source, partial(self.score, params), path, **options)
         vocabulary = features["targets"].vocabulary

@@ -60,20 +60,10 @@ class ClassPredictor(Predictor):
         return classification.file_source(path, features["inputs"].vocabulary, lengths, num_examples=num_examples)
 
     def write(
-        self,
-        mode: Mode,
-        params: Any,
-        source: Any,
-        path: str | Path,
-        *,
-        features: Mapping[str, Any],
-        lengths: Mapping[str, int],
-        batch_size: int,
-        about: Mapping[str, Any],
+        self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
     ) -> int:
         from t5x_lite.bert import classification
 
-        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size, "about": about}
         classify = partial(self.classify, params)
         return classification.write_predictions(source, classify, path, label=features["label"], **options)
 
