@@ -31,7 +31,8 @@ from gin import config as gin_config
 from t5x_lite.errors import UserError
 
 GIN_CONFIGS = Path(__file__).resolve().parent / "gin_configs"
-RUN_MODULE = "t5x_lite.options"  # what gin files of all versions call the home of `Run`
+# Modules that have moved, by the names that gin files of earlier versions have for them.
+GIN_MODULES = {"t5x_lite.run_config": "t5x_lite.options"}
 MODES = ("train", "eval", "infer", "score", "inspect", "plan")
 
 
@@ -161,15 +162,15 @@ def configurables() -> dict[str, Callable]:
     """What gin files can name: the parts that a run is made of."""
     from t5x_lite import interface, losses, optim, run_config, trainable
 
-    gin.external_configurable(run_config.RunConfig, name="Run", module=RUN_MODULE)
     parts = (
-        *(*interface.config_types().values(), losses.LossConfig),
+        *(run_config.RunConfig, *interface.config_types().values(), losses.LossConfig),
         *(optim.make_optimizer, optim.adafactor, optim.adamw, trainable.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
-    for part in parts:
-        gin.external_configurable(part)
-    return {"Run": run_config.RunConfig} | {part.__name__: part for part in parts}
+    names = {"Run" if part is run_config.RunConfig else part.__name__: part for part in parts}
+    for name, part in names.items():
+        gin.external_configurable(part, name=name, module=GIN_MODULES.get(part.__module__, part.__module__))
+    return names
 
 
 def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()) -> Any:
@@ -289,7 +290,7 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
             continue
         bound: dict[str, Any] = {}
         for (_, selector), values in config.items():
-            if selector == f"{RUN_MODULE if name == 'Run' else part.__module__}.{name}":
+            if selector.split(".")[-1] == name:
                 bound |= values
         hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
         for parameter, value in bound.items():

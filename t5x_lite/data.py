@@ -23,7 +23,8 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converters import EncDecFeatureConverter, FeatureConverter
+from t5x_lite.feature_converter import FeatureConverter
+from t5x_lite.feature_converters import EncDecFeatureConverter
 from tasks import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)

@@ -1,65 +1,12 @@
-"""How the examples of a task become the rows of a batch: SeqIO's feature converters, in numpy.
+"""The two feature converters of T5, in numpy. Must not know: datasets, tasks, models."""
 
-`FeatureConverter` is what the data pipeline asks of a model; T5's two are here. Must not know: datasets, tasks, models.
-"""
-
-import abc
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
 
 import numpy as np
 
 from t5x_lite import packing
 from t5x_lite.errors import UserError
-
-Arrays = dict[str, np.ndarray]
-
-
-class FeatureConverter(abc.ABC):
-    """Converts examples into rows.
-
-    Attributes:
-      features: what a task must have.
-      lengths: features to which TASK_FEATURE_LENGTHS gives a length.
-      optional_lengths: features to which it may also give one.
-      pack: put several examples into a row, where the model can keep them apart.
-    """
-
-    features: ClassVar[tuple[str, ...]]
-    lengths: ClassVar[tuple[str, ...]]
-    optional_lengths: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, pack: bool = True):
-        self.pack = pack
-
-    @abc.abstractmethod
-    def widths(self, lengths: Mapping[str, int], given: Collection[str]) -> dict[str, int]:
-        """How many tokens of each feature are used, of the features in `given` that the examples have.
-
-        Raises:
-          UserError: a feature is missing.
-        """
-
-    def dtype(self, feature: str) -> Any:
-        return np.int32
-
-    def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int] | None:
-        """The widths to which examples are padded before `convert`; None: to the longest of a block."""
-        return widths
-
-    def block(self, widths: Mapping[str, int]) -> int:
-        """The number of examples that are converted together."""
-        return max(widths.values())
-
-    def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> Arrays:
-        """Rows [R, ...] of N examples, arrays [N, width] padded with 0. Here: the examples as they are."""
-        return dict(examples)
-
-    def batch(self, lengths: Mapping[str, int], rows: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype of each array of a batch."""
-        widths = self.widths(lengths, {*self.features, *self.optional_lengths})
-        ones = {feature: np.ones((1, width), self.dtype(feature)) for feature, width in widths.items()}
-        return {name: ((rows, *x.shape[1:]), x.dtype) for name, x in self.convert(ones, widths).items()}
+from t5x_lite.feature_converter import FeatureConverter
 
 
 class EncDecFeatureConverter(FeatureConverter):
@@ -75,7 +22,7 @@ class EncDecFeatureConverter(FeatureConverter):
     def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int] | None:
         return None if self.pack else widths
 
-    def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> Arrays:
+    def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         inputs, targets = examples["inputs"], examples["targets"]
         return packing.pack(inputs, targets, widths) if self.pack else packing.unpacked(inputs, targets)
 
@@ -100,7 +47,7 @@ class DecoderFeatureConverter(FeatureConverter):
     def block(self, widths: Mapping[str, int]) -> int:
         return sum(widths.values())
 
-    def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> Arrays:
+    def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         targets = examples["targets"]
         inputs = examples.get("inputs", np.zeros((len(targets), 0), np.int32))
         if self.pack:

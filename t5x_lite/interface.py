@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converters import FeatureConverter
+from t5x_lite.feature_converter import FeatureConverter
 
 if TYPE_CHECKING:
     from t5x_lite.decode import Decoding

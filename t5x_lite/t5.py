@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Key
 from t5x_lite import interface, model
 from t5x_lite.config import T5Config
 from t5x_lite.decode import Decoding
-from t5x_lite.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter, FeatureConverter
+from t5x_lite.feature_converter import FeatureConverter
+from t5x_lite.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
 from t5x_lite.partitioner import Partitioner
 from t5x_lite.predictor import Predictor
 from t5x_lite.text_predictor import TextPredictor

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converters import FeatureConverter
+from t5x_lite.feature_converter import FeatureConverter
 from t5x_lite.folder import Folder
 from t5x_lite.interface import model_of
 from t5x_lite.partitioner import Partitioner

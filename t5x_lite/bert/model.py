@@ -14,7 +14,7 @@ from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, Pretrai
 from t5x_lite.bert.predictors import ClassPredictor, PretrainingPredictor
 from t5x_lite.decode import Decoding
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converters import FeatureConverter
+from t5x_lite.feature_converter import FeatureConverter
 from t5x_lite.partitioner import Partitioner
 from t5x_lite.predictor import Predictor
 
