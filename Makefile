@@ -33,7 +33,7 @@ test-core: venv
 	$(BIN)/python -m pytest tests/core -m "not slow and not exhaustive" $(PYTEST_FLAGS)
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not exhaustive" $(PYTEST_FLAGS)
 
 test-exhaustive: venv
 	$(BIN)/python -m pytest -m exhaustive $(PYTEST_FLAGS)

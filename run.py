@@ -1,4 +1,4 @@
-"""The command: reads flags and gin files, and runs one mode of `t5x_lite.jobs`. The only file that knows gin.
+"""The command: reads flags and gin files, and runs one mode of `t5x_lite.cli.jobs`. The only file that knows gin.
 
     python run.py --gin_file=models/t5_1_1/small.gin --gin_file=runs/pretrain.gin --gin.BATCH_SIZE=64
                   --gin.MODEL_DIR="'/tmp/m'" [--mode=eval]
@@ -32,7 +32,13 @@ from t5x_lite.errors import UserError
 
 GIN_CONFIGS = Path(__file__).resolve().parent / "gin_configs"
 # Modules that have moved, by the names that gin files of earlier versions have for them.
-GIN_MODULES = {"t5x_lite.run_config": "t5x_lite.options"}
+GIN_MODULES = {
+    "t5x_lite.run_config": "t5x_lite.options",
+    "t5x_lite.model.config": "t5x_lite.config",
+    "t5x_lite.training.losses": "t5x_lite.losses",
+    "t5x_lite.training.optim": "t5x_lite.optim",
+    "t5x_lite.training.freezing": "t5x_lite.trainable",
+}
 MODES = ("train", "eval", "infer", "score", "inspect", "plan")
 
 
@@ -53,11 +59,13 @@ def main(argv: Sequence[str]) -> int:
             print(run_config.option_lines())
             return 0
         run = configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
-        from t5x_lite import hosts, jobs, logs
+        from t5x_lite import distributed
+        from t5x_lite.cli import jobs
+        from t5x_lite.metrics import metric_logger
 
         if options.mode != "plan":
-            hosts.connect(options.coordinator_address, options.process_count, options.process_index)
-        logs.setup_logging(info=hosts.is_first())
+            distributed.connect(options.coordinator_address, options.process_count, options.process_index)
+        metric_logger.setup_logging(info=distributed.is_first())
         keep_compiled()
         if options.dry_run:
             jobs.dry_run(run, options.mode)
@@ -85,8 +93,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def _end_if_one_of_several(code: int, error: BaseException | None = None) -> None:
-    if hosts := sys.modules.get("t5x_lite.hosts"):  # else JAX has not even been loaded
-        hosts.end_if_one_of_several(code, error)
+    if distributed := sys.modules.get("t5x_lite.distributed"):  # else JAX has not even been loaded
+        distributed.end_if_one_of_several(code, error)
 
 
 def keep_compiled() -> None:
@@ -160,11 +168,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 @functools.cache
 def configurables() -> dict[str, Callable]:
     """What gin files can name: the parts that a run is made of."""
-    from t5x_lite import interface, losses, optim, run_config, trainable
+    from t5x_lite import run_config
+    from t5x_lite.model import interface
+    from t5x_lite.training import freezing, losses, optim
 
     parts = (
         *(run_config.RunConfig, *interface.config_types().values(), losses.LossConfig),
-        *(optim.make_optimizer, optim.adafactor, optim.adamw, trainable.gradual_unfreezing),
+        *(optim.make_optimizer, optim.adafactor, optim.adamw, freezing.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
     names = {"Run" if part is run_config.RunConfig else part.__name__: part for part in parts}
@@ -281,7 +291,7 @@ def _check_macros(config: Config, used_before: set[str]) -> None:
 
 def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
     """Refuses values that are missing or of the wrong type, in the parts that this run is made of."""
-    from t5x_lite import interface
+    from t5x_lite.model import interface
 
     macros = _macros(config)
     chosen = {ref.selector.split(".")[-1] for ref in gin_config.iterate_references(config)} | {"Run"}

@@ -27,8 +27,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax  # noqa: E402
 
 from benchmarks.train_step import model_config  # noqa: E402
-from t5x_lite import checkpoint, optim, sharding, step  # noqa: E402
+from t5x_lite import checkpoint, sharding  # noqa: E402
 from t5x_lite.checkpoint import checksums, saving  # noqa: E402
+from t5x_lite.training import optim, step  # noqa: E402
 
 Advance = Callable[[step.TrainState], step.TrainState]
 
@@ -127,7 +128,7 @@ def of_position(steps: list[int]) -> None:
     import torture  # pyright: ignore[reportMissingImports]
 
     import tasks
-    from t5x_lite import data
+    from t5x_lite.data import pipeline
 
     with tempfile.TemporaryDirectory() as folder:
         torture.prepare(pathlib.Path(folder))
@@ -136,8 +137,8 @@ def of_position(steps: list[int]) -> None:
         __import__("torture_tasks")
         tasks.vocabulary.set_default("bytes")
 
-        def batches() -> data.TrainBatches:
-            return data.TrainBatches("torture", {"inputs": 48, "targets": 24}, batch_size=4, seed=0)
+        def batches() -> pipeline.TrainBatches:
+            return pipeline.TrainBatches("torture", {"inputs": 48, "targets": 24}, batch_size=4, seed=0)
 
         at, ours = 0, batches()
         for number in steps:

@@ -28,7 +28,7 @@ import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import tasks  # noqa: E402
-from t5x_lite import data  # noqa: E402
+from t5x_lite.data import pipeline  # noqa: E402
 
 
 def t5_batches(task: str, lengths: dict[str, int], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -90,7 +90,7 @@ def main() -> None:
         batches = t5_batches(args.task, lengths, args.batch_size)
     else:
         cached = args.cache_dir is not None
-        batches = data.TrainBatches(args.task, lengths, batch_size=args.batch_size, seed=0, use_cached=cached)
+        batches = pipeline.TrainBatches(args.task, lengths, batch_size=args.batch_size, seed=0, use_cached=cached)
     for _ in range(5):
         next(batches)
     rates, cpu = [], []

@@ -40,7 +40,7 @@ def random_params(config: Any, seed: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from t5x_lite.model import T5
+    from t5x_lite.model.t5 import T5
 
     token = jnp.ones((1, 1), jnp.int32)
     params = nn.meta.unbox(jax.jit(T5(config).init)(jax.random.key(seed), token, token))["params"]
@@ -90,7 +90,7 @@ def load_generator(args: argparse.Namespace) -> Generate:
     """Loads `args.model` into the library that `args.side` names."""
     rows = input_rows(args.batch_size, args.inputs)
     if args.side == "t5x_lite":
-        from t5x_lite.pretrained import load
+        from t5x_lite.inference.pretrained import load
 
         return generator(load(args.model), rows)
     import torch  # pyright: ignore[reportMissingImports]

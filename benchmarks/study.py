@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t5x_lite import logs  # noqa: E402
+from t5x_lite.metrics import metric_logger  # noqa: E402
 
 Scores = Mapping[str, float]  # of tasks, in percent
 
@@ -144,7 +144,7 @@ def side_by_side(experiments: list[Experiment], out: pathlib.Path, jobs: int) ->
 def read(folder: pathlib.Path) -> dict[str, dict[int, float]]:
     """{task: {step: score}}: the mean of a task's own metrics, as T5 has it for tasks that have two."""
     found: dict[str, dict[int, float]] = {}
-    for row in logs.read_metrics(folder) if (folder / logs.METRICS_FILE).exists() else ():
+    for row in metric_logger.read_metrics(folder) if (folder / metric_logger.METRICS_FILE).exists() else ():
         names = row.keys() - {"step", "split", "task", "loss", "token_accuracy"}
         if row["split"] == "validation" and names:
             found.setdefault(row["task"], {})[row["step"]] = sum(row[name] for name in names) / len(names)
@@ -153,7 +153,7 @@ def read(folder: pathlib.Path) -> dict[str, dict[int, float]]:
 
 def trained(folder: pathlib.Path) -> int | str:
     """How many parameters a run trains, from its metrics, which say so where it is not all."""
-    counts = (row["trainable_params"] for row in logs.read_metrics(folder) if "trainable_params" in row)
+    counts = (row["trainable_params"] for row in metric_logger.read_metrics(folder) if "trainable_params" in row)
     return next(map(int, counts), "all")
 
 
@@ -206,7 +206,7 @@ def draw(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
     lines = [
         (label, f"C{colour}.-", read(file.parent))
         for colour, (kind, label) in enumerate(kinds.items())
-        for file in sorted(out.glob(f"{kind}-*/{logs.METRICS_FILE}"))
+        for file in sorted(out.glob(f"{kind}-*/{metric_logger.METRICS_FILE}"))
     ]
     tasks = list(dict.fromkeys(task for row in baselines.values() for task in row))
     figure, axes = pyplot.subplots(2, -(-len(tasks) // 2), figsize=(11, 6), sharex=True, layout="constrained")

@@ -36,11 +36,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import gin_values  # noqa: E402
-from t5x_lite import interface, logs, optim, plan, sharding, step  # noqa: E402
-from t5x_lite.attention import Implementation  # noqa: E402
-from t5x_lite.losses import LossConfig  # noqa: E402
-from t5x_lite.model import T5Config  # noqa: E402
-from t5x_lite.trainable import ALL, Trainable  # noqa: E402
+from t5x_lite import plan, sharding  # noqa: E402
+from t5x_lite.metrics import metric_logger  # noqa: E402
+from t5x_lite.model import interface  # noqa: E402
+from t5x_lite.model.attention import Implementation  # noqa: E402
+from t5x_lite.model.t5 import T5Config  # noqa: E402
+from t5x_lite.training import optim, step  # noqa: E402
+from t5x_lite.training.freezing import ALL, Trainable  # noqa: E402
+from t5x_lite.training.losses import LossConfig  # noqa: E402
 
 
 class DoesNotFit(MemoryError):
@@ -156,7 +159,7 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
     median = statistics.median(seconds[2:])
     lengths = {"inputs": shape.inputs, "targets": shape.targets}
     flops = interface.model_of(config).flops(shape.batch_size, lengths)
-    peak = logs.peak_flops(jax.devices()[0])
+    peak = metric_logger.peak_flops(jax.devices()[0])
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "device": jax.devices()[0].device_kind,

@@ -21,11 +21,12 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt32
 
-from t5x_lite import convert, decode
-from t5x_lite.config import Dtype
+from t5x_lite import convert
 from t5x_lite.convert import tensors
 from t5x_lite.errors import ExistingFileError, UserError
-from t5x_lite.pretrained import LoadedModel, load
+from t5x_lite.inference import decode
+from t5x_lite.inference.pretrained import LoadedModel, load
+from t5x_lite.model.config import Dtype
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

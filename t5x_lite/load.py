@@ -5,9 +5,9 @@ In Python `t5x_lite.load` is the function `pretrained.load`.
 
 import sys
 
-from t5x_lite.pretrained import LoadedModel as LoadedModel
-from t5x_lite.pretrained import load as load
-from t5x_lite.pretrained import main
+from t5x_lite.inference.pretrained import LoadedModel as LoadedModel
+from t5x_lite.inference.pretrained import load as load
+from t5x_lite.inference.pretrained import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,13 +11,15 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from t5x_lite import checkpoint, decode, interface, sharding
-from t5x_lite.attention import Implementation
-from t5x_lite.config import Dtype, Remat, T5Config
+from t5x_lite import checkpoint, sharding
 from t5x_lite.errors import MissingFileError, UserError
-from t5x_lite.interface import ModelConfig
-from t5x_lite.losses import LossConfig, NamedFactor
-from t5x_lite.optim import Optimizer
+from t5x_lite.inference import decode
+from t5x_lite.model import interface
+from t5x_lite.model.attention import Implementation
+from t5x_lite.model.config import Dtype, Remat, T5Config
+from t5x_lite.model.interface import ModelConfig
+from t5x_lite.training.losses import LossConfig, NamedFactor
+from t5x_lite.training.optim import Optimizer
 
 Names = str | list[str]
 

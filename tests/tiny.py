@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import optax
 
-from t5x_lite import optim, packing, sharding, step
-from t5x_lite.config import T5Config
-from t5x_lite.interface import ModelConfig
+from t5x_lite import sharding
+from t5x_lite.data import packing
+from t5x_lite.model.config import T5Config
+from t5x_lite.model.interface import ModelConfig
+from t5x_lite.training import optim, step
 
 FOLDER = Path(__file__).parent / "loss_curve"
 

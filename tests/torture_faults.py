@@ -63,36 +63,39 @@ def half_a_line(logger: Any, step: int, *_: Any) -> None:
 
 
 def half_the_scores(logger: Any, step: int, scores: Any) -> None:
-    from t5x_lite import logs
+    from t5x_lite.metrics import metric_logger
 
     task = sorted(scores)[0]
     if logger._writes:
-        logger._write(logs._record(step, "validation", task, scores[task]))
+        logger._write(metric_logger._record(step, "validation", task, scores[task]))
 
 
 def plant(point: str, count: int) -> None:
     from orbax.checkpoint._src.path import deleter
 
-    from t5x_lite import checkpoint, jobs, logs, report
-    from t5x_lite.checkpoint import checksums, position, saving
+    from t5x_lite import checkpoint, report
+    from t5x_lite.checkpoint import checksums, data_state, saving
+    from t5x_lite.cli import jobs
+    from t5x_lite.metrics import metric_logger
 
     point = point.split(" at ")[0]
     if point == "evaluating":
         import tasks  # noqa: F401  before seqio is used
-        from t5x_lite import data, evaluate  # noqa: F401  which takes TensorFlow off the accelerators
+        from t5x_lite.data import pipeline  # noqa: F401  which takes TensorFlow off the accelerators
+        from t5x_lite.inference import evaluator
 
-        return at(count, evaluate.Evaluation, "run")
+        return at(count, evaluator.Evaluation, "run")
     plants: dict[str, Callable[[], None]] = {
         "never": lambda: None,
         "started": lambda: at(count, checkpoint, "choose_start", after=True),
         "restored": lambda: at(count, saving.Checkpointer, "restore", after=True),
-        "metrics taken back": lambda: at(count, logs.os, "fsync"),
+        "metrics taken back": lambda: at(count, metric_logger.os, "fsync"),
         "first step": lambda: at(count, jobs.loop, "train"),
-        "logging": lambda: at(count, logs.MetricLogger, "train", half_a_line),
-        "told": lambda: at(count, logs.MetricLogger, "train", after=True, end=tell),
-        "scores": lambda: at(count, logs.MetricLogger, "evaluation", half_the_scores),
-        "save begun": lambda: at(count, position.DataPositionSave, "of", after=True),
-        "save halfway": lambda: at(count, position.DataPositionHandler, "async_save", half_put_down),
+        "logging": lambda: at(count, metric_logger.MetricLogger, "train", half_a_line),
+        "told": lambda: at(count, metric_logger.MetricLogger, "train", after=True, end=tell),
+        "scores": lambda: at(count, metric_logger.MetricLogger, "evaluation", half_the_scores),
+        "save begun": lambda: at(count, data_state.DataPositionSave, "of", after=True),
+        "save halfway": lambda: at(count, data_state.DataPositionHandler, "async_save", half_put_down),
         "save written": lambda: at(count, checksums, "write"),
         "before commit": lambda: at(count, checksums, "write", after=True),
         "after commit": lambda: at(count, deleter.StandardCheckpointDeleter, "delete_steps"),
@@ -107,7 +110,7 @@ def plant(point: str, count: int) -> None:
 OF_THE_FIRST = ("metrics taken back", "save written", "before commit", "deleting", "reporting")
 
 
-def passes(checkpoints: list[int], steps: int, evaluate: int, save: int, keep: int) -> dict[str, int]:
+def passes(checkpoints: list[int], steps: int, evaluator: int, save: int, keep: int) -> dict[str, int]:
     """How often each point is passed on the way to the last of `steps`, from the newest of the checkpoints there are.
 
     Args:
@@ -115,8 +118,8 @@ def passes(checkpoints: list[int], steps: int, evaluate: int, save: int, keep: i
       keep: so many checkpoints.
     """
     here = max(checkpoints, default=0)
-    evaluations, saves = (steps // period - here // period for period in (evaluate, save))
-    until_evaluation = (evaluate - 1 - here) % evaluate or evaluate  # it is told when the step after it is under way
+    evaluations, saves = (steps // period - here // period for period in (evaluator, save))
+    until_evaluation = (evaluator - 1 - here) % evaluator or evaluator  # it is told when the step after it is under way
     return {
         **dict.fromkeys(("started", "first step", "last save", "reporting"), 1),
         **dict.fromkeys(("restored", "metrics taken back"), int(here > 0)),

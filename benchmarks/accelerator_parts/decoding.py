@@ -7,8 +7,8 @@ from benchmarks import decode
 from benchmarks.accelerator_parts.child import Item, Settings
 from benchmarks.accelerator_parts.decode_calls import cases, inputs_of, key, summary_of
 from benchmarks.accelerator_parts.shapes import Shapes, dtype_of, model_sizes, shapes
-from t5x_lite.model import T5Config
-from t5x_lite.pretrained import LoadedModel
+from t5x_lite.inference.pretrained import LoadedModel
+from t5x_lite.model.t5 import T5Config
 
 
 def items(settings: Settings) -> list[Item]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.accelerator_parts.child import Item, Settings
-from t5x_lite import chips
+from t5x_lite.metrics import hardware
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
 
@@ -26,7 +26,7 @@ def items(settings: Settings) -> list[Item]:
 
 def measure(size: int) -> dict[str, Any]:
     device = jax.devices()[0]
-    chip = chips.of_device(device)
+    chip = hardware.of_device(device)
     memory = device.memory_stats() or {}
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16) * size**-0.5
     multiply = jax.jit(lambda x: x @ matrix)

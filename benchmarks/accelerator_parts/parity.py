@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.accelerator_parts import three_steps
 from benchmarks.accelerator_parts.child import Item, Settings, describe
-from t5x_lite import attention
-from t5x_lite.attention import Implementation, Visibility, dot_product_attention
+from t5x_lite.model import attention
+from t5x_lite.model.attention import Implementation, Visibility, dot_product_attention
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 ARRAYS = ("output", "query", "key", "value", "bias")

@@ -13,9 +13,11 @@ import jax
 from benchmarks.accelerator_parts.child import Item, Settings, Unavailable
 from benchmarks.accelerator_parts.train import Variant
 from benchmarks.train_step import Shape, make_optimizer, synthetic_batch
-from t5x_lite import chips, plan, sharding, step
-from t5x_lite.losses import LossConfig
+from t5x_lite import plan, sharding
+from t5x_lite.metrics import hardware
 from t5x_lite.plan import topologies
+from t5x_lite.training import step
+from t5x_lite.training.losses import LossConfig
 
 ON_DEVICE = False
 
@@ -33,7 +35,7 @@ def topology_name(device: dict[str, Any]) -> str:
     """Returns the name of the smallest topology with this kind of device."""
     if device["platform"] == "cpu":
         return "cpu:1"
-    chip = chips.of_device(types.SimpleNamespace(device_kind=device["device"]))
+    chip = hardware.of_device(types.SimpleNamespace(device_kind=device["device"]))
     if chip is None:
         raise Unavailable(f"the table of chips does not have {device['device']}")
     return f"{chip.name}:{chip.shapes[0] if chip.shapes else 1}"

@@ -12,7 +12,7 @@ from benchmarks.accelerator_parts.child import Item, Settings
 from benchmarks.accelerator_parts.shapes import shapes
 from benchmarks.accelerator_parts.train import Variant, default_rows
 from benchmarks.train_step import CompiledStep, Shape
-from t5x_lite.step import TrainState
+from t5x_lite.training.step import TrainState
 
 
 def items(settings: Settings) -> list[Item]:

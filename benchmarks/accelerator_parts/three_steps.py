@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.accelerator_parts.child import Item
 from benchmarks.train_step import CompiledStep, Shape
-from t5x_lite.model import T5Config
-from t5x_lite.step import TrainState
+from t5x_lite.model.t5 import T5Config
+from t5x_lite.training.step import TrainState
 
 FILE = Path(__file__).with_name("cpu_values.json")
 STEPS = 3

@@ -14,9 +14,9 @@ import jax
 from benchmarks.accelerator_parts.child import Item, Settings
 from benchmarks.accelerator_parts.shapes import Shapes, dtype_of, first_rows, model_sizes, shapes
 from benchmarks.train_step import CompiledStep, DoesNotFit, Shape, measure
-from t5x_lite.attention import PLATFORM_KERNELS, Implementation
-from t5x_lite.config import Remat
-from t5x_lite.model import T5Config
+from t5x_lite.model.attention import PLATFORM_KERNELS, Implementation
+from t5x_lite.model.config import Remat
+from t5x_lite.model.t5 import T5Config
 
 MIN_ROWS = 4  # below so many rows a policy of remat that takes less memory is measured instead
 

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from t5x_lite.attention import Implementation
-from t5x_lite.config import Dtype, Remat, check_choices
 from t5x_lite.errors import UserError
-from t5x_lite.interface import ModelConfig
+from t5x_lite.model.attention import Implementation
+from t5x_lite.model.config import Dtype, Remat, check_choices
+from t5x_lite.model.interface import ModelConfig
 
 Head = Literal["pooler", "mlm", "nsp", "classify"]
 

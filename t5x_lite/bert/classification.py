@@ -16,18 +16,19 @@ import scipy.special
 import seqio
 from etils import epath
 
-from t5x_lite import data, infer, packing
 from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
+from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import UserError
-from t5x_lite.evaluate import text_of
-from t5x_lite.infer import Example, Source
-from t5x_lite.results import write_whole
+from t5x_lite.inference import batch_prediction
+from t5x_lite.inference.batch_prediction import Example, Source
+from t5x_lite.inference.evaluator import text_of
+from t5x_lite.inference.jsonl import write_whole
 from tasks import bert, formats
 
 logger = logging.getLogger(__name__)
 
 # {"inputs": [B, S], "segments": [B, S]} to the logits of the classes [B, N], float32; of a number, [B, 1].
-Classify = Callable[[data.Batch], Any]
+Classify = Callable[[pipeline.Batch], Any]
 
 
 class Answer(NamedTuple):
@@ -66,7 +67,7 @@ class Evaluation:
     ):
         self._lengths, self._batch_size = dict(lengths), batch_size
         self._predictions = epath.Path(predictions) if predictions is not None else None
-        self._tasks = [seqio.TaskRegistry.get(task) for task in data.tasks_with_split(name, split)]
+        self._tasks = [seqio.TaskRegistry.get(task) for task in pipeline.tasks_with_split(name, split)]
         self._examples: dict[str, list[Example]] = {}
         for task in self._tasks:
             if others := [fn for fn in task.metric_fns if fn not in task.predict_metric_fns]:
@@ -82,7 +83,7 @@ class Evaluation:
             answers: dict[int, Answer] = {}
             for group in packing.by_length([len(e.input_tokens) for e in examples], self._batch_size):
                 chosen = [examples[i] for i in group]
-                width = infer.width(chosen, self._lengths, "inputs")
+                width = batch_prediction.width(chosen, self._lengths, "inputs")
                 said = answered(classify, chosen, width, self._batch_size, task.output_features["label"])
                 answers |= zip(group, said, strict=True)
             labels = [np.asarray(example.target_tokens).item() for example in examples]
@@ -102,8 +103,8 @@ def answered(
 ) -> list[Answer]:
     """What the model says of at most `rows` examples, none longer than `width`."""
     batch = {
-        "inputs": infer.padded([example.input_tokens for example in group], width, rows),
-        "segments": infer.padded([np.asarray(example.segments) for example in group], width, rows),
+        "inputs": batch_prediction.padded([example.input_tokens for example in group], width, rows),
+        "segments": batch_prediction.padded([np.asarray(example.segments) for example in group], width, rows),
     }
     logits_BN = np.asarray(classify(batch), np.float32)
     if logits_BN.shape != (rows, label.vocabulary.vocab_size):
@@ -131,8 +132,8 @@ def word(label: seqio.utils.Feature, value: int | float) -> str:
 
 def task_source(task_name: str, lengths: Mapping[str, int], **options: Any) -> Source:
     """The examples of one task in the order of its split. Args: those of infer.task_source."""
-    data.check_lengths(task_name, lengths, ClassifierFeatureConverter())
-    return infer.task_source(task_name, lengths, **options, example=_labelled)
+    pipeline.check_lengths(task_name, lengths, ClassifierFeatureConverter())
+    return batch_prediction.task_source(task_name, lengths, **options, example=_labelled)
 
 
 def _labelled(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.utils.Feature]) -> Example:
@@ -163,7 +164,7 @@ def file_source(
         tokens, segments = pair(first, rest[0] if rest else None, ids.cls, ids.sep, lengths["inputs"])
         return Example(where, " [SEP] ".join(texts(row)), row.get("targets"), tokens, None, segments)
 
-    return infer.lines_source(path, check, example, lengths, num_examples)
+    return batch_prediction.lines_source(path, check, example, lengths, num_examples)
 
 
 def write_predictions(
@@ -184,11 +185,11 @@ def write_predictions(
       The number of lines, those of an earlier start included.
     """
 
-    def answer(group: list[Example]) -> infer.Rows:
-        answers = answered(classify, group, infer.width(group, lengths, "inputs"), batch_size, label)
+    def answer(group: list[Example]) -> batch_prediction.Rows:
+        answers = answered(classify, group, batch_prediction.width(group, lengths, "inputs"), batch_size, label)
         return [_said(example) | found.row for example, found in zip(group, answers, strict=True)]
 
-    return infer.write(source, answer, path, batch_size, {"mode": "infer", **about, **source.about})
+    return batch_prediction.write(source, answer, path, batch_size, {"mode": "infer", **about, **source.about})
 
 
 def _said(example: Example) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite.feature_converter import FeatureConverter
+from t5x_lite.model.feature_converter import FeatureConverter
 
 
 class _BertFeatureConverter(FeatureConverter):

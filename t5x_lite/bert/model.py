@@ -8,15 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
-from t5x_lite import interface
 from t5x_lite.bert import BertConfig, network
 from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, PretrainingFeatureConverter
 from t5x_lite.bert.predictors import ClassPredictor, PretrainingPredictor
-from t5x_lite.decode import Decoding
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converter import FeatureConverter
-from t5x_lite.partitioner import Partitioner
-from t5x_lite.predictor import Predictor
+from t5x_lite.inference.decode import Decoding
+from t5x_lite.inference.predictor import Predictor
+from t5x_lite.model import interface
+from t5x_lite.model.feature_converter import FeatureConverter
+from t5x_lite.training.partitioner import Partitioner
 
 
 @dataclasses.dataclass(frozen=True)

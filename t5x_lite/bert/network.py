@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Num
 
-from t5x_lite.attention import Visibility, dot_product_attention
 from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
-from t5x_lite.layers import PRODUCT, Embed, named_axes, project
+from t5x_lite.model.attention import Visibility, dot_product_attention
+from t5x_lite.model.layers import PRODUCT, Embed, named_axes, project
+from t5x_lite.model.transformer import stack
 from t5x_lite.sharding import constrain
-from t5x_lite.stacks import stack
 
 # Cut at two standard deviations, as `create_initializer` of google-research/bert has it.
 _INIT = nn.initializers.truncated_normal(0.02)

@@ -10,8 +10,8 @@ import numpy as np
 
 from t5x_lite.bert import BertConfig, network
 from t5x_lite.errors import UserError
-from t5x_lite.partitioner import Partitioner
-from t5x_lite.predictor import Mode, Predictor, Scores
+from t5x_lite.inference.predictor import Mode, Predictor, Scores
+from t5x_lite.training.partitioner import Partitioner
 
 
 class PretrainingPredictor(Predictor):

@@ -34,9 +34,9 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import checkpoint
 from t5x_lite.checkpoint import checksums
-from t5x_lite.checkpoint.agreement import Agreement, on_all_hosts
-from t5x_lite.checkpoint.keeping import KeepLastAndBest
-from t5x_lite.checkpoint.position import DataIterator, DataPositionRestore, DataPositionSave
+from t5x_lite.checkpoint.commit_barrier import Agreement, on_all_hosts
+from t5x_lite.checkpoint.data_state import DataIterator, DataPositionRestore, DataPositionSave
+from t5x_lite.checkpoint.retention import KeepLastAndBest
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
 
 log = logging.getLogger(__name__)

@@ -22,12 +22,14 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from t5x_lite import checkpoint, interface, sharding, step
+from t5x_lite import checkpoint, sharding
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
-from t5x_lite.interface import ModelConfig
+from t5x_lite.model import interface
+from t5x_lite.model.interface import ModelConfig
+from t5x_lite.training import step
 
 Format = Literal["huggingface", "t5x_lite"]
 

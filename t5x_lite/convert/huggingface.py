@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite import interface
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
-from t5x_lite.interface import ModelConfig
+from t5x_lite.model import interface
+from t5x_lite.model.interface import ModelConfig
 
 
 def read(folder: Path) -> Source:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5x_lite.config import T5Config
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
+from t5x_lite.model.config import T5Config
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _MLP = ("wi", "wi_0", "wi_1", "wo")

@@ -12,7 +12,7 @@ from pathlib import Path
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
-from t5x_lite.model import T5Config
+from t5x_lite.model.t5 import T5Config
 
 
 def read(path: Path) -> Source:

@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import sharding, step
-from t5x_lite.chips import GIB
-from t5x_lite.interface import ModelConfig, model_of
-from t5x_lite.losses import LossConfig
-from t5x_lite.optim import Optimizer
+from t5x_lite import sharding
+from t5x_lite.metrics.hardware import GIB
+from t5x_lite.model.interface import ModelConfig, model_of
 from t5x_lite.plan import hlo
 from t5x_lite.plan.topologies import Topology
+from t5x_lite.training import step
+from t5x_lite.training.losses import LossConfig
+from t5x_lite.training.optim import Optimizer
 
 
 @dataclasses.dataclass

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, get_args
 
-from t5x_lite.config import Remat
 from t5x_lite.errors import UserError
+from t5x_lite.model.config import Remat
 from t5x_lite.plan import Plan, gib
 from t5x_lite.plan.topologies import Topology
 

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from t5x_lite.chips import CHIPS, GPUS_PER_HOST, Chip
 from t5x_lite.errors import UserError
+from t5x_lite.metrics.hardware import CHIPS, GPUS_PER_HOST, Chip
 
 
 @dataclasses.dataclass(frozen=True)

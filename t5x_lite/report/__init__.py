@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from t5x_lite import logs
 from t5x_lite.errors import UserError
+from t5x_lite.metrics import metric_logger
 from t5x_lite.report import analysis, page
 from t5x_lite.report.page import About
 
@@ -65,7 +65,7 @@ def write_page(folder: Path, about: About | None = None) -> Path:
     Raises:
       FileNotFoundError, ValueError: there are no metrics; a file is not what a run writes.
     """
-    train, tasks = analysis.curves(logs.read_metrics(folder))
+    train, tasks = analysis.curves(metric_logger.read_metrics(folder))
     if about is not None:
         (folder / ABOUT_FILE).write_text(json.dumps(dataclasses.asdict(about), indent=1) + "\n", encoding="utf-8")
     elif (folder / ABOUT_FILE).exists():
@@ -107,7 +107,7 @@ def after_training(
       next_steps: what can be done with the model in addition to training on, in words and as commands.
     """
     losses = {f"{task}: baseline": named["loss"] for task, named in about.baselines.items() if "loss" in named}
-    picture = logs.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
+    picture = metric_logger.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
     if scores:
         print(f"\nAfter {step} steps, on validation data:\n{table(scores, about.baselines)}")
     for task in scores:
@@ -121,7 +121,7 @@ def after_training(
     print(f"""
 {write_page(folder, about)}  scores, curves and predictions, for a browser
 {picture}  training and validation loss
-{folder / logs.METRICS_FILE}  every number of the run; `tensorboard --logdir {folder}` shows them
+{folder / metric_logger.METRICS_FILE}  every number of the run; `tensorboard --logdir {folder}` shows them
 {folder / "predictions"}/*.jsonl  all predictions on validation data
 {folder / "checkpoints"}/  the model
 {config}  this run's options, to be given to --gin_file again

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t5x_lite.model import T5Config
+from t5x_lite.model.t5 import T5Config
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import attention, flash, sharding
-from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite import sharding
+from t5x_lite.model import attention, flash_attention
+from t5x_lite.model.attention import Visibility, dot_product_attention
 
 B, T, S, H, K = 3, 5, 7, 2, 4
 
@@ -91,7 +92,7 @@ def test_flash_in_blocks_of_queries_and_groups_of_heads(case, monkeypatch):
     case = visibility, with_bias, rate
     inputs = arrays(queries=queries, keys=keys, heads=heads, width=width)
     whole = program(case, "flash", inputs)
-    monkeypatch.setattr(flash, "BLOCK_LOGITS", 2 * 16 * keys)
+    monkeypatch.setattr(flash_attention, "BLOCK_LOGITS", 2 * 16 * keys)
     blocks = program(case, "flash", inputs)
     passes = [p.as_text().count("stablehlo.while") for p in (whole, blocks)]
     assert passes[0] < passes[1]  # the backward pass goes over the logits in two orders
@@ -217,7 +218,7 @@ import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from t5x_lite import sharding
 from t5x_lite.plan import topologies
-from t5x_lite.attention import Visibility, choose, dot_product_attention
+from t5x_lite.model.attention import Visibility, choose, dot_product_attention
 
 topology = topologies.find(sys.argv[1])
 mesh = sharding.make_mesh(data=1, devices=topology.devices[:1])

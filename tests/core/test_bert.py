@@ -17,13 +17,14 @@ from core.test_convert import assert_same
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
-from t5x_lite import checkpoint, convert, sharding, step
+from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.bert import BertConfig, network
 from t5x_lite.bert.model import BertModel
 from t5x_lite.bert.network import Bert
 from t5x_lite.checkpoint import saving
-from t5x_lite.losses import LossConfig
-from t5x_lite.optim import adamw, linear, make_optimizer
+from t5x_lite.training import step
+from t5x_lite.training.losses import LossConfig
+from t5x_lite.training.optim import adamw, linear, make_optimizer
 
 HUB = {
     "model_type": "bert",

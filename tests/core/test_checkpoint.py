@@ -164,13 +164,14 @@ KILLED = """
 import os, sys, jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
-from t5x_lite.checkpoint import position, saving
+from t5x_lite.checkpoint import saving
+from t5x_lite.checkpoint import data_state
 class State:
     step, params, opt_state = jnp.int32(2), {"w": jnp.ones(3)}, {}
 class Position:
     def save(self, path): open(path + "/at", "w").write("1")
 checkpointer = saving.Checkpointer(sys.argv[1])
-position.DataPositionHandler.finalize = lambda self, directory: os._exit(9)  # all written, nothing committed
+data_state.DataPositionHandler.finalize = lambda self, directory: os._exit(9)  # all written, nothing committed
 checkpointer.save(2, State(), Position())
 checkpointer.wait()
 """

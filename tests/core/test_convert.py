@@ -22,7 +22,7 @@ import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.convert import __main__ as convert_command
 from t5x_lite.convert import huggingface_t5, t5x, tensors
-from t5x_lite.model import T5Config
+from t5x_lite.model.t5 import T5Config
 
 
 def flatten(tree) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 
-from t5x_lite import decode, packing
-from t5x_lite.model import T5
+from t5x_lite.data import packing
+from t5x_lite.inference import decode
+from t5x_lite.model.t5 import T5
 
 score = jax.jit(decode.score, static_argnames="config")
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x_lite import decode, packing, pretrained, sharding, step
-from t5x_lite.model import T5, T5Config, forward
-from t5x_lite.optim import adafactor, constant, make_optimizer
+from t5x_lite import sharding
+from t5x_lite.data import packing
+from t5x_lite.inference import decode, pretrained
+from t5x_lite.model.t5 import T5, T5Config, forward
+from t5x_lite.training import step
+from t5x_lite.training.optim import adafactor, constant, make_optimizer
 
 LM = T5Config(d_model=12, d_ff=20, num_heads=3, head_dim=5, num_encoder_layers=0, num_decoder_layers=2, vocab_size=61)
 PREFIX_LM = dataclasses.replace(LM, prefix_lm=True)

@@ -10,9 +10,10 @@ import pytest
 from core.test_decoder_only import PREFIX_LM, init
 
 import t5x_lite
-from t5x_lite import decode, export
+from t5x_lite import export
 from t5x_lite.convert import tensors
-from t5x_lite.pretrained import LoadedModel
+from t5x_lite.inference import decode
+from t5x_lite.inference.pretrained import LoadedModel
 
 CALL = """
 import pathlib, sys

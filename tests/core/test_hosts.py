@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import run
-from t5x_lite import hosts
+from t5x_lite import distributed
 
 REPO = Path(run.__file__).parent
 CLUSTERS = ("SLURM_", "OMPI_", "PMI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_", "JAX_COORD", "JAX_LOCAL", "GCE_")
@@ -101,7 +101,7 @@ def calls(monkeypatch) -> list[tuple]:
 
 def test_one_slurm_task_uses_all_gpus_of_its_node(environment, calls):
     environment(ONE_NODE)
-    hosts.connect()
+    distributed.connect()
     assert calls == []  # JAX binds a task to one GPU only when it joins others
 
 
@@ -117,7 +117,7 @@ def test_one_slurm_task_uses_all_gpus_of_its_node(environment, calls):
 )
 def test_one_slurm_task_on_each_node_uses_all_gpus(environment, calls, nodes, first):
     environment(TWO_NODES | {"SLURM_STEP_NODELIST": nodes})
-    hosts.connect()
+    distributed.connect()
     assert calls == [(f"{first}:{61440 + 70000 % 4096}", 2, 1, None, "deactivate")]
 
 
@@ -137,7 +137,7 @@ def test_one_slurm_task_on_each_node_uses_all_gpus(environment, calls, nodes, fi
 )
 def test_slurm_tasks_on_one_node_share_its_gpus(environment, calls, variables, gpus):
     environment(SIXTEEN_TASKS | variables)
-    hosts.connect()
+    distributed.connect()
     assert calls == [("gpu07:61808", 16, 11, gpus, "deactivate")]
 
 
@@ -153,15 +153,15 @@ def test_slurm_tasks_on_one_node_share_its_gpus(environment, calls, variables, g
 def test_a_slurm_job_of_several_tasks_without_srun_is_an_error(environment, calls, variables):
     environment(variables)
     with pytest.raises(ValueError, match=r"(8 tasks|16 tasks|2 nodes).* srun before python.*--process_count=1"):
-        hosts.connect()
-    hosts.connect(process_count=1)
+        distributed.connect()
+    distributed.connect(process_count=1)
     assert calls == []
 
 
 def test_without_srun_the_command_says_one_line(environment, calls, capsys, monkeypatch):
     environment(BATCH_STEP)
     monkeypatch.setattr(run, "configure", lambda *_: None)
-    for module in ("jobs", "logs"):  # slow to import, and not reached
+    for module in ("cli.jobs", "metrics.metric_logger"):  # slow to import, and not reached
         monkeypatch.setitem(sys.modules, f"t5x_lite.{module}", types.ModuleType(module))
     assert run.main(["run.py"]) == 2
     error = capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_without_srun_the_command_says_one_line(environment, calls, capsys, monk
 
 def test_a_slurm_job_of_one_task_needs_no_srun(environment, calls):
     environment(BATCH_STEP | {"SLURM_NTASKS": "1", "SLURM_NPROCS": "1"})
-    hosts.connect()
+    distributed.connect()
     assert calls == []
 
 
@@ -180,21 +180,21 @@ def test_a_slurm_job_of_one_task_needs_no_srun(environment, calls):
 @pytest.mark.parametrize("variables", [ONE_NODE, TWO_NODES, SIXTEEN_TASKS, BATCH_STEP])
 def test_flags_win_over_slurm(environment, calls, variables):
     environment(variables)
-    hosts.connect("head:1234", 4, 2)
+    distributed.connect("head:1234", 4, 2)
     assert calls == [("head:1234", 4, 2, None, "deactivate")]
 
 
 def test_flags_that_agree_with_slurm_keep_its_gpus(environment, calls):
     environment(SIXTEEN_TASKS)
-    hosts.connect("head:1234", 16, 11)
+    distributed.connect("head:1234", 16, 11)
     assert calls == [("head:1234", 16, 11, [3], "deactivate")]
 
 
 def test_flags_that_agree_with_open_mpi_keep_each_process_its_gpus(environment, calls):
     environment({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"})
     environment({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
-    hosts.connect("head:1234", 4, 1)
-    hosts.connect("head:1234", 4, 2)
+    distributed.connect("head:1234", 4, 1)
+    distributed.connect("head:1234", 4, 2)
     assert [call[3] is not None for call in calls] == [True, False]
     assert 1 in calls[0][3] and 0 not in calls[0][3]
 
@@ -202,7 +202,7 @@ def test_flags_that_agree_with_open_mpi_keep_each_process_its_gpus(environment, 
 @pytest.mark.parametrize("variables", [SIXTEEN_TASKS, {"OMPI_COMM_WORLD_SIZE": "2"}, {"JOB_COMPLETION_INDEX": "0"}, {}])
 def test_a_process_count_of_one_trains_alone(environment, calls, variables):
     environment(variables)
-    hosts.connect(process_count=1)
+    distributed.connect(process_count=1)
     assert calls == []
 
 
@@ -214,7 +214,7 @@ def test_open_mpi_is_asked_before_slurm(environment, calls, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
     monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:9")  # which Open MPI needs not
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
-    hosts.connect()
+    distributed.connect()
     assert calls == [(None, None, None, [4, 5, 6, 7], "ompi")]
 
 
@@ -228,7 +228,7 @@ def test_one_open_mpi_process_on_each_node_uses_all_gpus(environment, monkeypatc
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     try:
-        hosts.connect()
+        distributed.connect()
         assert jax.config._read("jax_cuda_visible_devices") == "all"
     finally:
         jax.config.update("jax_cuda_visible_devices", before)
@@ -236,7 +236,7 @@ def test_one_open_mpi_process_on_each_node_uses_all_gpus(environment, monkeypatc
 
 def test_one_open_mpi_process_trains_alone(environment, calls):
     environment({"OMPI_COMM_WORLD_SIZE": "1"})
-    hosts.connect()
+    distributed.connect()
     assert calls == []
 
 
@@ -259,7 +259,7 @@ def test_several_processes_that_are_not_found_are_an_error(environment, monkeypa
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ValueError, match=re.escape(part)):
-        hosts.connect()
+        distributed.connect()
 
 
 def test_others_that_are_found_but_not_reached_are_an_error(environment, monkeypatch):
@@ -270,7 +270,7 @@ def test_others_that_are_found_but_not_reached_are_an_error(environment, monkeyp
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        hosts.connect()
+        distributed.connect()
 
 
 # Real processes
@@ -299,11 +299,11 @@ def ended(process: subprocess.Popen) -> tuple[Any, str]:
 
 CONNECT = """
 import json, os, sys, jax
-from t5x_lite import hosts
+from t5x_lite import distributed
 {}
 error = None
 try:
-    hosts.connect()
+    distributed.connect()
 except ValueError as e:
     error = str(e)
 print(json.dumps([error, jax.distributed.is_initialized(), jax.config._read("jax_cuda_visible_devices")]))
@@ -386,7 +386,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(environment, calls, cap
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "create_connection", absent)
-    hosts.connect()
+    distributed.connect()
     assert calls == [] and "does not answer: timed out" in caplog.text
 
 
@@ -446,7 +446,7 @@ def test_the_metadata_server_is_asked_past_the_proxy(servers):
 
 def test_what_must_not_go_through_a_proxy_is_added_to_what_others_keep_off(environment, calls):
     environment({"HTTPS_PROXY": "http://proxy:1", "no_proxy": "example.org", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
-    hosts.connect("head:1234", 2, 1)
+    distributed.connect("head:1234", 2, 1)
     assert os.environ["grpc_proxy"] == "" and os.environ["HTTPS_PROXY"] == "http://proxy:1"
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,metadata.google.internal,10.0.0.1"
 
@@ -454,7 +454,7 @@ def test_what_must_not_go_through_a_proxy_is_added_to_what_others_keep_off(envir
 @pytest.mark.parametrize("variables", [{}, {"http_proxy": "http://a:1", "grpc_proxy": "http://b:1"}])
 def test_no_proxy_or_one_for_grpc_stays_as_it_is(environment, calls, variables):
     environment(variables)
-    hosts.connect("head:1234", 2, 1)
+    distributed.connect("head:1234", 2, 1)
     assert os.environ.get("grpc_proxy") == variables.get("grpc_proxy") and "no_proxy" not in os.environ
 
 
@@ -466,10 +466,10 @@ def free_port() -> int:
 
 PAIR = """
 import json, os, sys, jax
-from t5x_lite import hosts
-hosts.HEARTBEAT_SECONDS = 10
-hosts.connect()
-client, index = hosts.coordination_client(), jax.process_index()
+from t5x_lite import distributed
+distributed.HEARTBEAT_SECONDS = 10
+distributed.connect()
+client, index = distributed.coordination_client(), jax.process_index()
 report = {"count": jax.process_count(), "index": index, "gpus": jax.config._read("jax_cuda_visible_devices")}
 
 # The fence: all that the project uses of JAX's client
@@ -489,14 +489,14 @@ def make():
     return f"made on {index} \\u00e9"
 def fail():
     raise OSError("no room")
-report["broadcast"] = [hosts.broadcast("value", make), hosts.broadcast("value", make), calls]
+report["broadcast"] = [distributed.broadcast("value", make), distributed.broadcast("value", make), calls]
 try:
-    hosts.broadcast("failure", fail)
+    distributed.broadcast("failure", fail)
 except Exception as error:
     report["failure"] = [type(error).__name__, str(error)]
 if index == 1:
     try:
-        hosts.broadcast("unheard", make, timeout_s=0.01)
+        distributed.broadcast("unheard", make, timeout_s=0.01)
     except TimeoutError as error:
         report["timeout"] = str(error)
 print(json.dumps(report))
@@ -550,14 +550,14 @@ def test_a_broadcast_that_fails_fails_everywhere(pair):
 
 
 def test_broadcast_in_one_process_only_calls_make():
-    assert [hosts.broadcast("here", lambda value=value: value) for value in "ab"] == ["a", "b"]
+    assert [distributed.broadcast("here", lambda value=value: value) for value in "ab"] == ["a", "b"]
     with pytest.raises(RuntimeError, match="one process"):
-        hosts.coordination_client()
+        distributed.coordination_client()
 
 
 def test_private_parts_of_jax_are_used_in_one_place():
     files = [REPO / "run.py", *REPO.glob("t5x_lite/**/*.py"), *REPO.glob("tasks/**/*.py")]
     uses = [(file.name, line.strip()) for file in files for line in file.read_text().splitlines() if "jax._src" in line]
     code = [use for use in uses if "import" in use[1] and not use[1].startswith("The only place")]
-    assert code == [("hosts.py", "from jax._src import distributed")]
-    assert {name for name, _ in uses} == {"hosts.py"}
+    assert code == [("distributed.py", "from jax._src import distributed")]
+    assert {name for name, _ in uses} == {"distributed.py"}

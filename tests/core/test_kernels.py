@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import attention, kernels
-from t5x_lite.attention import Visibility, dot_product_attention
+from t5x_lite.model import attention, kernel_checks
+from t5x_lite.model.attention import Visibility, dot_product_attention
 
 WHAT = {"product": [64, 32]}
 
@@ -57,12 +57,12 @@ def raising(*args):
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "_choices", {})
-    monkeypatch.setattr(kernels, "cache_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(kernel_checks, "_choices", {})
+    monkeypatch.setattr(kernel_checks, "cache_folder", lambda: str(tmp_path))
 
 
 def choose(**candidates):
-    return kernels.fastest(WHAT, {"reference": right, **candidates}, arguments)
+    return kernel_checks.fastest(WHAT, {"reference": right, **candidates}, arguments)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_a_kernel_that_fails_or_differs_is_dropped_with_one_line(kernel, reason,
 
 def test_the_fastest_of_the_sound_is_taken(caplog):
     caplog.set_level(logging.INFO)
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right, "broken": raising}, arguments) == "fused"
-    assert kernels.fastest({"other": 1}, {"reference": right, "fused": slow}, arguments) == "reference"
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right, "broken": raising}, arguments) == "fused"
+    assert kernel_checks.fastest({"other": 1}, {"reference": right, "fused": slow}, arguments) == "reference"
     assert sum("is used on" in r.getMessage() for r in caplog.records) == 2
 
 
@@ -97,24 +97,24 @@ def test_bfloat16_is_compared_with_exact_values():
     def bfloat16():
         return arguments(jnp.bfloat16)
 
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": in_eighths}, bfloat16) == "fused"
-    assert kernels.fastest({"other": 1}, {"reference": slow, "fused": off}, bfloat16) == "reference"
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": in_eighths}, bfloat16) == "fused"
+    assert kernel_checks.fastest({"other": 1}, {"reference": slow, "fused": off}, bfloat16) == "reference"
 
 
 def test_a_choice_is_kept_beside_the_compilation_cache(tmp_path):
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
-    kernels._choices.clear()
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
+    kernel_checks._choices.clear()
 
     def unused():
         raise AssertionError("checked again")
 
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, unused) == "fused"
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, unused) == "fused"
     (file,) = tmp_path.glob("t5x_lite-kernels-*.json")
     assert json.loads(file.read_text())["choice"] == "fused"
-    kernels._choices.clear()
+    kernel_checks._choices.clear()
     file.write_text('{"choice": "fus')  # cut short: checked again
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, arguments, version="2") == "fused"
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, arguments, version="2") == "fused"
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
@@ -123,7 +123,7 @@ def test_a_lack_of_memory_is_not_kept(tmp_path):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     assert choose(fused=too_large) == "reference"
-    kernels._choices.clear()
+    kernel_checks._choices.clear()
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["choice"] is None
 
@@ -131,26 +131,26 @@ def test_a_lack_of_memory_is_not_kept(tmp_path):
 def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(kernels, "cache_folder", lambda: str(file / "folder"))
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
-    monkeypatch.setattr(kernels, "cache_folder", lambda: None)
-    kernels._choices.clear()
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
+    monkeypatch.setattr(kernel_checks, "cache_folder", lambda: str(file / "folder"))
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
+    monkeypatch.setattr(kernel_checks, "cache_folder", lambda: None)
+    kernel_checks._choices.clear()
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
 
 
 def test_arguments_that_cannot_be_made_leave_the_reference(caplog):
     def failing():
         raise ValueError("no memory for them")
 
-    assert kernels.fastest(WHAT, {"reference": right, "fused": right}, failing) == "reference"
+    assert kernel_checks.fastest(WHAT, {"reference": right, "fused": right}, failing) == "reference"
     assert "no memory for them" in caplog.text
 
 
 CRASHING = """
 import os
-from t5x_lite import kernels
+from t5x_lite.model import kernel_checks
 from tests.core import test_kernels as t
-kernels.cache_folder = lambda: os.environ["CACHE"]
+kernel_checks.cache_folder = lambda: os.environ["CACHE"]
 def crashing(*args):
     os.abort()
 t.choose(fused=crashing)
@@ -160,7 +160,7 @@ t.choose(fused=crashing)
 @pytest.mark.slow
 def test_a_kernel_that_ended_two_processes_is_not_tried_again(tmp_path, caplog):
     environment = os.environ | {"CACHE": str(tmp_path), "PYTHONPATH": os.getcwd()}
-    for _ in range(kernels.CRASHES):  # one may have been a kill
+    for _ in range(kernel_checks.CRASHES):  # one may have been a kill
         ended = subprocess.run([sys.executable, "-c", CRASHING], env=environment, capture_output=True, timeout=300)
         assert ended.returncode < 0, ended.stderr[-2000:]
     (file,) = tmp_path.glob("*.json")
@@ -168,7 +168,7 @@ def test_a_kernel_that_ended_two_processes_is_not_tried_again(tmp_path, caplog):
         assert choose(fused=right) == "reference"
         assert "processes ended while it was checked" in caplog.text
         caplog.clear()
-        kernels._choices.clear()
+        kernel_checks._choices.clear()
         content = json.loads(file.read_text())
         assert content["crashed"] == ["fused", "fused"] and content["choice"] == "reference"
         file.write_text(json.dumps({"crashed": content["crashed"]}))
@@ -178,36 +178,36 @@ def test_a_process_that_does_not_hear_of_the_choice_does_not_make_one(monkeypatc
     def unheard(key, make):
         raise TimeoutError(key)
 
-    monkeypatch.setattr(kernels.hosts, "broadcast", unheard)
+    monkeypatch.setattr(kernel_checks.distributed, "broadcast", unheard)
     with pytest.raises(TimeoutError):
         choose(fused=right)
 
 
 def test_the_question_to_the_others_does_not_depend_on_this_machine(monkeypatch):
     keys = []
-    monkeypatch.setattr(kernels.hosts, "broadcast", lambda key, make: keys.append(key) or "reference")
+    monkeypatch.setattr(kernel_checks.distributed, "broadcast", lambda key, make: keys.append(key) or "reference")
     for version in ("0.10.2", "0.12.0"):
         monkeypatch.setattr(jax, "__version__", version)
         choose(fused=right)
-        kernels._choices.clear()
+        kernel_checks._choices.clear()
     assert len(set(keys)) == 1
 
 
 def test_a_cache_folder_of_an_unknown_kind_costs_no_kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "cache_folder", lambda: "nothing-known://bucket/folder")
-    assert kernels.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
+    monkeypatch.setattr(kernel_checks, "cache_folder", lambda: "nothing-known://bucket/folder")
+    assert kernel_checks.fastest(WHAT, {"reference": slow, "fused": right}, arguments) == "fused"
 
 
 def test_a_check_that_another_process_is_doing_is_no_crash(tmp_path):
     assert choose(fused=right) in ("fused", "reference")
-    kernels._choices.clear()
+    kernel_checks._choices.clear()
     (file,) = tmp_path.glob("*.json")
     for process in (
         {"host": "another", "process": 1},
-        {"host": kernels.socket.gethostname(), "process": os.getppid()},
+        {"host": kernel_checks.socket.gethostname(), "process": os.getppid()},
     ):
         file.write_text(json.dumps({"trying": {"candidate": "fused", **process}}))
-        assert kernels.Record(file.name.split("-")[-1].removesuffix(".json"))._crashed == []
+        assert kernel_checks.Record(file.name.split("-")[-1].removesuffix(".json"))._crashed == []
 
 
 # Attention
@@ -252,7 +252,7 @@ def named(visibility):
     ],
 )
 def test_a_sound_kernel_passes_the_check_at_every_mask(visibility, flash_on_cpu, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "FASTER", 1e6)  # though interpreted
+    monkeypatch.setattr(kernel_checks, "FASTER", 1e6)  # though interpreted
     query, key, _, bias = shapes()
     assert attention.choose(None, query, key, bias, visibility) == "flash"
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -276,7 +276,7 @@ def test_a_broken_kernel_leaves_attention_to_xla_inside_a_traced_step(flash_on_c
 
 
 def test_a_kernel_that_ignores_the_mask_is_dropped(flash_on_cpu, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "FASTER", 1e6)
+    monkeypatch.setattr(kernel_checks, "FASTER", 1e6)
     sound = attention.FUSED["flash"]
 
     def unmasked(query, key, value, bias, *masks, **options):
@@ -292,7 +292,7 @@ def test_a_kernel_that_ignores_the_mask_is_dropped(flash_on_cpu, monkeypatch, ca
 def test_only_so_much_is_checked_as_the_reference_has_room_for(flash_on_cpu, monkeypatch):
     monkeypatch.setattr(attention, "CHECKED_LOGITS", 2 * 16 * 16)
     checked = []
-    monkeypatch.setattr(kernels, "fastest", lambda what, *_, **options: checked.append(what) or "batch")
+    monkeypatch.setattr(kernel_checks, "fastest", lambda what, *_, **options: checked.append(what) or "batch")
     query, key, _, bias = shapes()
     attention.choose(None, query, key, bias, Visibility())
     monkeypatch.setattr(attention, "CHECKED_LOGITS", 16)

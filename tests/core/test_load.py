@@ -110,7 +110,7 @@ def test_the_tokenizer_of_a_checkpoint_is_beside_it_or_in_its_runs_config(tmp_pa
 
 def test_loading_needs_no_tokenizer_library():
     check = (
-        "import sys, t5x_lite; from t5x_lite.pretrained import LoadedModel; assert callable(t5x_lite.load);"
+        "import sys, t5x_lite; from t5x_lite.inference.pretrained import LoadedModel; assert callable(t5x_lite.load);"
         "assert t5x_lite.LoadedModel is LoadedModel; assert not {'tensorflow', 'sentencepiece'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -14,25 +14,26 @@ import numpy as np
 import pytest
 import torture
 
-from t5x_lite import folder, logs
-from t5x_lite.model import T5Config
-from t5x_lite.t5 import T5Model
+from t5x_lite import storage
+from t5x_lite.metrics import metric_logger
+from t5x_lite.model.t5 import T5Config
+from t5x_lite.t5_model import T5Model
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEP = {"loss": 2.5, "cross_ent_loss": 2.25, "input_tokens": 30.0, "target_tokens": 10.0}
 
 
-def lines(folder: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def lines(storage: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (storage / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(folder: pathlib.Path) -> list:
+def events(storage: pathlib.Path) -> list:
     """All events of all files, in the order in which TensorBoard reads them."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
     found = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in sorted(storage.glob("events.out.tfevents.*")):
         reader = PyRecordReader_New(str(path))
         while True:
             try:
@@ -44,8 +45,8 @@ def events(folder: pathlib.Path) -> list:
 
 
 def test_records_of_steps_and_tasks(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "peak_flops", lambda device: 100.0 / jax.device_count())
-    logger = logs.MetricLogger(tmp_path / "new" / "run", total_steps=3, flops_per_step=60.0)
+    monkeypatch.setattr(metric_logger, "peak_flops", lambda device: 100.0 / jax.device_count())
+    logger = metric_logger.MetricLogger(tmp_path / "new" / "run", total_steps=3, flops_per_step=60.0)
     logger.train(1, STEP, seconds=0.0)
     logger.train(2, STEP | {"loss": float(np.float32(0.1))}, seconds=2.0)
     # Each line is in the file as soon as it has been said, not only at close.
@@ -62,8 +63,8 @@ def test_records_of_steps_and_tasks(tmp_path, monkeypatch):
 
 
 def test_no_mfu_on_an_unknown_chip(tmp_path):
-    assert logs.peak_flops(jax.devices("cpu")[0]) is None
-    logger = logs.MetricLogger(tmp_path, total_steps=3, flops_per_step=60.0)
+    assert metric_logger.peak_flops(jax.devices("cpu")[0]) is None
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=3, flops_per_step=60.0)
     logger.train(1, STEP, seconds=1.0)
     logger.close()
     assert "tokens_per_second" in lines(tmp_path)[0]
@@ -72,7 +73,7 @@ def test_no_mfu_on_an_unknown_chip(tmp_path):
 
 def test_resume_says_each_step_once(tmp_path):
     def train(first: int, last: int, resume: int) -> None:
-        logger = logs.MetricLogger(tmp_path, total_steps=6)
+        logger = metric_logger.MetricLogger(tmp_path, total_steps=6)
         logger.resume(resume)
         for step in range(first, last + 1):
             logger.train(step, STEP | {"loss": 1 / step + 1e-9 * resume}, seconds=0.5)
@@ -95,7 +96,7 @@ def test_an_evaluation_that_is_owed_is_said_once(tmp_path):
     """Told to stop at step 2, where an evaluation was due, and killed twice in going on."""
 
     def train(first: int, last: int, resume: int, evaluated: bool) -> None:
-        logger = logs.MetricLogger(tmp_path, total_steps=4)
+        logger = metric_logger.MetricLogger(tmp_path, total_steps=4)
         logger.resume(resume, evaluated)
         if not evaluated:
             logger.evaluation(2, {"a": {"loss": 1.0}, "b": {"loss": 2.0}})
@@ -116,7 +117,7 @@ def test_an_evaluation_that_is_owed_is_said_once(tmp_path):
 
 def test_a_full_disk_costs_no_line(tmp_path, caplog):
     """The kernel's own refusal, in the middle of a line. By a limit, which stands for a full disk."""
-    logger = logs.MetricLogger(tmp_path, total_steps=5)
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=5)
     logger.train(1, STEP, seconds=0.5)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
@@ -128,7 +129,7 @@ def test_a_full_disk_costs_no_line(tmp_path, caplog):
             logger.settle()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert 0 < len(logs.read_metrics(tmp_path)) < 4, "a torn last line does not count"
+    assert 0 < len(metric_logger.read_metrics(tmp_path)) < 4, "a torn last line does not count"
     assert [message.count("cannot be written") for message in caplog.messages] == [1, 1], "once for each file"
     logger.train(5, STEP, seconds=0.5)
     logger.settle()
@@ -138,7 +139,7 @@ def test_a_full_disk_costs_no_line(tmp_path, caplog):
 
 
 def test_what_a_full_disk_never_takes_is_said_to_be_lost(caplog):
-    file = folder.GrowingFile(pathlib.Path("/dev/full"))
+    file = storage.GrowingFile(pathlib.Path("/dev/full"))
     file.write(b"a line\n")
     with pytest.raises(OSError, match=r"/dev/full cannot be written .*No space left"):
         file.settle()
@@ -148,7 +149,7 @@ def test_what_a_full_disk_never_takes_is_said_to_be_lost(caplog):
 
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
     for _ in range(2):
-        logger = logs.MetricLogger(tmp_path, total_steps=2)
+        logger = metric_logger.MetricLogger(tmp_path, total_steps=2)
         logger.resume(0)
         logger.train(1, STEP, seconds=0.0)
         logger.close()
@@ -159,8 +160,8 @@ def test_torn_line_is_cut_off_before_adding(tmp_path):
     """As --mode=eval does after a crash: it adds to the file without taking anything back."""
     whole = '{"step": 9, "split": "train", "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 10, "sp')
-    assert logs.read_metrics(tmp_path) == [json.loads(whole)]
-    logger = logs.MetricLogger(tmp_path, total_steps=9)
+    assert metric_logger.read_metrics(tmp_path) == [json.loads(whole)]
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=9)
     logger.evaluation(9, {"task": {"loss": 2.0}})
     logger.close()
     assert [record["split"] for record in lines(tmp_path)] == ["train", "validation"]
@@ -169,12 +170,12 @@ def test_torn_line_is_cut_off_before_adding(tmp_path):
 def test_unreadable_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 .*'not json"):
-        logs.MetricLogger(tmp_path, total_steps=3).resume(1)
+        metric_logger.MetricLogger(tmp_path, total_steps=3).resume(1)
 
 
 def test_tensorboard_events(tmp_path):
     for resumed_at in (0, 1, None):
-        logger = logs.MetricLogger(tmp_path, total_steps=3)
+        logger = metric_logger.MetricLogger(tmp_path, total_steps=3)
         if resumed_at is not None:
             logger.resume(resumed_at)
         logger.train(2, {**STEP, "loss": 7.5}, seconds=0.0)
@@ -191,7 +192,7 @@ def test_tensorboard_events(tmp_path):
 
 def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
-    logger = logs.MetricLogger(tmp_path, total_steps=3)
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=3)
     with caplog.at_level(logging.WARNING, "t5x_lite"):
         logger.train(1, STEP, seconds=0.0)
         logger.train(2, STEP, seconds=0.0)
@@ -204,8 +205,8 @@ def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
 
 def test_neither_events_nor_plot_load_tensorflow(tmp_path):
     script = (
-        "import sys; from t5x_lite import logs; logger = logs.MetricLogger(sys.argv[1], 2);"
-        f"logger.train(1, {STEP}, 0.0); logger.close(); logs.plot_losses(sys.argv[1]);"
+        "import sys; from t5x_lite.metrics import metric_logger; logger = metric_logger.MetricLogger(sys.argv[1], 2);"
+        f"logger.train(1, {STEP}, 0.0); logger.close(); metric_logger.plot_losses(sys.argv[1]);"
         "assert logger is not None and 'tensorboard' in sys.modules and 'tensorflow' not in sys.modules"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -214,7 +215,7 @@ def test_neither_events_nor_plot_load_tensorflow(tmp_path):
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    logger = logs.MetricLogger(tmp_path, total_steps=3)
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=3)
     logger.resume(0)
     logger.train(1, STEP, seconds=0.0)
     logger.evaluation(1, {"task": {"loss": 1.0}})
@@ -224,41 +225,41 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 def test_a_bucket_gets_what_is_written_and_gives_it_back(tmp_path, monkeypatch):
     # The bucket is a folder: only the way there is not the real one.
-    monkeypatch.setattr(folder.epath, "Path", lambda url: pathlib.Path(str(url).replace("gs://", f"{tmp_path}/")))
-    first = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
-    logger = logs.MetricLogger(first.path, 3, publish=first.publish)
+    monkeypatch.setattr(storage.epath, "Path", lambda url: pathlib.Path(str(url).replace("gs://", f"{tmp_path}/")))
+    first = storage.Folder("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
+    logger = metric_logger.MetricLogger(first.path, 3, publish=first.publish)
     logger.train(1, STEP, 0.0)
     assert not (tmp_path / "bucket").exists(), "once a minute, and not at each step"
     logger.evaluation(1, {"a": {"loss": 2.0}})
-    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 2
+    assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 2
     logger.train(2, STEP, 0.5)
-    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 2
+    assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 2
     logger.settle()
-    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 3, "before a checkpoint counts"
+    assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 3, "before a checkpoint counts"
     logger.close()
     events = sorted(path.name for path in (tmp_path / "bucket/run").glob("events*"))
-    assert len(logs.read_metrics(tmp_path / "bucket/run")) == 3 and len(events) == 1
+    assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 3 and len(events) == 1
 
-    second = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
+    second = storage.Folder("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
     assert second.path != first.path and str(second) != str(second.path)
-    other = folder.Folder("gs://bucket/run", bring=(logs.METRICS_FILE,))
+    other = storage.Folder("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
     (other.path / "batch-3.1.npz").touch()  # of another host, which has an old metrics.jsonl and adds nothing to it
     (tmp_path / "bucket/run/metrics.jsonl").write_text("newer")
     other.publish()
     assert (tmp_path / "bucket/run/batch-3.1.npz").exists()
     assert (tmp_path / "bucket/run/metrics.jsonl").read_text() == "newer"
-    logger = logs.MetricLogger(second.path, 3, publish=second.publish)
+    logger = metric_logger.MetricLogger(second.path, 3, publish=second.publish)
     logger.resume(1)
     logger.close()
-    assert [record["step"] for record in logs.read_metrics(tmp_path / "bucket/run")] == [1, 1]
-    assert folder.Folder(tmp_path / "local").path == tmp_path / "local"
+    assert [record["step"] for record in metric_logger.read_metrics(tmp_path / "bucket/run")] == [1, 1]
+    assert storage.Folder(tmp_path / "local").path == tmp_path / "local"
 
 
 def test_plain_lines_come_at_intervals(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
-    logger = logs.MetricLogger(tmp_path, total_steps=100)
+    monkeypatch.setattr(metric_logger.time, "monotonic", lambda: next(clock))
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=100)
     with caplog.at_level(logging.INFO, "t5x_lite"):
         for step in (1, 2, 3, 4, 100):
             logger.train(step, STEP, seconds=0.5 if step > 1 else 0.0)
@@ -272,7 +273,7 @@ def test_plain_lines_come_at_intervals(tmp_path, monkeypatch, caplog):
 
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    logger = logs.MetricLogger(tmp_path, total_steps=20)
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=20)
     logger.resume(5)
     logger.train(10, STEP, seconds=2.0)
     logger.close()
@@ -301,7 +302,7 @@ def test_peak_flops(kind, peak):
     class Device:
         device_kind = kind
 
-    assert logs.peak_flops(Device()) == peak
+    assert metric_logger.peak_flops(Device()) == peak
 
 
 def test_flops_by_counting_products():
@@ -332,28 +333,28 @@ def test_flops_by_counting_products():
 
 
 def test_plot(tmp_path):
-    logger = logs.MetricLogger(tmp_path, total_steps=60)
+    logger = metric_logger.MetricLogger(tmp_path, total_steps=60)
     for step in range(1, 61):
         logger.train(step, STEP | {"cross_ent_loss": 9 / step + 1}, seconds=0.1)
     logger.evaluation(30, {"glue_cola_v002": {"loss": 2.0, "accuracy": 0.5}, "squad": {"f1": 1.0}})
     logger.close()
-    path = logs.plot_losses(tmp_path, {"unigram entropy": 6.5})
+    path = metric_logger.plot_losses(tmp_path, {"unigram entropy": 6.5})
     assert path == tmp_path / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_without_losses_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl does not exist"):
-        logs.plot_losses(tmp_path)
+        metric_logger.plot_losses(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "validation", "task": "squad", "f1": 1.0}\n')
     with pytest.raises(ValueError, match="no loss to plot"):
-        logs.plot_losses(tmp_path)
+        metric_logger.plot_losses(tmp_path)
 
 
 def test_smoothing_is_centred_and_keeps_length():
     ramp = np.arange(200.0)
-    np.testing.assert_allclose(logs._smoothed(list(ramp))[4:-4], ramp[4:-4])
-    np.testing.assert_array_equal(logs._smoothed([3.0, 1.0]), [3.0, 1.0])
+    np.testing.assert_allclose(metric_logger._smoothed(list(ramp))[4:-4], ramp[4:-4])
+    np.testing.assert_array_equal(metric_logger._smoothed([3.0, 1.0]), [3.0, 1.0])
 
 
 def test_setup_logging_is_one_line_and_quiets_others(capsys, monkeypatch):
@@ -361,7 +362,7 @@ def test_setup_logging_is_one_line_and_quiets_others(capsys, monkeypatch):
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.level, logger.handlers[:]) for logger in loggers]
     try:
-        logs.setup_logging()
+        metric_logger.setup_logging()
         for name in ("t5x_lite", "absl", "some.library"):
             logging.getLogger(name).info("info of %s", name)
             logging.getLogger(name).warning("warning of %s", name)

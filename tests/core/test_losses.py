@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer
+from t5x_lite.training.losses import LossConfig, cross_entropy_sums, normalizer
 
 
 def random_case(vocab: int = 7):
@@ -172,7 +172,7 @@ def test_config_refuses(field, value):
 SHARDED = """
     import re, jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from t5x_lite.losses import cross_entropy_sums
+    from t5x_lite.training.losses import cross_entropy_sums
 
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "tensor"))

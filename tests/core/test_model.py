@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from benchmarks.train_step import model_config
-from t5x_lite.attention import Visibility
-from t5x_lite.layers import relative_position_bucket
-from t5x_lite.model import T5, T5Config
-from t5x_lite.t5 import T5Model
+from t5x_lite.model.attention import Visibility
+from t5x_lite.model.layers import relative_position_bucket
+from t5x_lite.model.t5 import T5, T5Config
+from t5x_lite.t5_model import T5Model
 
 # FACTS of the T5 paper's and T5 1.1's released checkpoints: formula, transformers and T5X agree on each.
 PARAMETERS = {

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from t5x_lite import optim
+from t5x_lite.training import optim
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

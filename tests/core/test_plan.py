@@ -18,14 +18,17 @@ from core.test_run import configured, refused
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import run as command
-from t5x_lite import chips, jobs, plan, sharding, step, work
-from t5x_lite.interface import model_of
+from t5x_lite import plan, sharding
+from t5x_lite.cli import jobs, task_setup
+from t5x_lite.metrics import hardware
+from t5x_lite.model.interface import model_of
 from t5x_lite.plan import hlo, suggest, topologies
 from t5x_lite.plan.topologies import Topology
+from t5x_lite.training import step
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install -r requirements-tpu.txt")
-CPU = next(chip for chip in chips.CHIPS if chip.name == "cpu")
+CPU = next(chip for chip in hardware.CHIPS if chip.name == "cpu")
 TINY = [
     *("--gin.T5Config.d_model=16", "--gin.T5Config.d_ff=24", "--gin.T5Config.num_heads=4", "--gin.T5Config.head_dim=6"),
     *("--gin.T5Config.num_encoder_layers=2", "--gin.T5Config.num_decoder_layers=3", "--gin.T5Config.vocab_size=96"),
@@ -55,7 +58,7 @@ def cpus(memory: float = 0.0) -> Topology:
 @pytest.mark.slow
 def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny):
     found = jobs.step_plan(tiny, cpus())
-    machine = work.partitioner(tiny)
+    machine = task_setup.partitioner(tiny)
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), machine.abstract)
     rows = {name: np.ones(x.shape, np.int32) for name, x in jobs.abstract_batch(tiny, machine).items()}
     batch = sharding.shard_batch(rows, machine.batch_sharding)
@@ -83,7 +86,7 @@ def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny)
 def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_counts(tiny):
     model = dataclasses.replace(tiny.model, d_model=128, d_ff=256, num_encoder_layers=2, scan_layers=False)
     run = dataclasses.replace(tiny, model=model)
-    machine = work.partitioner(run)
+    machine = task_setup.partitioner(run)
     closed = model_of(model).flops(16, {"inputs": 12, "targets": 10})
 
     def traced(remat, **options):
@@ -102,7 +105,7 @@ def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_
 @pytest.mark.slow
 def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tiny):
     model = dataclasses.replace(tiny.model, num_decoder_layers=1)
-    machine = work.partitioner(tiny)
+    machine = task_setup.partitioner(tiny)
 
     def flops(attention, remat):
         config = dataclasses.replace(model, attention=attention, remat=remat)
@@ -319,8 +322,8 @@ def test_chips_are_known_by_what_jax_calls_them():
 
     kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H200": "h200"}
     kinds |= {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
-    assert {kind: chip.name for kind in kinds if (chip := chips.of_device(Device(kind)))} == kinds
-    assert chips.of_device(Device("cpu")) is None
+    assert {kind: chip.name for kind in kinds if (chip := hardware.of_device(Device(kind)))} == kinds
+    assert hardware.of_device(Device("cpu")) is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,7 +391,7 @@ def test_nothing_is_compiled_that_cannot_fit_on_paper(tiny, monkeypatch):
 def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
     model = dataclasses.replace(tiny.model, remat=remat, vocab_size=2048)
     run = dataclasses.replace(tiny, model=model, task_feature_lengths={"inputs": 64, "targets": 48})
-    machine = work.partitioner(run)
+    machine = task_setup.partitioner(run)
     least = plan.least_memory(run.model, machine.compiler, machine.abstract, jobs.abstract_batch(run, machine))
     really = jobs.step_plan(run, cpus()).memory.needed
     assert 0.2 * really < least < really

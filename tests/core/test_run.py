@@ -12,12 +12,14 @@ import pytest
 from core.test_model import PARAMETERS
 
 import run
-from t5x_lite import run_config, step, work
+from t5x_lite import run_config
 from t5x_lite.bert import BertConfig
+from t5x_lite.cli import task_setup
 from t5x_lite.errors import UserError
-from t5x_lite.interface import model_of
-from t5x_lite.model import T5Config
+from t5x_lite.model.interface import model_of
+from t5x_lite.model.t5 import T5Config
 from t5x_lite.run_config import RunConfig, last_step
+from t5x_lite.training import step
 
 REPO = Path(run.__file__).parent
 SMALL = "--gin_file=models/t5_1_1/small.gin"
@@ -214,14 +216,14 @@ def test_every_model_file_is_counted():
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_parameter_counts(size):
     file = REPO / "gin_configs" / "models" / f"{size}.gin"
-    partitioner = work.partitioner(configured(f"--gin_file={file}"))
+    partitioner = task_setup.partitioner(configured(f"--gin_file={file}"))
     assert step.param_count(partitioner.abstract.params) == PARAMETERS[size]
     assert f"{PARAMETERS[size]:,} parameters" in file.read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "fsdp_tensor"])
 def test_mesh_files_use_all_devices(mesh):
-    partitioner = work.partitioner(configured(SMALL, f"--gin_file=mesh/{mesh}.gin"))
+    partitioner = task_setup.partitioner(configured(SMALL, f"--gin_file=mesh/{mesh}.gin"))
     assert partitioner.mesh.size == len(jax.devices()) == 8
     shares = {axis for axis, size in partitioner.mesh.shape.items() if size > 1}
     assert shares == {"data": {"data"}, "fsdp": {"fsdp"}, "fsdp_tensor": {"fsdp", "tensor"}}[mesh]

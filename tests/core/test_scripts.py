@@ -117,7 +117,7 @@ def test_setup_brings_what_is_committed_to_all_workers(cloud):
     assert done.returncode == 0, done.stderr
     assert cloud.verbs == ["scp", "ssh"] and all("--worker=all" in call for call in cloud.calls)
     listing = subprocess.run(["tar", "-tzf", cloud.folder / "t5x_lite.tar.gz"], capture_output=True, text=True).stdout
-    assert {"run.py", "t5x_lite/step.py", "requirements-tpu.txt", "constraints.txt"} <= set(listing.split())
+    assert {"run.py", "t5x_lite/training/step.py", "requirements-tpu.txt", "constraints.txt"} <= set(listing.split())
     command = cloud.calls[1][-1].removeprefix("--command=")
     assert "requirements-tpu.txt -c constraints.txt" in command
     subprocess.run(["bash", "-n", "-c", command], check=True)

@@ -15,9 +15,11 @@ from core.test_model import PARAMETERS
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from benchmarks.train_step import model_config
-from t5x_lite import model, optim, sharding, step
+from t5x_lite import sharding
 from t5x_lite.checkpoint import saving
-from t5x_lite.model import T5Config
+from t5x_lite.model import t5
+from t5x_lite.model.t5 import T5Config
+from t5x_lite.training import optim, step
 
 ADAFACTOR = optim.make_optimizer(optim.adafactor(), optim.constant(1e-3))
 ADAMW = optim.make_optimizer(optim.adamw(), optim.constant(1e-3))
@@ -142,7 +144,7 @@ def test_a_checkpoint_of_one_mesh_is_read_on_any_other_scanned_or_not_with_the_s
     batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": np.pad(tokens, [(0, 0), (1, 0)])[:, :-1]}
     alone = jax.devices()[0]
     logits = [
-        jax.jit(functools.partial(model.forward, config))(jax.device_put(jax.device_get(params), alone), batch)
+        jax.jit(functools.partial(t5.forward, config))(jax.device_put(jax.device_get(params), alone), batch)
         for config, params in ((SMALL, state.params), (unrolled, found.params))
     ]
     np.testing.assert_allclose(*logits, atol=1e-6)

@@ -11,9 +11,11 @@ import pytest
 import tiny
 from core.conftest import stack_layers
 
-from t5x_lite import optim, packing, sharding, step
-from t5x_lite.losses import LossConfig
-from t5x_lite.model import T5Config, forward
+from t5x_lite import sharding
+from t5x_lite.data import packing
+from t5x_lite.model.t5 import T5Config, forward
+from t5x_lite.training import optim, step
+from t5x_lite.training.losses import LossConfig
 
 # Both dimensions of the MLP kernels reach 128, so that Adafactor factors them.
 CONFIG = T5Config(

@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 import run
 from benchmarks import study
-from t5x_lite import work
+from t5x_lite.cli import task_setup
 
 pytestmark = pytest.mark.usefixtures("same_root_logger")
 
@@ -33,7 +33,7 @@ def test_every_run_is_one_that_the_command_takes(tmp_path):
         none = experiment.name == "short_rows" or "random" in experiment.name
         start = None if none else str(tmp_path / ("short_rows" if experiment.name == "pretrain" else "pretrain"))
         assert found.initial_checkpoint_path == start
-        partitioner = work.partitioner(found, devices=jax.devices()[:1])
+        partitioner = task_setup.partitioner(found, devices=jax.devices()[:1])
         trained[experiment.name] = found.optimizer.trainable.count(partitioner.abstract.params)
     assert trained["full-0"] == trained["equal-0"] == 11_540_224
     assert trained["bias_norm-0"] < trained["lora-0"] < trained["adapters-0"] < trained["frozen_encoder-0"]

@@ -11,7 +11,9 @@ import pytest
 import tiny
 from core.test_step import program
 
-from t5x_lite import packing, sharding, step, train, watch
+from t5x_lite import sharding
+from t5x_lite.data import packing
+from t5x_lite.training import loop, monitors, step
 
 BAD = 999  # no token of the vocabulary: the loss is NaN
 
@@ -43,7 +45,7 @@ def run(tokens, **options):
     compiler, abstract, train_step = program(tiny.SMALL, (1, 1, 1), tiny.DESCENT, step.T5_LOSS, 1)
     state = tiny.random_state(tiny.DESCENT, abstract)
     kept = options.pop("kept", None) or Kept()
-    trained = train.train(
+    trained = loop.train(
         state,
         train_step,
         iter([batch(token) for token in tokens]),
@@ -51,7 +53,7 @@ def run(tokens, **options):
         rows=sharding.batch_sharding(compiler.mesh),
         logger=kept,
         saver=kept,
-        **{"schedule": train.Schedule(len(tokens), save=1), **options},
+        **{"schedule": loop.Schedule(len(tokens), save=1), **options},
     )
     return trained, kept
 
@@ -83,15 +85,15 @@ def test_too_many_such_steps_stop_the_run_and_keep_the_batch():
 
 def test_told_to_stop_it_saves_at_the_next_step():
     kept = Kept()
-    with pytest.raises(watch.Preempted) as stopped:
-        run([4] * 9, stop=lambda number: number == 5, schedule=train.Schedule(9, save=100), kept=kept)
+    with pytest.raises(monitors.Preempted) as stopped:
+        run([4] * 9, stop=lambda number: number == 5, schedule=loop.Schedule(9, save=100), kept=kept)
     assert stopped.value.code == 75
     assert [(number, at) for number, at, _ in kept.saved] == [(5, 5)]
 
 
 def test_sigterm_is_heard_once_and_again():
     before = signal.getsignal(signal.SIGTERM)
-    with watch.StopNotice().listening() as stop:
+    with monitors.StopNotice().listening() as stop:
         assert not stop(1)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -100,7 +102,7 @@ def test_sigterm_is_heard_once_and_again():
 
 
 def test_a_run_that_stands_still_says_where(caplog, capfd):
-    with watch.Progress(seconds=0.2).watched() as progress:
+    with monitors.Progress(seconds=0.2).watched() as progress:
         progress.step(7)
         deadline = time.monotonic() + 10
         while "No progress" not in caplog.text and time.monotonic() < deadline:
@@ -112,8 +114,8 @@ def test_a_run_that_stands_still_says_where(caplog, capfd):
 def test_a_jump_of_the_loss_is_warned_of(caplog):
     caplog.set_level(logging.WARNING)
     random = np.random.default_rng(0)
-    spikes = watch.Spikes(window=50)
+    spikes = monitors.Spikes(window=50)
     falling = 6.0 - np.linspace(0, 1, 400) + random.normal(0, 0.05, 400)
     assert not any(spikes(n, float(x)) for n, x in enumerate(falling))
     assert spikes(400, 7.0) and "step 400 is 7" in caplog.text
-    assert not watch.Spikes()(0, 1e9)
+    assert not monitors.Spikes()(0, 1e9)

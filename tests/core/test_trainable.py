@@ -16,11 +16,12 @@ import tiny
 from core.test_step import CONFIG, ROWS, TARGETS, make_batch, program, run
 from flax import traverse_util
 
-from t5x_lite import checkpoint, convert, optim, sharding, step
+from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.checkpoint import saving
-from t5x_lite.config import ADAPTER_PARAMS
-from t5x_lite.model import T5, T5Config, forward
-from t5x_lite.trainable import Trainable, gradual_unfreezing
+from t5x_lite.model.config import ADAPTER_PARAMS
+from t5x_lite.model.t5 import T5, T5Config, forward
+from t5x_lite.training import optim, step
+from t5x_lite.training.freezing import Trainable, gradual_unfreezing
 
 slow = pytest.mark.slow
 ADAPTERS = (("/adapter/|norm/scale", True),)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import seqio
 
-from t5x_lite import data, describe, sharding, step
+from t5x_lite import sharding
 from t5x_lite.bert import BertConfig
 from t5x_lite.bert.feature_converters import PretrainingFeatureConverter
-from t5x_lite.losses import LossConfig
-from t5x_lite.optim import adamw, constant, make_optimizer
+from t5x_lite.data import inspection, pipeline
+from t5x_lite.training import step
+from t5x_lite.training.losses import LossConfig
+from t5x_lite.training.optim import adamw, constant, make_optimizer
 from tasks import bert, vocabulary
 
 LENGTHS = {"inputs": 64}
@@ -102,11 +104,11 @@ def test_word_pieces_have_their_own_special_tokens(tmp_path):
 
 @pytest.mark.slow
 def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
-    batches = data.TrainBatches("c4_v220_bert", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
+    batches = pipeline.TrainBatches("c4_v220_bert", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
     batch = next(batches)
     assert {name: x.shape for name, x in batch.items()} == batches.shapes
     assert batch["random"].shape == (8, 1) and batch["segments"].shape == (8, 64)
-    text = describe.describe_batch(batch, vocabulary.default_vocabulary())
+    text = inspection.describe_batch(batch, vocabulary.default_vocabulary())
     assert "says" in text and "the second part" in text
 
     config = BertConfig(d_model=16, d_ff=24, num_heads=2, num_layers=2, vocab_size=384, max_length=64, dropout_rate=0.0)
@@ -133,6 +135,6 @@ def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
 
 def test_a_task_for_another_kind_of_model_is_refused(examples):
     with pytest.raises(ValueError, match="also needs segments, random"):
-        data.TrainBatches("c4_v220_lm", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
+        pipeline.TrainBatches("c4_v220_lm", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
     with pytest.raises(ValueError, match="must give a length for inputs and nothing else"):
-        data.TrainBatches("c4_v220_bert", {**LENGTHS, "targets": 9}, batch_size=8, seed=0, converter=CONVERTER)
+        pipeline.TrainBatches("c4_v220_bert", {**LENGTHS, "targets": 9}, batch_size=8, seed=0, converter=CONVERTER)

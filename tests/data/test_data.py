@@ -8,8 +8,9 @@ import seqio
 import tensorflow as tf
 
 import tasks  # noqa: F401  registers C4
-from t5x_lite import convert, data, describe
-from t5x_lite.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
+from t5x_lite import convert
+from t5x_lite.data import inspection, pipeline
+from t5x_lite.data.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
 from tasks import vocabulary
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=10)
@@ -58,8 +59,8 @@ def registered():
         seqio.TaskRegistry.remove(name)
 
 
-def batches(seed=5, **changes) -> data.TrainBatches:
-    return data.TrainBatches("data_test_mix", LENGTHS, **{"batch_size": 4, "seed": seed, **changes})
+def batches(seed=5, **changes) -> pipeline.TrainBatches:
+    return pipeline.TrainBatches("data_test_mix", LENGTHS, **{"batch_size": 4, "seed": seed, **changes})
 
 
 def take(stream, count):
@@ -79,7 +80,7 @@ def test_batches_have_the_agreed_names_shapes_and_dtype():
     assert {v.dtype for v in batch.values()} == {np.dtype(np.int32)}
     assert batch["encoder_segment_ids"].max() > 1, "packed"
     assert batches().shapes == {k: v.shape for k, v in batch.items()}
-    (unpacked,) = take(batches(converter=data.UNPACKED), 1)
+    (unpacked,) = take(batches(converter=pipeline.UNPACKED), 1)
     assert set(unpacked) == {"encoder_input_tokens"} | {t for t in targets if "segment" not in t and "pos" not in t}
 
 
@@ -92,7 +93,7 @@ def reference(registered):
 def test_the_seed_fixes_the_order(reference):
     assert equal(take(batches(), 30), reference[:30])
     assert not equal(take(batches(seed=6), 30), reference[:30])
-    text = describe.describe_batch(reference[0], VOCABULARY) + describe.describe_batch(reference[1], VOCABULARY)
+    text = inspection.describe_batch(reference[0], VOCABULARY) + inspection.describe_batch(reference[1], VOCABULARY)
     assert "long" in text
     assert "short" in text
 
@@ -116,7 +117,7 @@ def test_a_position_in_other_data_is_refused(tmp_path):
         batches(seed=6, batch_size=8).restore(str(tmp_path))
 
 
-def of_host(host, hosts, **options) -> data.TrainBatches:
+def of_host(host, hosts, **options) -> pipeline.TrainBatches:
     rows = 8 // hosts
     options = {"batch_size": 8, "rows": (host * rows, (host + 1) * rows), **options}
     return batches(**options)
@@ -125,8 +126,8 @@ def of_host(host, hosts, **options) -> data.TrainBatches:
 def test_hosts_share_the_batch_and_see_different_examples():
     seen = []
     for host in range(2):
-        stream = data.TrainBatches(
-            "data_test_short", LENGTHS, batch_size=4, seed=1, converter=data.UNPACKED, rows=(2 * host, 2 * host + 2)
+        stream = pipeline.TrainBatches(
+            "data_test_short", LENGTHS, batch_size=4, seed=1, converter=pipeline.UNPACKED, rows=(2 * host, 2 * host + 2)
         )
         rows = [row for batch in take(stream, 30) for row in batch["decoder_target_tokens"]]
         assert len(rows) == 60
@@ -179,13 +180,13 @@ def test_examples_that_run_out_are_said_not_waited_for():
     )
     try:
         with pytest.raises(ValueError, match="data_test_empty ran out of examples"):
-            next(data.TrainBatches("data_test_empty", LENGTHS, batch_size=2, seed=0, shuffle=False))
+            next(pipeline.TrainBatches("data_test_empty", LENGTHS, batch_size=2, seed=0, shuffle=False))
     finally:
         seqio.TaskRegistry.remove("data_test_empty")
 
 
 def test_eval_batches_are_whole_in_order_and_weigh_what_fills_up_as_nothing():
-    stream = data.EvalBatches("data_test_long", LENGTHS, batch_size=4)
+    stream = pipeline.EvalBatches("data_test_long", LENGTHS, batch_size=4)
     first, second = list(stream)
     assert equal([first, second], list(stream)), "again and again"
     targets = [VOCABULARY.decode(row.tolist()) for b in (first, second) for row in b["decoder_target_tokens"]]
@@ -193,15 +194,15 @@ def test_eval_batches_are_whole_in_order_and_weigh_what_fills_up_as_nothing():
     assert first["decoder_loss_weights"].sum() == 8  # a digit and an EOS each
     assert second["decoder_loss_weights"].sum(axis=1).tolist() == [2, 2, 2, 0]
     assert all(not second[k][3].any() for k in second)
-    limited = data.EvalBatches("data_test_long", LENGTHS, batch_size=4, num_batches=1)
+    limited = pipeline.EvalBatches("data_test_long", LENGTHS, batch_size=4, num_batches=1)
     assert equal(list(limited), [first])
     assert next(iter(limited)) is next(iter(limited)), "read once"
 
 
 def test_packed_eval_batches_are_the_same_examples_in_fewer_rows():
     plain, packed = (
-        list(data.EvalBatches("data_test_long", LENGTHS, batch_size=2, converter=converter))
-        for converter in (data.UNPACKED, data.PACKED)
+        list(pipeline.EvalBatches("data_test_long", LENGTHS, batch_size=2, converter=converter))
+        for converter in (pipeline.UNPACKED, pipeline.PACKED)
     )
     for name in ("encoder_input_tokens", "decoder_target_tokens"):
         tokens = [np.concatenate([batch[name].ravel() for batch in of]) for of in (plain, packed)]
@@ -210,8 +211,10 @@ def test_packed_eval_batches_are_the_same_examples_in_fewer_rows():
 
 
 def test_eval_batches_of_two_hosts_are_those_of_one_cut_in_two():
-    whole = list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4))
-    parts = [list(data.EvalBatches("data_test_long", LENGTHS, batch_size=4, rows=rows)) for rows in ((0, 2), (2, 4))]
+    whole = list(pipeline.EvalBatches("data_test_long", LENGTHS, batch_size=4))
+    parts = [
+        list(pipeline.EvalBatches("data_test_long", LENGTHS, batch_size=4, rows=rows)) for rows in ((0, 2), (2, 4))
+    ]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
     assert equal(joined, whole)
 
@@ -220,7 +223,7 @@ def test_the_tokenizer_is_kept_where_load_finds_it(tmp_path, data_dir):
     file = data_dir / "vocab" / "sentencepiece.model"
     vocabulary.set_default(str(file))
     try:
-        data.keep_tokenizer("c4_v220_span_corruption", tmp_path)
+        pipeline.keep_tokenizer("c4_v220_span_corruption", tmp_path)
     finally:
         vocabulary.set_default(None)
     assert convert.tokenizer_file(tmp_path) == tmp_path / "spiece.model"
@@ -229,22 +232,22 @@ def test_the_tokenizer_is_kept_where_load_finds_it(tmp_path, data_dir):
 
 def test_tasks_with_split(caplog):
     caplog.set_level(logging.INFO)
-    assert data.tasks_with_split("data_test_mix", "validation") == ["data_test_long"]
+    assert pipeline.tasks_with_split("data_test_mix", "validation") == ["data_test_long"]
     assert "data_test_short" in caplog.text
-    assert data.tasks_with_split("data_test_mix", "train") == ["data_test_long", "data_test_short"]
+    assert pipeline.tasks_with_split("data_test_mix", "train") == ["data_test_long", "data_test_short"]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.find_provider("data_test_mux"), r"'data_test_mux' .* Nearest of \d+: data_test_mix"),
-        (lambda: data.check_split("data_test_short", "validation"), r"no split 'validation', only \['train'\]"),
-        (lambda: data.check_split("data_test_nothing", "train"), "rate 0 for every task"),
-        (lambda: data.check_lengths("data_test_mix", {"inputs": 5}), r"\{'inputs': 5\} must give a length for"),
-        (lambda: data.check_lengths("data_test_mix", {**LENGTHS, "extra": 1}), "and nothing else"),
-        (lambda: data.check_lengths("data_test_mix", {**LENGTHS, "inputs": 0}), "above 0"),
+        (lambda: pipeline.find_provider("data_test_mux"), r"'data_test_mux' .* Nearest of \d+: data_test_mix"),
+        (lambda: pipeline.check_split("data_test_short", "validation"), r"no split 'validation', only \['train'\]"),
+        (lambda: pipeline.check_split("data_test_nothing", "train"), "rate 0 for every task"),
+        (lambda: pipeline.check_lengths("data_test_mix", {"inputs": 5}), r"\{'inputs': 5\} must give a length for"),
+        (lambda: pipeline.check_lengths("data_test_mix", {**LENGTHS, "extra": 1}), "and nothing else"),
+        (lambda: pipeline.check_lengths("data_test_mix", {**LENGTHS, "inputs": 0}), "above 0"),
         (
-            lambda: data.check_vocabulary("data_test_mix", 268),
+            lambda: pipeline.check_vocabulary("data_test_mix", 268),
             r"ids up to 268 in 'inputs' \(vocabulary of 269: ByteVocabulary\), the model has vocab_size=268. .*=384",
         ),
     ],
@@ -255,10 +258,10 @@ def test_what_does_not_fit_is_refused_with_names_and_numbers(call, message):
 
 
 def test_a_vocabulary_that_fits_passes_and_one_far_too_small_is_remarked_on(caplog):
-    data.check_vocabulary("data_test_mix", 269)
-    data.check_vocabulary("data_test_mix", 384)
+    pipeline.check_vocabulary("data_test_mix", 269)
+    pipeline.check_vocabulary("data_test_mix", 384)
     assert not caplog.records
-    data.check_vocabulary("data_test_mix", 32128)
+    pipeline.check_vocabulary("data_test_mix", 32128)
     assert "uses 269 ids in 'inputs', the model has vocab_size=32128" in caplog.text
 
 
@@ -277,7 +280,7 @@ def test_describe_batch_shows_segments_positions_spans_and_efficiency():
         "decoder_positions": [[*range(6), *range(2)]],
         "decoder_loss_weights": [[1] * 8],
     }
-    assert describe.describe_batch({k: np.array(v) for k, v in batch.items()}, VOCABULARY).splitlines() == [
+    assert inspection.describe_batch({k: np.array(v) for k, v in batch.items()}, VOCABULARY).splitlines() == [
         "row 0: inputs 8/10 tokens, targets 8/8, 2 segments",
         "  segment 1: inputs [0:5] (positions 0..4), targets [0:6] (positions 0..5)",
         "    inputs:  abc",
@@ -315,7 +318,7 @@ def test_rows_are_seqios(converter, with_inputs, pack):
     signature = {k: tf.TensorSpec([None], tf.int32) for k in lengths}
     dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=signature)
     expected = list(CONVERTERS[converter, with_inputs](pack=pack)(dataset, lengths).as_numpy_iterator())
-    found = list(data._rows("a task", dataset, lengths, converter(pack)).unbatch().as_numpy_iterator())
+    found = list(pipeline._rows("a task", dataset, lengths, converter(pack)).unbatch().as_numpy_iterator())
     assert not pack or max(x["decoder_segment_ids"].max() for x in expected) > 1
     for x, y in zip(found, expected, strict=True):
         if not with_inputs:  # SeqIO's language model has no prefix; ours is the start token alone, which all see anyway
@@ -329,13 +332,13 @@ def test_rows_are_seqios(converter, with_inputs, pack):
 def test_examples_without_inputs_are_for_a_decoder_alone():
     dataset = tf.data.Dataset.from_tensors({"targets": tf.constant([1, 2])})
     with pytest.raises(ValueError, match="no inputs: they are for a decoder alone"):
-        data._rows("a task", dataset, LENGTHS, EncDecFeatureConverter())
+        pipeline._rows("a task", dataset, LENGTHS, EncDecFeatureConverter())
 
 
 def test_a_batch_of_a_decoder_alone_is_read_back_as_text():
     batch = next(batches(converter=DecoderFeatureConverter()))
     assert batch["decoder_target_tokens"].shape == (4, 36)
-    text = describe.describe_batch(batch, VOCABULARY)
-    plain = describe.describe_batch(next(batches()), VOCABULARY)
+    text = inspection.describe_batch(batch, VOCABULARY)
+    plain = inspection.describe_batch(next(batches()), VOCABULARY)
     line = next(line for line in plain.splitlines() if "inputs:  " in line)
     assert line in text and "segment 2" in text

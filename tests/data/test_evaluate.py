@@ -9,7 +9,8 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite import data, evaluate, packing
+from t5x_lite.data import packing, pipeline
+from t5x_lite.inference import evaluator
 from tasks import metrics
 
 VOCABULARY = seqio.ByteVocabulary()
@@ -90,7 +91,7 @@ def lines(path):
 
 def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    evaluation = evaluate.Evaluation("eval_test_mix", LENGTHS, batch_size=2, predictions=tmp_path / "predictions")
+    evaluation = evaluator.Evaluation("eval_test_mix", LENGTHS, batch_size=2, predictions=tmp_path / "predictions")
     assert evaluation.tasks == ["eval_test_all", "eval_test_first"]
     assert "no split 'validation': eval_test_train_only" in caplog.text
     assert "No metrics beside the loss: eval_test_unmeasured" in caplog.text
@@ -124,24 +125,24 @@ def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
 def test_predictions_that_cannot_be_written_do_not_cost_the_scores(tmp_path, caplog):
     (tmp_path / "predictions").write_text("a file where the folder should be")
     model, options = Model(), {"batch_size": 2, "predictions": tmp_path / "predictions"}
-    found = evaluate.Evaluation("eval_test_first", LENGTHS, **options).run(model.predict, model.score, step=7)
+    found = evaluator.Evaluation("eval_test_first", LENGTHS, **options).run(model.predict, model.score, step=7)
     assert found == {"eval_test_first": {"accuracy": 100.0}}
     assert "predictions/eval_test_first-7.jsonl could not be written" in caplog.text
 
 
 def test_a_limit_and_a_task_that_cannot_be_evaluated():
     model = Model()
-    limited = evaluate.Evaluation("eval_test_first", LENGTHS, batch_size=4, num_examples=3)
+    limited = evaluator.Evaluation("eval_test_first", LENGTHS, batch_size=4, num_examples=3)
     always_t = np.full((4, 2), VOCABULARY.encode("T")[0], np.int32)
     results = limited.run(lambda _: always_t, model.score, step=0)
     assert results == {"eval_test_first": {"accuracy": pytest.approx(200 / 3)}}, "of ONE, TWO, THREE"
-    nothing = evaluate.Evaluation("eval_test_train_only", LENGTHS, batch_size=4)
+    nothing = evaluator.Evaluation("eval_test_train_only", LENGTHS, batch_size=4)
     assert nothing.tasks == []
     assert nothing.run(model.predict, model.score, step=0) == {}
 
 
 def test_a_function_that_answers_in_the_wrong_shape_is_named():
-    evaluation = evaluate.Evaluation("eval_test_all", LENGTHS, batch_size=2)
+    evaluation = evaluator.Evaluation("eval_test_all", LENGTHS, batch_size=2)
     model = Model()
     with pytest.raises(ValueError, match=r"predict gave tokens of shape \(2, 1, 8\) for 2 rows: \[B, T\] is due"):
         evaluation.run(lambda tokens: model.predict(tokens)[:, None], model.score, step=0)
@@ -150,13 +151,13 @@ def test_a_function_that_answers_in_the_wrong_shape_is_named():
 
 
 def test_fill_up_adds_rows_of_nothing():
-    assert data.fill_up({"a": np.ones((1, 2), np.int32)}, 3)["a"].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert pipeline.fill_up({"a": np.ones((1, 2), np.int32)}, 3)["a"].tolist() == [[1, 1], [0, 0], [0, 0]]
 
 
 def test_short_rows_share_narrow_batches_and_every_answer_finds_its_example(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "WINDOW", 3)  # of 3 x 2 rows, and one of 3
     lengths, widths = {"inputs": 500, "targets": 450}, []
-    evaluation = evaluate.Evaluation("eval_test_lengths", lengths, batch_size=2, predictions=tmp_path)
+    evaluation = evaluator.Evaluation("eval_test_lengths", lengths, batch_size=2, predictions=tmp_path)
 
     def predict(tokens_BS):
         widths.append(tokens_BS.shape[1])
@@ -172,11 +173,11 @@ def test_short_rows_share_narrow_batches_and_every_answer_finds_its_example(tmp_
 
 def test_the_glue_average_stands_beside_its_tasks_or_the_log_says_what_it_lacks(caplog):
     scores = {task: dict.fromkeys(names, 50.0) for part in metrics.GLUE_AVERAGE for task, names in part.items()}
-    assert evaluate.averages(scores) == {"glue": {"average": 50.0}}
+    assert evaluator.averages(scores) == {"glue": {"average": 50.0}}
     del scores["glue_rte_v002"]
     caplog.set_level("INFO")
-    assert evaluate.averages(scores) == {}
+    assert evaluator.averages(scores) == {}
     assert "No GLUE average, for want of glue_rte_v002/accuracy." in caplog.text
     caplog.clear()
-    assert evaluate.averages({"glue_cola_v002": {"matthews_corrcoef": 1.0}}) == {}
+    assert evaluator.averages({"glue_cola_v002": {"matthews_corrcoef": 1.0}}) == {}
     assert not caplog.text

@@ -13,12 +13,14 @@ import tensorflow as tf
 
 import run
 import t5x_lite
-from t5x_lite import convert, data, describe, step
+from t5x_lite import convert
 from t5x_lite.bert import BertConfig, classification
 from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
 from t5x_lite.bert.wordpiece import WordPiece
 from t5x_lite.checkpoint import saving
-from t5x_lite.optim import adamw, constant, make_optimizer
+from t5x_lite.data import inspection, pipeline
+from t5x_lite.training import step
+from t5x_lite.training.optim import adamw, constant, make_optimizer
 from tasks import bert, glue_bert, vocabulary
 from tasks.vocabulary import WordPieceVocabulary
 
@@ -119,7 +121,7 @@ def test_every_task_of_glue_has_its_classes_and_metrics():
 
 
 def test_a_model_with_another_number_of_classes_is_refused():
-    features = data.find_provider("glue_mnli_bert").output_features
+    features = pipeline.find_provider("glue_mnli_bert").output_features
     two = BertConfig(**SIZES, heads=("pooler", "classify"), num_labels=2)
     with pytest.raises(ValueError, match=r"3 classes .*entailment, neutral.* --gin.BertConfig.num_labels=3"):
         two.for_task("glue_mnli_bert", features)
@@ -132,7 +134,9 @@ def test_tasks_of_other_classes_do_not_mix(corpus, bytes_vocabulary):
         write(corpus / f"glue/{name}/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n")
     seqio.MixtureRegistry.add("glue_bert_mix", ["glue_rte_bert", "glue_wnli_bert"], default_rate=1)
     with pytest.raises(ValueError, match="must use the same vocabulary"):
-        data.TrainBatches("glue_bert_mix", {"inputs": 16}, batch_size=2, seed=0, converter=ClassifierFeatureConverter())
+        pipeline.TrainBatches(
+            "glue_bert_mix", {"inputs": 16}, batch_size=2, seed=0, converter=ClassifierFeatureConverter()
+        )
     seqio.MixtureRegistry.remove("glue_bert_mix")
 
 
@@ -232,7 +236,7 @@ def test_a_position_among_wordpieces_can_be_gone_on_from(corpus, tmp_path):
     write(corpus / "glue/STS-B/train.tsv", f"index\tsentence1\tsentence2\tscore\n{text}")
 
     def batches():
-        return data.TrainBatches(
+        return pipeline.TrainBatches(
             "glue_stsb_bert",
             {"inputs": 12},
             batch_size=2,
@@ -254,7 +258,7 @@ def test_a_position_among_wordpieces_can_be_gone_on_from(corpus, tmp_path):
         "segments": ((2, 12), np.int32),
         "label": ((2, 1), np.float32),
     }
-    said = describe.describe_batch(batch, vocabulary.default_vocabulary())
+    said = inspection.describe_batch(batch, vocabulary.default_vocabulary())
     assert f"label {batch['label'][0, 0]}" in said
     assert "first:  [CLS] hello world" in said
     vocabulary.set_default(None)

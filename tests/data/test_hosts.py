@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from t5x_lite import hosts
+from t5x_lite import distributed
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -130,8 +130,8 @@ def test_four_processes_two_of_which_share_each_row_train_as_one(folder, one):
 
 def test_half_an_address_is_refused():
     with pytest.raises(ValueError, match="--process_count and --process_index go together"):
-        hosts.connect("localhost:1")
+        distributed.connect("localhost:1")
     with pytest.raises(ValueError, match="must be HOST:PORT"):
-        hosts.connect("localhost", 2, 0)
+        distributed.connect("localhost", 2, 0)
     with pytest.raises(ValueError, match="below --process_count=2"):
-        hosts.connect("localhost:1", 2, 2)
+        distributed.connect("localhost:1", 2, 2)

@@ -9,7 +9,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite import infer
+from t5x_lite.inference import batch_prediction
 
 VOCABULARY = seqio.ByteVocabulary()
 FEATURES = {k: seqio.Feature(VOCABULARY, add_eos=True) for k in ("inputs", "targets")}
@@ -64,13 +64,13 @@ class Model:
 
 def predict(source, model, path, lengths=LENGTHS, batch_size=2, **about):
     with jax.transfer_guard("disallow"):
-        return infer.write_predictions(
+        return batch_prediction.write_predictions(
             *(source, model.generate, path), vocabulary=VOCABULARY, lengths=lengths, batch_size=batch_size, about=about
         )
 
 
 def score(source, model, path, **about):
-    return infer.write_scores(source, model.score, path, lengths=LENGTHS, batch_size=2, about=about)
+    return batch_prediction.write_scores(source, model.score, path, lengths=LENGTHS, batch_size=2, about=about)
 
 
 def lines(path):
@@ -79,18 +79,18 @@ def lines(path):
 
 def test_predictions_and_scores_of_a_task_in_its_order(tmp_path):
     model, path = Model(), tmp_path / "out" / "predictions.jsonl"
-    assert predict(infer.task_source(TASK, LENGTHS), model, path) == 5
+    assert predict(batch_prediction.task_source(TASK, LENGTHS), model, path) == 5
     assert lines(path) == [
         {"inputs": w, "targets": w.upper(), "prediction": w.upper(), "score": -len(w) - 1.0} for w in WORDS
     ]
     assert model.shapes == [(2, 8)] * 3, "always whole batches"
-    few = infer.task_source(TASK, LENGTHS, num_examples=2)
+    few = batch_prediction.task_source(TASK, LENGTHS, num_examples=2)
     assert score(few, model, tmp_path / "scores.jsonl") == 2
     assert lines(tmp_path / "scores.jsonl")[1] == {"inputs": "two", "targets": "TWO", "score": -4.0}
 
 
 def test_several_results_for_each_input_as_many_as_there_are(tmp_path):
-    predict(infer.task_source(TASK, LENGTHS, num_examples=1), Model(results=3), tmp_path / "p.jsonl")
+    predict(batch_prediction.task_source(TASK, LENGTHS, num_examples=1), Model(results=3), tmp_path / "p.jsonl")
     expected = {"inputs": "one", "targets": "ONE", "predictions": ["ONE", "ONE!"], "scores": [-4.0, -5.0]}
     assert lines(tmp_path / "p.jsonl") == [expected]
 
@@ -99,18 +99,18 @@ def test_predictions_count_nothing_behind_the_end(tmp_path):
     tokens = np.array([[[*VOCABULARY.encode("AB"), 1, *VOCABULARY.encode("CD")]]] * 2, np.int32)
     model = Model()
     model.generate = lambda _: (tokens, np.zeros((2, 1)))
-    predict(infer.task_source(TASK, LENGTHS, num_examples=1), model, tmp_path / "p.jsonl")
+    predict(batch_prediction.task_source(TASK, LENGTHS, num_examples=1), model, tmp_path / "p.jsonl")
     assert lines(tmp_path / "p.jsonl")[0]["prediction"] == "AB"
     model.generate = lambda _: (tokens[:, 0], np.zeros(2))
     with pytest.raises(ValueError, match=r"generate gave tokens of shape \(2, 5\) .* for 2 rows: \[B, N, T\]"):
-        predict(infer.task_source(TASK, LENGTHS), model, tmp_path / "q.jsonl")
+        predict(batch_prediction.task_source(TASK, LENGTHS), model, tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize("name", ["lines.txt", "lines.txt.gz"])
 def test_a_text_file_is_answered_line_by_line_blank_ones_too(tmp_path, name):
     content = b"one\n\nfour and more\n"
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    source = infer.file_source(str(tmp_path / name), FEATURES, LENGTHS)
+    source = batch_prediction.file_source(str(tmp_path / name), FEATURES, LENGTHS)
     assert source.total == 3
     examples = list(source.read(0))
     assert [(e.inputs, e.targets, e.target_tokens) for e in examples] == [
@@ -134,8 +134,8 @@ def test_a_text_file_is_answered_line_by_line_blank_ones_too(tmp_path, name):
 def test_tokens_of_a_file_are_those_of_the_task(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"inputs": w, "targets": w.upper(), "id": 1}) + "\n" for w in WORDS))
-    from_file = infer.file_source(str(path), FEATURES, LENGTHS, with_targets=True).read(2)
-    from_task = infer.task_source(TASK, LENGTHS).read(2)
+    from_file = batch_prediction.file_source(str(path), FEATURES, LENGTHS, with_targets=True).read(2)
+    from_task = batch_prediction.task_source(TASK, LENGTHS).read(2)
     for a, b in zip(from_file, from_task, strict=True):
         assert (a.inputs, a.targets) == (b.inputs, b.targets)
         assert np.array_equal(a.input_tokens, b.input_tokens)
@@ -155,9 +155,9 @@ def test_a_bad_row_is_named_before_anything_is_computed(tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"inputs": "x", "targets": "y"}}\n{row}\n')
     with pytest.raises(ValueError, match=message):
-        infer.file_source(str(path), FEATURES, LENGTHS, with_targets=True)
+        batch_prediction.file_source(str(path), FEATURES, LENGTHS, with_targets=True)
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.txt'"):
-        infer.file_source("nowhere.txt", FEATURES, LENGTHS)
+        batch_prediction.file_source("nowhere.txt", FEATURES, LENGTHS)
 
 
 def test_a_language_models_task_has_no_inputs_and_its_file_none_that_end(tmp_path):
@@ -172,8 +172,8 @@ def test_a_language_models_task_has_no_inputs_and_its_file_none_that_end(tmp_pat
     )
     model, path = Model(), tmp_path / "scores.jsonl"
     try:
-        infer.write_scores(
-            *(infer.task_source("infer_test_lm", {"targets": 6}), model.score, path),
+        batch_prediction.write_scores(
+            *(batch_prediction.task_source("infer_test_lm", {"targets": 6}), model.score, path),
             lengths={"targets": 6}, batch_size=2, about={},
         )  # fmt: skip
     finally:
@@ -182,10 +182,10 @@ def test_a_language_models_task_has_no_inputs_and_its_file_none_that_end(tmp_pat
     assert set(model.shapes) == {(2, 1)}
     (tmp_path / "in.txt").write_text("one\n")
     features = {"targets": FEATURES["targets"]}
-    (example,) = infer.file_source(str(tmp_path / "in.txt"), features, LENGTHS).read(0)
+    (example,) = batch_prediction.file_source(str(tmp_path / "in.txt"), features, LENGTHS).read(0)
     assert example.input_tokens.tolist() == VOCABULARY.encode("one")
     with pytest.raises(ValueError, match="no length for the inputs"):
-        infer.file_source(str(tmp_path / "in.txt"), features, {"targets": 6})
+        batch_prediction.file_source(str(tmp_path / "in.txt"), features, {"targets": 6})
 
 
 def long_file(path, count):
@@ -197,7 +197,7 @@ def long_file(path, count):
 def test_rows_of_similar_length_share_a_narrow_batch_and_come_back_in_order(tmp_path):
     texts = long_file(tmp_path / "in.txt", 150)
     lengths, model = {"inputs": 256, "targets": 4}, Model()
-    source = infer.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
+    source = batch_prediction.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
     predict(source, model, tmp_path / "out.jsonl", lengths, batch_size=4)
     assert [row["inputs"] for row in lines(tmp_path / "out.jsonl")] == texts
     assert [row["prediction"] for row in lines(tmp_path / "out.jsonl")] == [text.upper() for text in texts]
@@ -205,14 +205,16 @@ def test_rows_of_similar_length_share_a_narrow_batch_and_come_back_in_order(tmp_
     assert set(widths) == {64, 128, 192, 256}
     assert widths[:16] == sorted(widths[:16], reverse=True), "a window"
     assert sum(widths) * 4 < 1.2 * sum(len(text) + 1 + 32 for text in texts), "little is padding"
-    examples = [[infer.Example("", "", None, np.ones(n), None)] for n in range(1, 2049)]
-    assert {infer.width(group, {"inputs": 2048}, "inputs") for group in examples} == set(range(256, 2049, 256))
+    examples = [[batch_prediction.Example("", "", None, np.ones(n), None)] for n in range(1, 2049)]
+    assert {batch_prediction.width(group, {"inputs": 2048}, "inputs") for group in examples} == set(
+        range(256, 2049, 256)
+    )
 
 
 def test_what_was_written_before_a_stop_is_gone_on_with_to_the_same_bytes(tmp_path):
     long_file(tmp_path / "in.txt", 150)
     lengths = {"inputs": 256, "targets": 4}
-    source = infer.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
+    source = batch_prediction.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     predict(source, Model(), whole, lengths)
     calls = 0
@@ -237,7 +239,7 @@ def test_what_was_written_before_a_stop_is_gone_on_with_to_the_same_bytes(tmp_pa
 def test_what_another_run_has_begun_is_refused_and_what_it_has_ended_is_replaced(tmp_path, caplog):
     long_file(tmp_path / "in.txt", 50)
     lengths, out = {"inputs": 256, "targets": 4}, tmp_path / "out.jsonl"
-    source = infer.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
+    source = batch_prediction.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
     with pytest.raises(KeyboardInterrupt):
         predict(source, Model(dies_at=20), out, lengths, checkpoint="a", decoding={"method": "greedy"})
     written = (tmp_path / "out.jsonl.partial").read_bytes()
@@ -246,7 +248,7 @@ def test_what_another_run_has_begun_is_refused_and_what_it_has_ended_is_replaced
     ):
         predict(source, Model(), out, lengths, checkpoint="b", decoding={"method": "greedy"})
     (tmp_path / "in.txt").write_text("another\n" * 50)
-    changed = infer.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
+    changed = batch_prediction.file_source(str(tmp_path / "in.txt"), FEATURES, lengths)
     with pytest.raises(ValueError, match=r"begun by another run \(sha256 was"):
         predict(changed, Model(), out, lengths, checkpoint="a", decoding={"method": "greedy"})
     assert (tmp_path / "out.jsonl.partial").read_bytes() == written

@@ -15,7 +15,8 @@ import pytest
 import torture
 
 import run
-from t5x_lite import logs, watch
+from t5x_lite.metrics import metric_logger
+from t5x_lite.training import monitors
 
 LINES = [{"inputs": f"reverse: {word}", "targets": word[::-1]} for word in "one two three four five six seven".split()]
 
@@ -158,17 +159,19 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
 
 @pytest.mark.slow
 def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_on(command, monkeypatch):
-    settled, settle = [], logs.MetricLogger.settle
+    settled, settle = [], metric_logger.MetricLogger.settle
     monkeypatch.setattr(
-        logs.MetricLogger, "settle", lambda self: settled.append(threading.current_thread().name) or settle(self)
+        metric_logger.MetricLogger,
+        "settle",
+        lambda self: settled.append(threading.current_thread().name) or settle(self),
     )
     command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='whole'")
     assert len([name for name in settled if name != "MainThread"]) == 2, "before each checkpoint counts"
     with monkeypatch.context() as told:
-        told.setattr(watch.StopNotice, "__call__", lambda self, step: step == 3)
+        told.setattr(monitors.StopNotice, "__call__", lambda self, step: step == 3)
         with pytest.raises(SystemExit) as stopped:
             command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='parts'")
-    assert stopped.value.code == watch.PREEMPTED
+    assert stopped.value.code == monitors.PREEMPTED
     assert [r["step"] for r in records("parts", "train")] == [1, 2, 3] and not records("parts", "validation")
     command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='parts'")
     assert [r["step"] for r in records("parts", "validation")] == [3, 5]

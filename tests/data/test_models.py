@@ -6,8 +6,8 @@ import seqio
 import tensorflow as tf
 from models import CONFIGS, lengths
 
-from t5x_lite import data
-from t5x_lite.interface import model_of
+from t5x_lite.data import pipeline
+from t5x_lite.model.interface import model_of
 
 TASK = "models_test_task"
 
@@ -35,7 +35,7 @@ def task():
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_batches_have_the_shapes_that_the_converter_says(config, pack):
     converter = model_of(config).feature_converter(pack)
-    stream = data.TrainBatches(TASK, lengths(config), batch_size=8, seed=0, converter=converter)
+    stream = pipeline.TrainBatches(TASK, lengths(config), batch_size=8, seed=0, converter=converter)
     said, batch = converter.batch(lengths(config), 8), next(stream)
     assert stream.shapes == {name: shape for name, (shape, _) in said.items()}
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == said

@@ -17,7 +17,7 @@ import pytest
 from t5x_lite.bert import BertConfig
 from t5x_lite.bert.network import Bert
 from t5x_lite.convert import huggingface
-from t5x_lite.model import T5, T5Config
+from t5x_lite.model.t5 import T5, T5Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torture
 
-from t5x_lite import logs
+from t5x_lite.metrics import metric_logger
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_comparison_sees_another_bit_and_a_step_twice(tmp_path):
     losses = [{"step": step, "split": "train", "loss": 1 / step} for step in range(1, torture.STEPS + 1)]
     changed = [{**record, "loss": record["loss"] + 1e-15 * (record["step"] == 9)} for record in losses]
     for name, records in (("alone", losses), ("same", losses), ("bit", changed), ("twice", [*losses[:9], *losses[8:]])):
-        logger = logs.MetricLogger(tmp_path / name, torture.STEPS)
+        logger = metric_logger.MetricLogger(tmp_path / name, torture.STEPS)
         for record in records:
             logger.train(record["step"], {"loss": record["loss"]}, 0.0)
         logger.close()

@@ -22,10 +22,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jax  # noqa: E402
 import tiny  # noqa: E402
 
-from t5x_lite import optim, sharding, step  # noqa: E402
-from t5x_lite import train as loop  # noqa: E402
+from t5x_lite import sharding  # noqa: E402
 from t5x_lite.checkpoint import saving  # noqa: E402
-from t5x_lite.config import T5Config  # noqa: E402
+from t5x_lite.model.config import T5Config  # noqa: E402
+from t5x_lite.training import (  # noqa: E402
+    loop,
+    optim,
+    step,
+)
 
 STEPS = 30
 

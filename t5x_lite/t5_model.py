@@ -11,14 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from t5x_lite import interface, model
-from t5x_lite.config import T5Config
-from t5x_lite.decode import Decoding
-from t5x_lite.feature_converter import FeatureConverter
-from t5x_lite.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
-from t5x_lite.partitioner import Partitioner
-from t5x_lite.predictor import Predictor
-from t5x_lite.text_predictor import TextPredictor
+from t5x_lite.data.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
+from t5x_lite.inference.decode import Decoding
+from t5x_lite.inference.predictor import Predictor
+from t5x_lite.inference.text_predictor import TextPredictor
+from t5x_lite.model import interface, t5
+from t5x_lite.model.config import T5Config
+from t5x_lite.model.feature_converter import FeatureConverter
+from t5x_lite.training.partitioner import Partitioner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,12 @@ class T5Model:
     def init(self, key: Key[Array, ""]) -> Any:
         token = jnp.zeros((1, 1), jnp.int32)
         inputs = None if self.config.decoder_only else token
-        return model.T5(self.config).init(key, inputs, token)["params"]
+        return t5.T5(self.config).init(key, inputs, token)["params"]
 
     def logits(
         self, params: Any, batch: interface.Batch, dropout_key: Key[Array, ""] | None = None
     ) -> Mapping[str, Float[Array, "B T V"]]:
-        return {"": model.forward(self.config, params, batch, dropout_key)}
+        return {"": t5.forward(self.config, params, batch, dropout_key)}
 
     def targets(self, batch: interface.Batch) -> Mapping[str, tuple[Array, Array]]:
         return {"": (batch["decoder_target_tokens"], batch["decoder_loss_weights"])}
@@ -63,7 +63,7 @@ class T5Model:
     def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
         from t5x_lite import convert
         from t5x_lite.convert import tokenizer
-        from t5x_lite.pretrained import LoadedModel
+        from t5x_lite.inference.pretrained import LoadedModel
 
         file = convert.tokenizer_file(path)
         vocabulary = tokenizer.beside(path) if file is None else tokenizer.Vocabulary(file)

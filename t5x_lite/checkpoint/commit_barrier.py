@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from t5x_lite import hosts
+from t5x_lite import distributed
 from t5x_lite.errors import UserFileError
 
 _MEETINGS = 2  # in a save
@@ -35,7 +35,7 @@ class Agreement:
         """Called by Orbax. Raises OSError: a process could not write its part; says which."""
         if "set_value" not in key:
             self._come(timeout_ms)
-            failed = [said for _, said in hosts.coordination_client().key_value_dir_get(self._name("failed/"))]
+            failed = [said for _, said in distributed.coordination_client().key_value_dir_get(self._name("failed/"))]
             if failed:
                 raise UserFileError(f"process {', '.join(failed)} could not write")
         elif threading.current_thread() is not threading.main_thread():  # the save has ended, in whatever way
@@ -45,7 +45,7 @@ class Agreement:
         """Where this process has not come to all meetings: it has failed, and the others are waiting."""
         if self._met < _MEETINGS:
             here = str(jax.process_index())
-            hosts.coordination_client().key_value_set(self._name(f"failed/{here}"), here, allow_overwrite=True)
+            distributed.coordination_client().key_value_set(self._name(f"failed/{here}"), here, allow_overwrite=True)
         while self._met < _MEETINGS:
             self._come(_TIMEOUT_MS)
 

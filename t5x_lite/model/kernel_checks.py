@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array
 
-from t5x_lite import hosts
+from t5x_lite import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def fastest(
     key = _hash(wanted)
     if key not in _choices:
         # What fails between the hosts is not caught: one that chose by itself would compile another program.
-        _choices[key] = hosts.broadcast(f"kernels/{key}", check)
+        _choices[key] = distributed.broadcast(f"kernels/{key}", check)
     return _choices[key]
 
 

@@ -6,10 +6,10 @@ This module knows no arrays. The dimensions' letters are those of model.py.
 import dataclasses
 from typing import Any, Literal, get_args
 
-from t5x_lite.attention import Implementation
 from t5x_lite.errors import UserError
-from t5x_lite.interface import ModelConfig
-from t5x_lite.layers import ACTIVATIONS
+from t5x_lite.model.attention import Implementation
+from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model.layers import ACTIVATIONS
 
 Remat = Literal["none", "minimal", "full"]
 Dtype = Literal["float32", "bfloat16"]

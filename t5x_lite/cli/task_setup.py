@@ -18,12 +18,12 @@ from typing import Any
 import jax
 
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converter import FeatureConverter
-from t5x_lite.folder import Folder
-from t5x_lite.interface import model_of
-from t5x_lite.partitioner import Partitioner
-from t5x_lite.predictor import Predictor, Scores
+from t5x_lite.inference.predictor import Predictor, Scores
+from t5x_lite.model.feature_converter import FeatureConverter
+from t5x_lite.model.interface import model_of
 from t5x_lite.run_config import RunConfig
+from t5x_lite.storage import Folder
+from t5x_lite.training.partitioner import Partitioner
 
 log = logging.getLogger("t5x_lite")
 
@@ -35,7 +35,7 @@ def prepare(run: RunConfig) -> str:
             "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
         )
     import_tasks(run)
-    from t5x_lite import data
+    from t5x_lite.data import pipeline
 
     name = run.mixture_or_task_name or ""
     if run.train_files:
@@ -45,19 +45,19 @@ def prepare(run: RunConfig) -> str:
     from tasks import cache, sources
 
     describe = cache.describe if run.use_cached_tasks else sources.describe
-    for task, read in describe(data.find_provider(name)).items():
+    for task, read in describe(pipeline.find_provider(name)).items():
         log.info("%s reads %s", task, read)
-    data.check_vocabulary(name, run.model.vocab_size)
-    data.check_lengths(name, run.task_feature_lengths, feature_converter(run))
+    pipeline.check_vocabulary(name, run.model.vocab_size)
+    pipeline.check_lengths(name, run.task_feature_lengths, feature_converter(run))
     with_labels(run, name)  # checks the task against the model
     return name
 
 
 def with_labels(run: RunConfig, name: str) -> RunConfig:
     """The run with a model config that has what the task says, such as the names of classes, for checkpoints."""
-    from t5x_lite import data
+    from t5x_lite.data import pipeline
 
-    return dataclasses.replace(run, model=run.model.for_task(name, data.find_provider(name).output_features))
+    return dataclasses.replace(run, model=run.model.for_task(name, pipeline.find_provider(name).output_features))
 
 
 def partitioner(run: RunConfig, devices: Sequence[Any] | None = None) -> Partitioner:
@@ -91,7 +91,7 @@ def import_tasks(run: RunConfig) -> None:
         import seqio
 
         import tasks
-        from t5x_lite import data  # noqa: F401  takes TensorFlow off the accelerators before its first op
+        from t5x_lite.data import pipeline  # noqa: F401  takes TensorFlow off the accelerators before its first op
 
     tasks.formats.set_bad_rows(run.bad_rows)
     modules = run.mixture_or_task_module or []
@@ -146,9 +146,9 @@ def _register_files(run: RunConfig) -> str:
 
 
 def train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None) -> Any:
-    from t5x_lite import data
+    from t5x_lite.data import pipeline
 
-    return data.TrainBatches(
+    return pipeline.TrainBatches(
         name,
         run.task_feature_lengths,
         batch_size=run.batch_size,
@@ -165,10 +165,11 @@ def evaluation(
     run: RunConfig, name: str, partitioner: Partitioner, predictor: Predictor, folder: Folder
 ) -> Callable[[Any, int], Scores]:
     """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
-    from t5x_lite import data, evaluate
+    from t5x_lite.data import pipeline
+    from t5x_lite.inference import evaluator
 
     batches = {
-        task: data.EvalBatches(
+        task: pipeline.EvalBatches(
             task,
             run.task_feature_lengths,
             batch_size=run.eval_batch_size,
@@ -179,7 +180,7 @@ def evaluation(
             use_cached=run.use_cached_tasks,
             rows=partitioner.local_rows(run.eval_batch_size),
         )
-        for task in data.tasks_with_split(name, run.eval_split)
+        for task in pipeline.tasks_with_split(name, run.eval_split)
     }
     if not batches:
         log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
@@ -198,7 +199,7 @@ def evaluation(
         scores = {task: predictor.loss(params, rows) for task, rows in batches.items()}
         of_tasks = metrics(params, at_step)
         scores = {task: {**values, **of_tasks.get(task, {})} for task, values in scores.items()}
-        return scores | evaluate.averages(scores)
+        return scores | evaluator.averages(scores)
 
     return evaluated
 
@@ -210,9 +211,9 @@ def _only_first(path: Path) -> Path | None:
 
 def vocabulary_file(run: RunConfig, name: str) -> str | None:
     """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
-    from t5x_lite import data
+    from t5x_lite.data import pipeline
 
-    return run.vocabulary or getattr(data.text_vocabulary(name), "sentencepiece_model_file", None)
+    return run.vocabulary or getattr(pipeline.text_vocabulary(name), "sentencepiece_model_file", None)
 
 
 def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
@@ -243,9 +244,9 @@ def rates(name: str) -> dict[str, float]:
     """The share of each task of a mixture in training, largest first."""
     import seqio
 
-    from t5x_lite import data
+    from t5x_lite.data import pipeline
 
-    provider = data.find_provider(name)
+    provider = pipeline.find_provider(name)
     if not isinstance(provider, seqio.Mixture):
         return {name: 1.0}
     rates = {t.name: provider.get_rate(t) for t in provider.tasks if "train" in t.splits}

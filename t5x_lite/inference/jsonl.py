@@ -20,8 +20,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from t5x_lite import logs
 from t5x_lite.errors import UserError
+from t5x_lite.metrics import metric_logger
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Progress:
         self._bar = tqdm(initial=done, total=total, unit=" lines", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self._done, self._first, self._total = done, done, total
         self._started = time.monotonic()
-        self._line_due = self._started + logs.SECONDS_BETWEEN_LINES
+        self._line_due = self._started + metric_logger.SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> "Progress":
         return self
@@ -167,7 +167,7 @@ class Progress:
         self._bar.update(lines)
         now = time.monotonic()
         if self._bar.disable and now >= self._line_due:
-            self._line_due = now + logs.SECONDS_BETWEEN_LINES
+            self._line_due = now + metric_logger.SECONDS_BETWEEN_LINES
             rate = (self._done - self._first) / (now - self._started)
             of, eta = "", ""
             if self._total is not None:

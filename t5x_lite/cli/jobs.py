@@ -18,16 +18,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, convert, logs, step, watch, work
-from t5x_lite import train as loop
-from t5x_lite.checkpoint import lock, saving
-from t5x_lite.config import ADAPTER_PARAMS
+from t5x_lite import checkpoint, convert
+from t5x_lite.checkpoint import saving
+from t5x_lite.cli import run_lock, task_setup
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
-from t5x_lite.folder import Folder
-from t5x_lite.interface import model_of
-from t5x_lite.partitioner import Partitioner
-from t5x_lite.predictor import Mode
+from t5x_lite.inference.predictor import Mode
+from t5x_lite.metrics import metric_logger
+from t5x_lite.metrics.metric_logger import MetricLogger
+from t5x_lite.model.config import ADAPTER_PARAMS
+from t5x_lite.model.interface import model_of
 from t5x_lite.run_config import RunConfig, last_step
+from t5x_lite.storage import Folder
+from t5x_lite.training import loop, monitors, step
+from t5x_lite.training.partitioner import Partitioner
 
 if TYPE_CHECKING:
     from t5x_lite.plan import Memory, Plan
@@ -68,9 +71,9 @@ def train(run: RunConfig, config: str) -> None:
       config: what is written to MODEL_DIR/config.gin, to do the same again.
     """
     last_step(run)  # refuses what is not set
-    partitioner = work.partitioner(run)
+    partitioner = task_setup.partitioner(run)
     try:
-        with lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+        with run_lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
             _train(run, config, partitioner)
     except OSError as error:
         if error.errno not in _DISK:
@@ -84,24 +87,26 @@ def train(run: RunConfig, config: str) -> None:
 def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
     last = last_step(run)
     start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
-    name = work.prepare(run)
-    from t5x_lite import data
+    name = task_setup.prepare(run)
+    from t5x_lite.data import pipeline
 
-    run = work.with_labels(run, name)
-    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in work.rates(name).items()))
+    run = task_setup.with_labels(run, name)
+    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in task_setup.rates(name).items()))
     log.info("%s on %s", _parameters(run, partitioner), partitioner)
-    batches = work.train_batches(run, name, partitioner.local_rows(run.batch_size))
-    folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
-    predictor = work.predictor(run, partitioner)
-    evaluation = work.evaluation(run, name, partitioner, predictor, folder)
+    batches = task_setup.train_batches(run, name, partitioner.local_rows(run.batch_size))
+    folder = Folder(run.model_dir, bring=(metric_logger.METRICS_FILE,))
+    predictor = task_setup.predictor(run, partitioner)
+    evaluation = task_setup.evaluation(run, name, partitioner, predictor, folder)
     with (
-        contextlib.closing(logs.MetricLogger(folder.path, last, _flops(run, partitioner), folder.publish)) as logger,
+        contextlib.closing(
+            metric_logger.MetricLogger(folder.path, last, _flops(run, partitioner), folder.publish)
+        ) as logger,
         _checkpointer(run, start, partitioner, logger.settle) as saver,
-        watch.StopNotice().listening() as stop,
+        monitors.StopNotice().listening() as stop,
     ):
         if jax.process_index() == 0:
             (folder.path / "config.gin").write_text(config)
-            data.keep_tokenizer(name, folder.path)
+            pipeline.keep_tokenizer(name, folder.path)
 
         log.info(start.reason)
         keys = jax.jit(  # compiled, so that they lie on all hosts
@@ -150,12 +155,12 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
             dump=partial(_dump, folder),
         )
         logger.settle()
-    if jax.process_index() == 0 and (report := work.report()):
+    if jax.process_index() == 0 and (report := task_setup.report()):
         at = folder.path
         start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
         command = f"python run.py --gin_file={at / 'config.gin'}"
-        next_steps = predictor.next_steps(command, start_from, work.vocabulary_file(run, name))
-        report.after_training(at, scores, int(state.step), work.about(run, name), next_steps)
+        next_steps = predictor.next_steps(command, start_from, task_setup.vocabulary_file(run, name))
+        report.after_training(at, scores, int(state.step), task_setup.about(run, name), next_steps)
         folder.publish()
 
 
@@ -224,18 +229,18 @@ def _checkpointer(
 def eval(run: RunConfig) -> None:
     """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
     _, at_step, restore = _checkpoint_to_read(run)
-    partitioner = work.partitioner(run)
-    name = work.prepare(run)
-    folder = Folder(run.model_dir, bring=(logs.METRICS_FILE,))
-    predictor = work.predictor(run, partitioner)
-    evaluation = work.evaluation(run, name, partitioner, predictor, folder)
+    partitioner = task_setup.partitioner(run)
+    name = task_setup.prepare(run)
+    folder = Folder(run.model_dir, bring=(metric_logger.METRICS_FILE,))
+    predictor = task_setup.predictor(run, partitioner)
+    evaluation = task_setup.evaluation(run, name, partitioner, predictor, folder)
     scores = evaluation(restore(partitioner.abstract.params), at_step)
-    logger = logs.MetricLogger(folder.path, at_step, publish=folder.publish)
+    logger = MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
     logger.settle()
     logger.close()
-    if jax.process_index() == 0 and (report := work.report()):
-        about = work.about(run, name)
+    if jax.process_index() == 0 and (report := task_setup.report()):
+        about = task_setup.about(run, name)
         print(report.table(scores, about.baselines))
         if found := report.confusions(folder.path, at_step):
             print(f"\n{found}\n")
@@ -256,18 +261,18 @@ def score(run: RunConfig) -> None:
 
 
 def _write_results(run: RunConfig, mode: Mode) -> None:
-    partitioner = work.partitioner(run)
-    predictor = work.predictor(run, partitioner)
+    partitioner = task_setup.partitioner(run)
+    predictor = task_setup.predictor(run, partitioner)
     predictor.check(mode, has_task=bool(run.mixture_or_task_name))
     path, at_step, restore = _checkpoint_to_read(run)
     named = run.mixture_or_task_name or run.train_files or run.infer_input is None
-    name = work.prepare(run) if named else work.import_tasks(run)
-    from t5x_lite import data
+    name = task_setup.prepare(run) if named else task_setup.import_tasks(run)
+    from t5x_lite.data import pipeline
     from tasks import vocabulary
 
     lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
-    features = data.find_provider(name).output_features if name else vocabulary.output_features()
-    tasks = data.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
+    features = pipeline.find_provider(name).output_features if name else vocabulary.output_features()
+    tasks = pipeline.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
     if run.infer_output is not None and run.infer_input is None and len(tasks) != 1:
         raise UserError(
             f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(tasks)} tasks with the split "
@@ -310,20 +315,20 @@ def _made_from(run: RunConfig, path: str, features: Mapping[str, Any]) -> dict[s
 
 def inspect(run: RunConfig) -> None:
     """Prints one training batch as the model gets it, or that in the .npz INFER_INPUT, decoded back to text."""
-    name = work.prepare(run)
-    from t5x_lite import data, describe
+    name = task_setup.prepare(run)
+    from t5x_lite.data import inspection, pipeline
 
     if run.infer_input is not None:
         with np.load(run.infer_input, allow_pickle=False) as arrays:
             batch = dict(arrays)
     else:
-        batch = next(work.train_batches(run, name))
-    print(describe.describe_batch(batch, data.text_vocabulary(name)))
+        batch = next(task_setup.train_batches(run, name))
+    print(inspection.describe_batch(batch, pipeline.text_vocabulary(name)))
 
 
 def dry_run(run: RunConfig, mode: str) -> None:
     """Builds all that the mode starts from, computes nothing, writes nothing, and prints what it found."""
-    partitioner = work.partitioner(run)
+    partitioner = task_setup.partitioner(run)
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
         reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict).reason
@@ -333,12 +338,14 @@ def dry_run(run: RunConfig, mode: str) -> None:
         print(f"steps       {steps}\nstart       {reason}")
     elif mode != "inspect":
         print(f"checkpoint  {_checkpoint_to_read(run)[0]}")
-    name = work.prepare(run)
+    name = task_setup.prepare(run)
     if mode in ("train", "inspect"):
         print(f"data        {name}, this host's batches:")
-        for feature, shape in work.train_batches(run, name, partitioner.local_rows(run.batch_size)).shapes.items():
+        for feature, shape in task_setup.train_batches(
+            run, name, partitioner.local_rows(run.batch_size)
+        ).shapes.items():
             print(f"            {feature} {list(shape)}")
-    for task, rate in work.rates(name).items():
+    for task, rate in task_setup.rates(name).items():
         print(f"            {rate:7.3%} {task}")
     print("Dry run: nothing was computed or written.")
 
@@ -373,7 +380,7 @@ def step_plan(run: RunConfig, place: "Topology", on_paper: bool = False) -> "Pla
     """The plan of a run's training step. Args: those of plan.of_step."""
     from t5x_lite import plan as planning
 
-    partitioner = work.partitioner(run, place.devices)
+    partitioner = task_setup.partitioner(run, place.devices)
     return planning.of_step(
         place,
         partitioner.compiler,
@@ -391,7 +398,7 @@ def step_plan(run: RunConfig, place: "Topology", on_paper: bool = False) -> "Pla
 
 def abstract_batch(run: RunConfig, partitioner: Partitioner) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a global training batch."""
-    shapes = work.feature_converter(run).batch(run.task_feature_lengths, run.batch_size)
+    shapes = task_setup.feature_converter(run).batch(run.task_feature_lengths, run.batch_size)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.batch_sharding)
         for name, (shape, dtype) in shapes.items()
@@ -402,7 +409,7 @@ def decode_memory(run: RunConfig, place: "Topology") -> "Memory":
     """The memory that each device needs to predict for a batch of EVAL_BATCH_SIZE rows."""
     from t5x_lite import plan as planning
 
-    predictor = work.predictor(run, work.partitioner(run, place.devices))
+    predictor = task_setup.predictor(run, task_setup.partitioner(run, place.devices))
     return planning.compile_within(predictor.lower(run.eval_batch_size, run.task_feature_lengths), place)[0]
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from t5x_lite.errors import UserError
-from t5x_lite.trainable import ALL, Rules, Trainable, is_layer_stack
+from t5x_lite.training.freezing import ALL, Rules, Trainable, is_layer_stack
 
 Schedule = Callable[[Any], Float[Array, ""]]
 

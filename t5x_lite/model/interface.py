@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converter import FeatureConverter
+from t5x_lite.model.feature_converter import FeatureConverter
 
 if TYPE_CHECKING:
-    from t5x_lite.decode import Decoding
-    from t5x_lite.partitioner import Partitioner
-    from t5x_lite.predictor import Predictor
+    from t5x_lite.inference.decode import Decoding
+    from t5x_lite.inference.predictor import Predictor
+    from t5x_lite.training.partitioner import Partitioner
 
 Batch = Mapping[str, Array]
 
@@ -118,9 +118,17 @@ class _Family(NamedTuple):
 
 FAMILIES = (
     _Family(
-        "t5x_lite.config:T5Config", "t5x_lite.t5:T5Model", "t5x_lite.convert.huggingface_t5", ("t5", "mt5", "umt5")
+        config="t5x_lite.model.config:T5Config",
+        model="t5x_lite.t5_model:T5Model",
+        hub="t5x_lite.convert.huggingface_t5",
+        hub_types=("t5", "mt5", "umt5"),
     ),
-    _Family("t5x_lite.bert:BertConfig", "t5x_lite.bert.model:BertModel", "t5x_lite.bert.huggingface", ("bert",)),
+    _Family(
+        config="t5x_lite.bert:BertConfig",
+        model="t5x_lite.bert.model:BertModel",
+        hub="t5x_lite.bert.huggingface",
+        hub_types=("bert",),
+    ),
 )
 
 

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from t5x_lite import chips, events
 from t5x_lite.errors import MissingFileError, UserError
-from t5x_lite.folder import GrowingFile
+from t5x_lite.metrics import hardware, tensorboard_events
+from t5x_lite.storage import GrowingFile
 
 log = logging.getLogger("t5x_lite")
 
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 def peak_flops(device: Any) -> float | None:
     """Peak dense bfloat16 FLOP/s of one `jax.Device`; None if it is not in the table of chips."""
-    chip = chips.of_device(device)
+    chip = hardware.of_device(device)
     return None if chip is None else chip.flops
 
 
@@ -167,7 +167,7 @@ class MetricLogger:
         """At once, so that a kill leaves all of them or none."""
         if self._lines is None:
             self._lines = _open_lines(self._dir)
-            self._events = events.open_events(self._dir, self._drop_from)
+            self._events = tensorboard_events.open_events(self._dir, self._drop_from)
             if self._events is not None:
                 self._events.scalars(self._again)
         self._lines.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())

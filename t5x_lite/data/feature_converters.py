@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from t5x_lite import packing
+from t5x_lite.data import packing
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converter import FeatureConverter
+from t5x_lite.model.feature_converter import FeatureConverter
 
 
 class EncDecFeatureConverter(FeatureConverter):

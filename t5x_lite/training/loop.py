@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from t5x_lite import sharding, watch
+from t5x_lite import sharding
 from t5x_lite.errors import NotFiniteError
-from t5x_lite.step import TrainState
+from t5x_lite.training import monitors
+from t5x_lite.training.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def train(
     clock: float | None = None  # when the step before the launched one was done; None: the next one is not timed
     times: list[float] = []  # of the steps since the last log record
     skipped = 0  # in a row
-    spikes = watch.Spikes()
+    spikes = monitors.Spikes()
 
     def report() -> None:
         """Waits for the launched step, and logs it if it is due."""
@@ -118,7 +119,7 @@ def train(
             )
         log.warning("Step %d is skipped, for it is not finite: %s.", number, said)
 
-    with watch.Progress().watched() as progress:
+    with monitors.Progress().watched() as progress:
         while step < schedule.last_step:
             batch = next(batches, None)
             if batch is None:
@@ -146,7 +147,7 @@ def train(
             if told:
                 report()
                 log.warning("Told to stop: step %d is saved. The same command goes on from there.", step)
-                raise watch.Preempted()
+                raise monitors.Preempted()
             if launched is None:
                 clock = time.perf_counter()  # what evaluating and saving took is not the steps'
         report()

@@ -20,10 +20,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite import data, packing
+from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import MissingFileError, UserError
-from t5x_lite.evaluate import Score, scored, text_of
-from t5x_lite.results import Progress, Results
+from t5x_lite.inference.evaluator import Score, scored, text_of
+from t5x_lite.inference.jsonl import Progress, Results
 from tasks import formats
 
 # encoder_input_tokens [B, S] to N results for each row: token ids [B, N, T], int32, the best first, and their
@@ -83,7 +83,7 @@ def task_source(
     Args:
       example: makes one of where it is from, SeqIO's features of it and what the task says of these.
     """
-    data.check_split(task_name, split)
+    pipeline.check_split(task_name, split)
     task = seqio.TaskRegistry.get(task_name)
 
     def read(start: int) -> Iterator[Example]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_lite.folder import GrowingFile
+from t5x_lite.storage import GrowingFile
 
 log = logging.getLogger("t5x_lite")
 

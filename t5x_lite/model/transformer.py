@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from t5x_lite.attention import Visibility, dot_product_attention
-from t5x_lite.config import T5Config
-from t5x_lite.layers import PRODUCT, Adapter, Dense, GatedMlp, LowRank, RelativePositionBias, RMSNorm
+from t5x_lite.model.attention import Visibility, dot_product_attention
+from t5x_lite.model.config import T5Config
+from t5x_lite.model.layers import PRODUCT, Adapter, Dense, GatedMlp, LowRank, RelativePositionBias, RMSNorm
 from t5x_lite.sharding import constrain
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
-from t5x_lite import sharding, step
+from t5x_lite import sharding
 from t5x_lite.errors import UserError
-from t5x_lite.interface import ModelConfig
-from t5x_lite.optim import Optimizer
+from t5x_lite.model.interface import ModelConfig
+from t5x_lite.training import step
+from t5x_lite.training.optim import Optimizer
 
 
 class Partitioner:

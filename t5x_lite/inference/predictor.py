@@ -12,10 +12,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from t5x_lite import sharding, step
+from t5x_lite import sharding
 from t5x_lite.errors import UserError
-from t5x_lite.interface import ModelConfig
-from t5x_lite.partitioner import Partitioner
+from t5x_lite.model.interface import ModelConfig
+from t5x_lite.training import step
+from t5x_lite.training.partitioner import Partitioner
 
 logger = logging.getLogger(__name__)
 

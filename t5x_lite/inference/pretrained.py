@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import convert, decode, interface, packing, sharding
-from t5x_lite.config import Dtype
+from t5x_lite import convert, sharding
 from t5x_lite.convert import tokenizer
+from t5x_lite.data import packing
 from t5x_lite.errors import UserError
-from t5x_lite.model import T5, T5Config
+from t5x_lite.inference import decode
+from t5x_lite.model import interface
+from t5x_lite.model.config import Dtype
+from t5x_lite.model.t5 import T5, T5Config
 
 Texts = Sequence[str]
 Tokens = Sequence[Sequence[int]] | np.ndarray | jax.Array

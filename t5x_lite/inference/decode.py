@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
 from t5x_lite.errors import UserError
-from t5x_lite.model import T5, Cache, T5Config, forward
+from t5x_lite.model.t5 import T5, Cache, T5Config, forward
 
 Method = Literal["greedy", "sample", "beam"]
 

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from t5x_lite.attention import Visibility
-from t5x_lite.config import T5Config
 from t5x_lite.errors import UserError
-from t5x_lite.layers import Embed
+from t5x_lite.model.attention import Visibility
+from t5x_lite.model.config import T5Config
+from t5x_lite.model.layers import Embed
+from t5x_lite.model.transformer import Cache, Decoder, Encoder
 from t5x_lite.sharding import constrain
-from t5x_lite.stacks import Cache, Decoder, Encoder
 
 
 class T5(nn.Module):

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import decode, packing
-from t5x_lite.config import T5Config
-from t5x_lite.partitioner import Partitioner
-from t5x_lite.predictor import Mode, Predictor, Scores
+from t5x_lite.data import packing
+from t5x_lite.inference import decode
+from t5x_lite.inference.predictor import Mode, Predictor, Scores
+from t5x_lite.model.config import T5Config
+from t5x_lite.training.partitioner import Partitioner
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ class TextPredictor(Predictor):
         return {"decoding": decoding, "max_decode_length": self._max_length, "seed": seed}
 
     def evaluator(self, name: str, lengths: Mapping[str, int], **options: Any) -> Callable[[Any, int], Scores]:
-        from t5x_lite import evaluate
+        from t5x_lite.inference import evaluator
 
-        evaluation = evaluate.Evaluation(name, lengths, **options)
+        evaluation = evaluator.Evaluation(name, lengths, **options)
 
         def evaluated(params: Any, at_step: int) -> Scores:
             return evaluation.run(partial(self.predict, params), partial(self.score, params), step=at_step)
@@ -68,26 +69,30 @@ class TextPredictor(Predictor):
         return evaluated
 
     def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
-        from t5x_lite import infer
+        from t5x_lite.inference import batch_prediction
 
-        return infer.task_source(task_name, lengths, **options)
+        return batch_prediction.task_source(task_name, lengths, **options)
 
     def file_source(
         self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
     ) -> Any:
-        from t5x_lite import infer
+        from t5x_lite.inference import batch_prediction
 
-        return infer.file_source(path, features, lengths, num_examples=num_examples, with_targets=mode == "score")
+        return batch_prediction.file_source(
+            path, features, lengths, num_examples=num_examples, with_targets=mode == "score"
+        )
 
     def write(
         self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
     ) -> int:
-        from t5x_lite import infer
+        from t5x_lite.inference import batch_prediction
 
         if mode == "score":
-            return infer.write_scores(source, partial(self.score, params), path, **options)
+            return batch_prediction.write_scores(source, partial(self.score, params), path, **options)
         vocabulary = features["targets"].vocabulary
-        return infer.write_predictions(source, partial(self.generate, params), path, vocabulary=vocabulary, **options)
+        return batch_prediction.write_predictions(
+            source, partial(self.generate, params), path, vocabulary=vocabulary, **options
+        )
 
     def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
         shape = (batch_size, lengths.get("inputs", 1))

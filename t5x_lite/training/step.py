@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
-from t5x_lite.interface import Batch, ModelConfig, model_of
-from t5x_lite.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
-from t5x_lite.optim import Optimizer
-from t5x_lite.trainable import ALL, merged
+from t5x_lite.model.interface import Batch, ModelConfig, model_of
+from t5x_lite.training.freezing import ALL, merged
+from t5x_lite.training.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
+from t5x_lite.training.optim import Optimizer
 
 Metrics = dict[str, Float[Array, ""]]
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from t5x_lite import flash, kernels, sharding
+from t5x_lite import sharding
+from t5x_lite.model import flash_attention, kernel_checks
 
 # Large enough to vanish in a float32 softmax, small enough that a bias added to it does not overflow.
 MASKED = -1e10
@@ -163,7 +164,7 @@ def _able(
     if queries == 1 or part is None:
         return False
     if fused == "flash":
-        return flash.fits(part[2], keys, width, key_BSHK.dtype)
+        return flash_attention.fits(part[2], keys, width, key_BSHK.dtype)
     causal_only = visibility.key_prefix is None and isinstance(visibility.offset, int) and visibility.offset == 0
     capability = str(getattr(device, "compute_capability", ""))  # of AMD's, a name
     able = device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8.0
@@ -184,7 +185,7 @@ def _checked(
     heads = max(1, min(heads, CHECKED_LOGITS // (rows * queries * keys)))
     padding, packed = visibility.key_segments is not None, visibility.query_segments is not None
 
-    def make_arguments() -> kernels.Arguments:
+    def make_arguments() -> kernel_checks.Arguments:
         random = np.random.default_rng(0)
 
         def normal(*shape: int) -> np.ndarray:
@@ -219,14 +220,16 @@ def _checked(
         "prefix": visibility.key_prefix is not None,
     }
     functions = {name: _kernel(name, keys, visibility) for name in ("batch", fused)}
-    choice = kernels.fastest(what, functions, make_arguments, version=_source_hash())
+    choice = kernel_checks.fastest(what, functions, make_arguments, version=_source_hash())
     return fused if choice == fused else "batch"
 
 
 @functools.cache
 def _source_hash() -> str:
     """Of the kernels' own code: another version of it is checked again."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, flash.__file__))).hexdigest()[:8]
+    return hashlib.sha256(
+        b"".join(Path(file).read_bytes() for file in (__file__, flash_attention.__file__))
+    ).hexdigest()[:8]
 
 
 # Kernels have one signature, of arrays that may be on one device alone: `_arrays`, whose logical axes are `AXES`.
@@ -258,7 +261,7 @@ def _batch(
 def _flash(*arrays: Any, causal: bool, most_segments: int) -> Array:
     del most_segments
     interpret = sharding.device().platform != "tpu"
-    return flash.flash_attention(*arrays, causal=causal, masked=MASKED, interpret=interpret)
+    return flash_attention.flash_attention(*arrays, causal=causal, masked=MASKED, interpret=interpret)
 
 
 def _cudnn(

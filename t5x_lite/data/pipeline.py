@@ -22,9 +22,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_lite.data.feature_converters import EncDecFeatureConverter
 from t5x_lite.errors import UserError
-from t5x_lite.feature_converter import FeatureConverter
-from t5x_lite.feature_converters import EncDecFeatureConverter
+from t5x_lite.model.feature_converter import FeatureConverter
 from tasks import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)

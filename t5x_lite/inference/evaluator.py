@@ -17,9 +17,9 @@ import seqio
 import tensorflow as tf
 from etils import epath
 
-from t5x_lite import data, packing
+from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import UserError
-from t5x_lite.results import write_whole
+from t5x_lite.inference.jsonl import write_whole
 from tasks.metrics import glue_average, glue_missing
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # encoder_input_tokens [B, S] to token ids [B, T], int32.
 Predict = Callable[[np.ndarray], Any]
 # A batch as from data.EvalBatches to the targets' log-likelihoods [B], float32 (natural logarithm).
-Score = Callable[[data.Batch], Any]
+Score = Callable[[pipeline.Batch], Any]
 
 Output = seqio.metrics.ModelOutputType
 
@@ -55,7 +55,7 @@ class Evaluation:
         seed: int = 0,
         predictions: str | os.PathLike[str] | None = None,
     ):
-        with_split = [seqio.TaskRegistry.get(task) for task in data.tasks_with_split(name, split)]
+        with_split = [seqio.TaskRegistry.get(task) for task in pipeline.tasks_with_split(name, split)]
         without = [task.name for task in with_split if not task.metric_objs]
         if without:
             logger.info("No metrics beside the loss: %s.", ", ".join(without))
@@ -67,7 +67,7 @@ class Evaluation:
         self._predictions = epath.Path(predictions) if predictions is not None else None
         self.tasks = [task.name for task in with_split if task.metric_objs]
         if self.tasks:
-            data.check_lengths(name, lengths)
+            pipeline.check_lengths(name, lengths)
             self._evaluator = seqio.Evaluator(
                 name,
                 seqio.EncDecFeatureConverter(pack=False),
@@ -114,13 +114,13 @@ class Evaluation:
                 write_whole(self._predictions / f"{task}-{step}.jsonl", self._said(task, outputs[task]))
         return {task: _floats(task, values) for task, values in metrics.result().items()}
 
-    def _rows(self, dataset: tf.data.Dataset) -> Iterator[tuple[list[int], data.Batch]]:
+    def _rows(self, dataset: tf.data.Dataset) -> Iterator[tuple[list[int], pipeline.Batch]]:
         for n, window in dataset.batch(packing.WINDOW * self._batch_size).prefetch(1).as_numpy_iterator():
             used_N = {k: _used(window[k]) for k in (_INPUTS, _TARGETS)}
             for group in packing.by_length((used_N[_INPUTS] + used_N[_TARGETS]).tolist(), self._batch_size):
                 widths = {k: packing.width(int(used_N[k][group].max()), window[k].shape[1]) for k in used_N}
                 rows = {k: v[group, : widths.get(k, widths[_TARGETS])] for k, v in window.items()}
-                yield n[group].tolist(), data.fill_up(rows, self._batch_size)
+                yield n[group].tolist(), pipeline.fill_up(rows, self._batch_size)
 
     def _said(self, task: str, outputs: Mapping[Output, Any]) -> Iterator[dict[str, Any]]:
         tokens = outputs.get(Output.PREDICTION)
@@ -167,14 +167,14 @@ def _floats(task: str, metrics: Mapping[str, Any]) -> dict[str, float]:
 _INPUTS, _TARGETS = "encoder_input_tokens", "decoder_target_tokens"
 
 
-def _predicted(predict: Predict, rows: data.Batch) -> np.ndarray:
+def _predicted(predict: Predict, rows: pipeline.Batch) -> np.ndarray:
     tokens_BT = np.asarray(predict(rows[_INPUTS]))
     if tokens_BT.ndim != 2 or len(tokens_BT) != len(rows[_INPUTS]):
         raise UserError(f"predict gave tokens of shape {tokens_BT.shape} for {len(rows[_INPUTS])} rows: [B, T] is due")
     return tokens_BT
 
 
-def scored(score: Score, rows: data.Batch) -> list[float]:
+def scored(score: Score, rows: pipeline.Batch) -> list[float]:
     scores_B = np.asarray(score(rows))
     if scores_B.shape != (len(rows[_INPUTS]),):
         raise UserError(f"score gave an array of shape {scores_B.shape} for {len(rows[_INPUTS])} rows: [B] is due")
