@@ -150,6 +150,10 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
         raise UserError(f"unknown mode {values.mode!r}.{nearest(values.mode, MODES)}")
     if (values.mode == "plan") != (values.topology is not None):
         raise UserError("--mode=plan and --topology go together: --mode=plan --topology=v5e:4x4")
+    if values.mode == "plan" and values.dry_run:
+        raise UserError("--dry_run is for the other modes: --mode=plan touches no devices and reads no data anyway")
+    if values.mode != "plan" and (values.decode or values.suggest):
+        raise UserError("--decode and --suggest are for --mode=plan")
     return values
 
 
@@ -315,7 +319,11 @@ def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
         needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
         if unset := sorted(needed - bound.keys()):
             of_model = name in interface.config_types()
-            models = " A model file sets them: --gin_file=models/t5_1_1/small.gin, say." if of_model else ""
+            models = (
+                " A model file sets them, such as --gin_file=models/t5_1_1/small.gin or models/bert.gin."
+                if of_model
+                else ""
+            )
             raise UserError(f"{name} has no value for {', '.join(unset)}.{models}")
 
 

@@ -38,7 +38,13 @@ __all__ = list(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"t5x_lite.{_PUBLIC[name]}"), name)
+        module = f"t5x_lite.{_PUBLIC[name]}"
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+            raise AttributeError(f"t5x_lite.{name} needs {error.name}, which has been removed") from None
     raise AttributeError(f"module 't5x_lite' has no attribute {name!r}")
 
 

@@ -130,9 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         decoding = decode.Decoding(asked.method, **{name: getattr(asked, name) for name in fields})
         export(asked.path, asked.dest, asked.max_length, decoding, asked.dtype)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (UserError, OSError) as error:
         print(f"t5x_lite.export: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{asked.dest}: {decoding}, at most {asked.max_length} tokens; see its README.md")
     return 0
 

@@ -34,6 +34,7 @@ from t5x_lite.inference import batch_prediction
 from t5x_lite.inference.evaluator import text_of
 from t5x_lite.inference.jsonl import json_line
 from t5x_lite.inference.pretrained import LoadedModel, load
+from tasks.errors import UserError as TaskError
 
 BATCH_SIZE = 64  # rows of one call of the encoder
 SPLITS = ("train", "validation")
@@ -194,9 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
             tasks.vocabulary.set_default(asked.vocabulary)
         cache = asked.cache or Path(asked.model) / "features"
         scores = transfer(asked.model, asked.task, cache, asked.length)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (UserError, TaskError, OSError) as error:
         print(f"t5x_lite.linear_probe: {error}", file=sys.stderr)
-        return 1
+        return 2
     for name, value in scores.items():
         print(f"{asked.task}  {name}  {value:.2f}")
     print(f"features and predictions: {cache}")

@@ -1,12 +1,7 @@
-"""python -m t5x_lite.load PATH: the command of pretrained.py.
-
-In Python `t5x_lite.load` is the function `pretrained.load`.
-"""
+"""python -m t5x_lite.load PATH: the command of inference/pretrained.py. In Python, `t5x_lite.load` is a function."""
 
 import sys
 
-from t5x_lite.inference.pretrained import LoadedModel as LoadedModel
-from t5x_lite.inference.pretrained import load as load
 from t5x_lite.inference.pretrained import main
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def option(default: Any, text: str, check: Check | None = None, sets: tuple[str,
 
 
 def _of_models(parameter: str) -> tuple[str, ...]:
-    return tuple(f"{config}.{parameter}" for config in interface.config_types())
+    """The parameter of every model that has it."""
+    types = interface.config_types().items()
+    return tuple(f"{name}.{parameter}" for name, kind in types if parameter in kind.__dataclass_fields__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,6 +287,9 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
     loss: LossConfig
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            names = " or ".join(f"@{name}()" for name in interface.config_types())
+            raise UserError(f"Run.model = {self.model!r} is not a model: set it to {names}, with the parentheses")
         if isinstance(self.eval_batch_size, GinReference):
             object.__setattr__(self, "eval_batch_size", self.batch_size)
         for field in dataclasses.fields(self):

@@ -23,8 +23,8 @@ from t5x_lite.training.partitioner import Partitioner
 
 @dataclasses.dataclass(frozen=True)
 class T5Model:
+    head_params = interface.NO_PARAMS
     config: T5Config
-    head_params: str = interface.NO_PARAMS
 
     def init(self, key: Key[Array, ""]) -> Any:
         token = jnp.zeros((1, 1), jnp.int32)

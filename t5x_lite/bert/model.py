@@ -21,8 +21,8 @@ from t5x_lite.training.partitioner import Partitioner
 
 @dataclasses.dataclass(frozen=True)
 class BertModel:
+    head_params = r"^(pooler|mlm|nsp|classify)/"
     config: BertConfig
-    head_params: str = r"^(pooler|mlm|nsp|classify)/"
 
     def init(self, key: Key[Array, ""]) -> Any:
         return network.Bert(self.config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -30,7 +30,8 @@ class BertModel:
     def logits(
         self, params: Any, batch: interface.Batch, dropout_key: Key[Array, ""] | None = None
     ) -> Mapping[str, Float[Array, "..."]]:
-        return network.forward(self.config, params, batch, dropout_key)
+        outputs = network.forward(self.config, params, batch, dropout_key)
+        return {head: logits for head, logits in outputs.items() if head != "pooler"}
 
     def targets(self, batch: interface.Batch) -> Mapping[str, tuple[Num[Array, "B _"], Float[Array, "B _"]]]:
         of_batch = network.targets(batch)

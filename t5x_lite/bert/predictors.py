@@ -16,7 +16,10 @@ from t5x_lite.training.partitioner import Partitioner
 
 class PretrainingPredictor(Predictor):
     def check(self, mode: Mode, has_task: bool) -> None:
-        raise UserError(f"--mode={mode} is for models that write text; t5x_lite.load(MODEL_DIR) gives BERT's logits")
+        raise UserError(
+            f"--mode={mode}: a BERT that is being pre-trained makes no predictions. Fine-tune it first "
+            "(--gin_file=runs/finetune_bert.gin), or take its logits from t5x_lite.load(MODEL_DIR) in Python"
+        )
 
     def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
         raise UserError("--decode: an encoder alone does not decode")

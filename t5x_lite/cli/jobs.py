@@ -155,7 +155,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
             dump=partial(_dump, folder),
         )
         logger.settle()
-    if jax.process_index() == 0 and (report := task_setup.report()):
+    if jax.process_index() == 0 and (report := task_setup.tool("report")):
         at = folder.path
         start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
         command = f"python run.py --gin_file={at / 'config.gin'}"
@@ -239,7 +239,9 @@ def eval(run: RunConfig) -> None:
     logger.evaluation(at_step, scores)
     logger.settle()
     logger.close()
-    if jax.process_index() == 0 and (report := task_setup.report()):
+    if jax.process_index() == 0 and not (report := task_setup.tool("report")):
+        print(json.dumps(scores, indent=1))
+    elif jax.process_index() == 0:
         about = task_setup.about(run, name)
         print(report.table(scores, about.baselines))
         if found := report.confusions(folder.path, at_step):
@@ -357,7 +359,8 @@ def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
       decode: compile decoding, too.
       suggest: before that, look for a mesh, REMAT and NUM_MICROBATCHES that fit, and plan with these.
     """
-    from t5x_lite import plan as planning
+    if not (planning := task_setup.tool("plan")):
+        raise UserError("--mode=plan: the package t5x_lite.plan has been removed")
     from t5x_lite.plan import topologies
 
     place = topologies.find(topology)

@@ -76,12 +76,16 @@ def partitioner(run: RunConfig, devices: Sequence[Any] | None = None) -> Partiti
 
 
 def predictor(run: RunConfig, of: Partitioner) -> Predictor:
+    feature_converter(run)
     length = run.max_decode_length or run.task_feature_lengths.get("targets", 0)
     return model_of(run.model).predictor(of, run.decoding, length, run.random_seed)
 
 
 def feature_converter(run: RunConfig) -> FeatureConverter:
-    return model_of(run.model).feature_converter(run.pack)
+    """Raises UserError if TASK_FEATURE_LENGTHS are not the model's."""
+    converter = model_of(run.model).feature_converter(run.pack)
+    converter.check_lengths(run.task_feature_lengths)
+    return converter
 
 
 def import_tasks(run: RunConfig) -> None:
@@ -225,19 +229,19 @@ def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
     return quickstart.baselines()
 
 
-def report() -> Any:
-    """The package t5x_lite.report, or None where it has been removed."""
+def tool(name: str) -> Any:
+    """A package that may have been removed, such as "report"; None if it has been."""
     try:
-        return importlib.import_module("t5x_lite.report")
+        return importlib.import_module(f"t5x_lite.{name}")
     except ModuleNotFoundError as error:
-        if error.name != "t5x_lite.report":
+        if error.name != f"t5x_lite.{name}":
             raise
         return None
 
 
 def about(run: RunConfig, name: str) -> Any:
     """What a report says of the run: a report.page.About."""
-    return report().About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
+    return tool("report").About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
 
 
 def rates(name: str) -> dict[str, float]:

@@ -95,17 +95,16 @@ def _own_config(path: Path) -> ModelConfig:
     said = checkpoint.read_info(path)
     if "model" not in said:
         raise UserError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
-    kinds = interface.config_types()
+    kinds, said_type = interface.config_types(), said.get("model_type")
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in said["model"].items()}
-    if "model_type" in said:
-        kinds = {name: kind for name, kind in kinds.items() if name == said["model_type"]}
-    for kind in kinds.values():  # checkpoints of earlier versions do not say of which type they are
-        if set(fields) <= {field.name for field in dataclasses.fields(kind)}:
+    if said_type is not None and said_type not in kinds:
+        raise UserError(f"{path}: its model is of type {said_type}, which is none of these types: {', '.join(kinds)}")
+    # Checkpoints of earlier versions do not say of which type their model is.
+    for kind in kinds.values() if said_type is None else [kinds[said_type]]:
+        unknown = set(fields) - set(kind.__dataclass_fields__)
+        if not unknown:
             return kind(**fields)
-    raise UserError(
-        f"{path}: its model config, {said.get('model_type', '')}{fields}, is of none of these types: "
-        f"{', '.join(interface.config_types())}"
-    )
+    raise UserError(f"{path}: its model config has {', '.join(sorted(unknown))}, unknown to {', '.join(kinds)}")
 
 
 # Each parameter is a list of the source's tensors: one, or one for each layer.

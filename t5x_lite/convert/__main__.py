@@ -5,6 +5,7 @@ import sys
 from typing import get_args
 
 from t5x_lite import convert
+from t5x_lite.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,9 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         config = convert.convert(asked.source, asked.dest, asked.to)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (UserError, OSError) as error:
         print(f"t5x_lite.convert: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{asked.dest}: {config}")
     return 0
 

@@ -122,16 +122,7 @@ def check_lengths(name: str, lengths: Mapping[str, int], converter: FeatureConve
             f"{name} has the features {', '.join(features)}; this model also needs {', '.join(missing)}: see "
             "models/*.gin for which tasks go with which model."
         )
-    needed, optional = set(converter.lengths), set(converter.optional_lengths)
-    if not needed <= set(lengths) <= needed | optional:
-        raise UserError(
-            f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))} and nothing "
-            f"else{' but inputs' if optional else ''}, such as "
-            f"{ {feature: 512 if feature == 'inputs' else 114 for feature in sorted(needed)} }; {name} has the "
-            f"features {', '.join(features)}."
-        )
-    if not all(isinstance(n, int) and n > 0 for n in lengths.values()):
-        raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths are whole numbers of tokens above 0.")
+    converter.check_lengths(lengths)
 
 
 def check_split(name: str, split: str) -> None:
@@ -309,15 +300,16 @@ def _rows(
     blocks = cut.padded_batch(converter.block(widths), converter.padded_to(widths))
     if type(converter).convert is FeatureConverter.convert:
         return blocks  # as they are, without a call of Python for each
-    nothing = {k: np.zeros((1, width), np.int32) for k, width in widths.items()}
-    wide = {k: x.shape[1] for k, x in converter.convert(nothing, widths).items()}
+    nothing = {k: np.zeros((1, width), converter.dtype(k)) for k, width in widths.items()}
+    row = {k: (x.shape[1], x.dtype) for k, x in converter.convert(nothing, widths).items()}
 
     def convert(*arrays: np.ndarray) -> list[np.ndarray]:
         return list(converter.convert(dict(zip(widths, arrays, strict=True)), widths).values())
 
     def rows(block: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        arrays = tf.numpy_function(convert, [block[k] for k in widths], [tf.int32] * len(wide), stateful=False)
-        return {k: tf.ensure_shape(x, [None, length]) for x, (k, length) in zip(arrays, wide.items(), strict=True)}
+        dtypes = [dtype for _, dtype in row.values()]
+        arrays = tf.numpy_function(convert, [block[k] for k in widths], dtypes, stateful=False)
+        return {k: tf.ensure_shape(x, [None, length]) for x, (k, (length, _)) in zip(arrays, row.items(), strict=True)}
 
     return blocks.map(rows, num_parallel_calls=tf.data.AUTOTUNE)
 

@@ -229,11 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = load(asked.path)
         if not isinstance(model, LoadedModel):
-            raise UserError(f"{asked.path} is a BERT, which writes no text: use t5x_lite.load in Python")
+            raise UserError(f"{asked.path} is not a model that writes text: use t5x_lite.load in Python")
         model.predict(["warm up"], method=asked.method, max_length=asked.max_length)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (UserError, OSError) as error:
         print(f"t5x_lite.load: {error}", file=sys.stderr)
-        return 1
+        return 2
     interactive = sys.stdin.isatty()
     while True:
         try:

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 from t5x_lite.errors import UserError
 from t5x_lite.model.attention import Implementation
+from t5x_lite.model.interface import Dtype as Dtype
 from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model.interface import Remat as Remat
 from t5x_lite.model.layers import ACTIVATIONS
 
-Remat = Literal["none", "minimal", "full"]
-Dtype = Literal["float32", "bfloat16"]
 RelativeBias = Literal["shared", "per_layer"]
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from t5x_lite.errors import UserError
+
 
 class FeatureConverter(abc.ABC):
     """Converts examples into rows.
@@ -34,6 +36,18 @@ class FeatureConverter(abc.ABC):
         Raises:
           UserError: a feature is missing.
         """
+
+    def check_lengths(self, lengths: Mapping[str, int]) -> None:
+        """Raises UserError if TASK_FEATURE_LENGTHS lacks a feature, has another, or gives no length above 0."""
+        needed, optional = set(self.lengths), set(self.optional_lengths)
+        if not needed <= set(lengths) <= needed | optional:
+            example = {feature: 512 if feature == "inputs" else 114 for feature in sorted(needed)}
+            raise UserError(
+                f"TASK_FEATURE_LENGTHS={dict(lengths)} must give a length for {' and '.join(sorted(needed))} and "
+                f"nothing else{' but inputs' if optional else ''}, such as {example}"
+            )
+        if not all(isinstance(n, int) and n > 0 for n in lengths.values()):
+            raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths are whole numbers of tokens above 0.")
 
     def dtype(self, feature: str) -> Any:
         return np.int32

@@ -1,8 +1,8 @@
 """What training, data and tools may ask of any model, and which model families there are.
 
 A family is a frozen dataclass derived from `ModelConfig` and a `Model` made from it. `FAMILIES` is the only list of
-them; its modules are imported when first needed, and a family whose package is absent is left out. This module must not
-know any family, nor training, data or files.
+them: its modules are imported when first needed, and a family whose package is absent is left out. Beyond that list
+this module must not know any family, nor training, data or files.
 """
 
 import functools
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from t5x_lite.training.partitioner import Partitioner
 
 Batch = Mapping[str, Array]
+Remat = Literal["none", "minimal", "full"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class ModelConfig:
@@ -36,8 +38,8 @@ class ModelConfig:
     d_model: int
     vocab_size: int
     dropout_rate: float
-    dtype: Literal["float32", "bfloat16"]
-    remat: Literal["none", "minimal", "full"]
+    dtype: Dtype
+    remat: Remat
     scan_layers: bool
 
     def for_task(self, name: str, features: Mapping[str, Any]) -> "ModelConfig":
@@ -61,9 +63,9 @@ class ModelConfig:
 class Model(Protocol):
     """A model of one family. Outputs and targets are dicts keyed by head; T5 has one head, ""."""
 
-    # Regular expression for the names of parameters that belong to a task and not to the pre-trained model: they start
-    # at random where a checkpoint of another task is loaded.
-    head_params: str
+    # Regular expression for the names of parameters that belong to a task. Where a run starts from another checkpoint,
+    # those that the checkpoint lacks, or has in another shape, start at random; those that fit are loaded.
+    head_params: ClassVar[str]
 
     def init(self, key: Key[Array, ""]) -> Any:
         """Parameters at random, each in a flax box with its logical axes."""
@@ -72,11 +74,16 @@ class Model(Protocol):
     def logits(
         self, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None
     ) -> Mapping[str, Float[Array, "..."]]:
-        """The output of each head for a batch, float32; with dropout if a key is given."""
+        """The output of each head for a batch, float32; with dropout if a key is given.
+
+        The output of a head in `targets` has the shape of its targets and, behind it, the classes (or 1, of a number).
+        """
         ...
 
     def targets(self, batch: Batch) -> Mapping[str, tuple[Num[Array, "B _"], Num[Array, "B _"]]]:
         """Targets and loss weights of each head that is trained. Targets that are floats are regressed.
+
+        All arrays have B rows, which micro-batches are cut from. Rows of padding, all 0, have weight 0.
 
         Raises:
           UserError: the model learns nothing from such a batch.
@@ -108,12 +115,15 @@ NO_PARAMS = r"(?!)"  # finds nothing
 
 
 class _Family(NamedTuple):
-    """config, model: "module:class". hub: the module that reads and writes Hugging Face's directories of it."""
+    """config, model: "module:class".
+
+    hub: the module that reads and writes Hugging Face's directories of these types (config.json's model_type), if any.
+    """
 
     config: str
     model: str
-    hub: str
-    hub_types: tuple[str, ...]  # config.json's model_type
+    hub: str | None = None
+    hub_types: tuple[str, ...] = ()
 
 
 FAMILIES = (
@@ -152,7 +162,7 @@ def config_types() -> dict[str, type[ModelConfig]]:
 
 def hub_modules() -> dict[str, str]:
     """Hugging Face's model types that can be read, and the modules that read them."""
-    return {hub_type: family.hub for family, _ in _installed().values() for hub_type in family.hub_types}
+    return {kind: family.hub for family, _ in _installed().values() if family.hub for kind in family.hub_types}
 
 
 def model_of(config: ModelConfig) -> Model:
@@ -166,11 +176,15 @@ def model_of(config: ModelConfig) -> Model:
 
 def hub_module(config: ModelConfig) -> Any:
     """The module with the family's Hugging Face names: `source`, `described`, `name_of` and `is_transposed`."""
-    return importlib.import_module(_family_of(config).hub)
+    hub = _family_of(config).hub
+    if hub is None:
+        raise UserError(f"Hugging Face has no model like {type(config).__name__}: convert it --to=t5x_lite")
+    return importlib.import_module(hub)
 
 
 def _family_of(config: ModelConfig) -> _Family:
-    for family, kind in _installed().values():
-        if isinstance(config, kind):
-            return family
+    families = {kind: family for family, kind in _installed().values()}
+    for kind in type(config).__mro__:  # the nearest, where one family's config is derived from another's
+        if kind in families:
+            return families[kind]
     raise UserError(f"{type(config).__name__} is of no model family; there are: {', '.join(config_types())}")

@@ -50,13 +50,16 @@ def best(make: Make, batch_size: int, topology: Topology) -> tuple[Setting, Plan
       UserError: nothing fits.
     """
     fitting: list[tuple[Setting, Plan]] = []
+    errors: list[ValueError | None] = []
     policies: tuple[Remat, ...] = get_args(Remat)
     print(f"{'mesh':12} {'REMAT':8} {'NUM_MICROBATCHES':16}  memory a device  step at least")
     for name, mesh in MESHES.items():
-        of_mesh = [plan for remat in policies if (plan := _fewest_parts(make, batch_size, name, mesh, remat))]
+        of_mesh = [plan for remat in policies if (plan := _fewest_parts(make, batch_size, name, mesh, remat, errors))]
         fitting += of_mesh
         if of_mesh:
             policies = (min(of_mesh, key=_seconds)[0].remat,)
+    if not fitting and errors and None not in errors:
+        raise UserError(str(errors[0]))  # not the memory, but something that no mesh puts right
     if not fitting:
         raise UserError(
             f"nothing fits {topology.name} on any of the meshes {', '.join(MESHES)}: take more or larger devices, "
@@ -75,9 +78,17 @@ def _seconds(candidate: tuple[Setting, Plan]) -> float:
 
 
 def _fewest_parts(
-    make: Make, batch_size: int, name: str, mesh: Mapping[str, int], remat: Remat
+    make: Make,
+    batch_size: int,
+    name: str,
+    mesh: Mapping[str, int],
+    remat: Remat,
+    errors: list[ValueError | None],
 ) -> tuple[Setting, Plan] | None:
-    """The setting with the fewest micro-batches that fit; None: none do, or the mesh does not suit model and batch."""
+    """The setting with the fewest micro-batches that fit; None: none do, or the mesh does not suit model and batch.
+
+    Adds to `errors` why a setting could not be planned, and None for each that could.
+    """
     parts = 1
     while parts <= batch_size:
         setting = Setting(name, mesh, remat, parts)
@@ -86,7 +97,9 @@ def _fewest_parts(
             plan = make(setting)
         except ValueError as error:
             log.info("%s  left out: %s", line, error)
+            errors.append(error)
             return None
+        errors.append(None)
         if plan.compile_seconds == 0.0:
             log.info("%s  left out: needs %s at least", line, gib(plan.memory.needed))
         else:

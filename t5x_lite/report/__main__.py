@@ -18,9 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "://" in asked.model_dir:
             raise UserError(f"{asked.model_dir} is no local folder: copy it, or use run.py --mode=eval")
         print(report.write_page(Path(asked.model_dir)))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"t5x_lite.report: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

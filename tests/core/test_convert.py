@@ -320,5 +320,5 @@ def test_our_safetensors_are_those_of_the_library(tmp_path):
 
 
 def test_the_command_says_what_it_cannot_find(tmp_path, capsys):
-    assert convert_command.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 1
+    assert convert_command.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 2
     assert "is no model" in capsys.readouterr().err

@@ -33,7 +33,8 @@ def test_one_device():
     assert_committed(curve.train())
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (8, 1, 1)])
 def test_eight_devices(mesh):
     assert jax.device_count() >= 8
     assert_committed(curve.train(mesh=mesh))

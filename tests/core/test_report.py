@@ -328,10 +328,10 @@ def test_the_command_makes_the_page_again(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(folder / report.PAGE)
 
     (folder / "predictions" / "t-20.jsonl").write_text('{"inputs": "x"\n')
-    assert command.main([str(folder)]) == 1
+    assert command.main([str(folder)]) == 2
     assert "t-20.jsonl, line 1 is not JSON" in capsys.readouterr().err
     assert (folder / report.PAGE).read_bytes() == first
-    assert command.main([str(tmp_path)]) == command.main(["gs://bucket/run"]) == 1
+    assert command.main([str(tmp_path)]) == command.main(["gs://bucket/run"]) == 2
 
 
 def test_confusions_in_the_terminal(tmp_path):

@@ -77,9 +77,9 @@ def test_transfer_beats_the_majority_and_computes_features_once(task, tmp_path, 
 
 
 def test_what_has_no_metrics_or_no_model_is_refused(task, tmp_path, capsys):
-    assert linear_probe.main([str(tmp_path), "nothing"]) == 1
+    assert linear_probe.main([str(tmp_path), "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
-    assert linear_probe.main([str(tmp_path / "none"), task.name]) == 1
+    assert linear_probe.main([str(tmp_path / "none"), task.name]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
     seqio.MixtureRegistry.add("letters_mixed", [(task.name, 1.0)])
     with pytest.raises(ValueError, match="name one task"):

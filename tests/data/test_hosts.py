@@ -41,9 +41,13 @@ WARMUP_STEPS = 10
 LEARNING_RATE = 0.1
 MESH = {"data": 2, "fsdp": -1, "tensor": 1}
 """
-LAUNCH = (
-    "import sys; from t5x_lite import hosts; hosts.HEARTBEAT_SECONDS = 10; import run; sys.exit(run.main(sys.argv))"
-)
+LAUNCH = """
+import sys
+import run
+from t5x_lite import distributed
+distributed.HEARTBEAT_SECONDS = 10
+sys.exit(run.main(sys.argv))
+"""
 
 
 def start(folder: Path, name: str, processes: int, devices: int, *flags: str) -> list[subprocess.Popen]:
