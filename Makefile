@@ -95,4 +95,5 @@ $(VENV)/installed $(CACHE_VENV)/installed:
 	@$(PIP) --only-binary editdistance editdistance 2>/dev/null || $(@D)/bin/python -m pip install --quiet \
 	  --disable-pip-version-check ./shims/editdistance
 	@$(PIP) --requirement $(PACKAGES)
+	@$(PIP) --no-deps --editable .
 	@touch $@

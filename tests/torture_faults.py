@@ -132,7 +132,7 @@ def passes(checkpoints: list[int], steps: int, evaluator: int, save: int, keep: 
 
 
 if __name__ == "__main__":
-    import run
+    from t5x_lite.cli import main as run
 
     plant(sys.argv[1], int(sys.argv[2]))
     sys.exit(run.main(["run.py", *sys.argv[3:]]))

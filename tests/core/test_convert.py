@@ -17,9 +17,9 @@ from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-import run
 import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
+from t5x_lite.cli import main as run
 from t5x_lite.convert import __main__ as convert_command
 from t5x_lite.convert import huggingface_t5, t5x, tensors
 from t5x_lite.model.t5 import T5Config

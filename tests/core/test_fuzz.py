@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-import run
 from t5x_lite import run_config
+from t5x_lite.cli import main as run
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

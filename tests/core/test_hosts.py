@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import pytest
 
-import run
 from t5x_lite import distributed
+from t5x_lite.cli import main as run
 
-REPO = Path(run.__file__).parent
+REPO = Path(run.__file__).parents[2]
 CLUSTERS = ("SLURM_", "OMPI_", "PMI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_", "JAX_COORD", "JAX_LOCAL", "GCE_")
 ONE_NODE = {
     "SLURM_JOB_ID": "70000",

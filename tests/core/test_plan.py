@@ -17,9 +17,9 @@ import pytest
 from core.test_run import configured, refused
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import run as command
 from t5x_lite import plan, sharding
 from t5x_lite.cli import jobs, task_setup
+from t5x_lite.cli import main as command
 from t5x_lite.metrics import hardware
 from t5x_lite.model.interface import model_of
 from t5x_lite.plan import hlo, suggest, topologies

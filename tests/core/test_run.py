@@ -11,9 +11,9 @@ import jax
 import pytest
 from core.test_model import PARAMETERS
 
-import run
 from t5x_lite import run_config
 from t5x_lite.bert import BertConfig
+from t5x_lite.cli import main as run
 from t5x_lite.cli import task_setup
 from t5x_lite.errors import UserError
 from t5x_lite.model.interface import model_of
@@ -21,7 +21,7 @@ from t5x_lite.model.t5 import T5Config
 from t5x_lite.run_config import RunConfig, last_step
 from t5x_lite.training import step
 
-REPO = Path(run.__file__).parent
+REPO = Path(run.__file__).parents[2]
 SMALL = "--gin_file=models/t5_1_1/small.gin"
 
 

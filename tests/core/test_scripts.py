@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import run
+from t5x_lite.cli import main as run
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ALL = sorted(path for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))

@@ -10,8 +10,8 @@ import jax
 import pytest
 from matplotlib import pyplot
 
-import run
 from benchmarks import study
+from t5x_lite.cli import main as run
 from t5x_lite.cli import task_setup
 
 pytestmark = pytest.mark.usefixtures("same_root_logger")

@@ -190,7 +190,7 @@ def test_an_adapted_model_starts_as_its_base_and_does_not_stay_it(change):
 
 
 def test_the_ways_to_adapt_are_a_gin_file_apart():
-    import run as command
+    from t5x_lite.cli import main as command
 
     found = {}
     for file in sorted((command.GIN_CONFIGS / "adapt").glob("*.gin")):

@@ -15,7 +15,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-import run
+from t5x_lite.cli import main as run
 from tasks import cache, vocabulary
 
 REPO = pathlib.Path(__file__).resolve().parents[2]

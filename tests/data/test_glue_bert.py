@@ -11,13 +11,13 @@ import pytest
 import seqio
 import tensorflow as tf
 
-import run
 import t5x_lite
 from t5x_lite import convert
 from t5x_lite.bert import BertConfig, classification
 from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
 from t5x_lite.bert.wordpiece import WordPiece
 from t5x_lite.checkpoint import saving
+from t5x_lite.cli import main as run
 from t5x_lite.data import inspection, pipeline
 from t5x_lite.training import step
 from t5x_lite.training.optim import adamw, constant, make_optimizer

@@ -14,7 +14,7 @@ import time
 import pytest
 import torture
 
-import run
+from t5x_lite.cli import main as run
 from t5x_lite.metrics import metric_logger
 from t5x_lite.training import monitors
 
@@ -211,7 +211,7 @@ def test_inference_that_is_killed_goes_on_to_the_same_bytes(command):
         *("--gin.NUM_DECODES=2", "--gin.EVAL_BATCH_SIZE=16"),
     ]
     command(*options, "--gin.INFER_OUTPUT='whole.jsonl'")
-    repository = pathlib.Path(run.__file__).parent
+    repository = pathlib.Path(run.__file__).parents[2]
     arguments = [sys.executable, repository / "run.py", *options, "--gin.INFER_OUTPUT='parts.jsonl'"]
     partial, kept = pathlib.Path("parts.jsonl.partial"), 0
     for _ in range(2):
