@@ -416,7 +416,7 @@ def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, capsys, monk
 def test_small_for_a_slice_that_is_not_there(tmp_path):
     arguments = ["--mode=plan", "--topology=v5e:2x4", "--gin_file=models/t5_1_1/small.gin", "--gin_file=mesh/fsdp.gin"]
     arguments += ["--gin.BATCH_SIZE=64", f"--gin.MODEL_DIR='{tmp_path}'"]
-    root = Path(command.__file__).parent
+    root = Path(command.__file__).parents[2]
     subprocess.run([sys.executable, "run.py", *arguments], cwd=root, check=True)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits"] and found["compiled_for"] == "v5e" and found["parameters"] == 76_961_152
