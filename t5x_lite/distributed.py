@@ -390,7 +390,7 @@ def _receive(name: str, timeout_s: float) -> str:
     return value
 
 
-def end_if_one_of_several(code: int, error: BaseException | None = None) -> None:
+def abort_all_processes(code: int, error: BaseException | None = None) -> None:
     """Ends this process at once, if there are others, which then end too; of an error, says what to do.
 
     An ordinary exit would wait for the others, which wait for this one.

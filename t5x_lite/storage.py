@@ -66,7 +66,7 @@ def _state(file: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-class GrowingFile:
+class AppendOnlyFile:
     """A file that is only added to. What the disk refuses waits in memory, and is tried again with the next addition.
 
     Nothing is lost or torn where a disk is full for a while. For several threads.

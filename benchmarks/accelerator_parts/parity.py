@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.accelerator_parts import three_steps
 from benchmarks.accelerator_parts.child import Item, Settings, describe
 from t5x_lite.model import attention
-from t5x_lite.model.attention import Implementation, Visibility, dot_product_attention
+from t5x_lite.model.attention import AttentionMask, Implementation, dot_product_attention
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 ARRAYS = ("output", "query", "key", "value", "bias")
@@ -107,7 +107,9 @@ def compare(sizes: Sizes, queries: int, keys: int, case: Case) -> dict[str, Any]
 NOT_AVAILABLE = "not available"
 
 
-def random_inputs(sizes: Sizes, queries: int, keys: int, case: Case, dtype: str) -> tuple[list[Any], Visibility, Any]:
+def random_inputs(
+    sizes: Sizes, queries: int, keys: int, case: Case, dtype: str
+) -> tuple[list[Any], AttentionMask, Any]:
     """Returns [query, key, value, bias], what is visible, and the cotangent, which is 0 where a query is padding."""
     random = np.random.default_rng(queries * 1000 + keys)
     B, H, K = sizes.batch, sizes.heads, sizes.head_dim
@@ -115,7 +117,7 @@ def random_inputs(sizes: Sizes, queries: int, keys: int, case: Case, dtype: str)
     query, key, value, bias, cotangent = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
     args = [jnp.asarray(x, dtype) for x in (query * K**-0.5, key, value)] + [jnp.asarray(bias) if case.bias else None]
     if not case.segments:
-        return args, Visibility(causal=case.causal), jnp.asarray(cotangent)
+        return args, AttentionMask(causal=case.causal), jnp.asarray(cotangent)
     query_segments = segments(random, B, queries)
     # Within a sequence both sides are the same; across, each side has every segment: so every query sees a key, for
     # what one gets that sees none is not defined.
@@ -123,7 +125,7 @@ def random_inputs(sizes: Sizes, queries: int, keys: int, case: Case, dtype: str)
     prefix = None
     if case.prefix:
         prefix = jnp.tile((jnp.arange(keys) < keys // 4).astype(jnp.int32), (B, 1))
-    visibility = Visibility(jnp.asarray(query_segments), jnp.asarray(key_segments), prefix, causal=case.causal)
+    visibility = AttentionMask(jnp.asarray(query_segments), jnp.asarray(key_segments), prefix, causal=case.causal)
     return args, visibility, jnp.asarray(cotangent * (query_segments != 0)[:, :, None, None])
 
 
@@ -136,7 +138,7 @@ def segments(random: np.random.Generator, rows: int, length: int) -> np.ndarray:
 
 
 def outputs_and_gradients(
-    name: Implementation, args: list[Any], visibility: Visibility, cotangent: jax.Array, dropout: float
+    name: Implementation, args: list[Any], visibility: AttentionMask, cotangent: jax.Array, dropout: float
 ) -> list[np.ndarray] | str:
     """Returns the output and all gradients; NOT_AVAILABLE where another implementation would take its place."""
     on_cpu = jax.default_backend() == "cpu"  # where the TPU's kernel is interpreted, slowly: at toy sizes only
@@ -145,7 +147,7 @@ def outputs_and_gradients(
     if attention.choose(name, args[0], args[1], args[3], visibility) != name:
         return NOT_AVAILABLE
 
-    def loss(args: list[Any], visibility: Visibility, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(args: list[Any], visibility: AttentionMask, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         query, key, value, bias = args
         y = dot_product_attention(
             *(query, key, value, bias, visibility),

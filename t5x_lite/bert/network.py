@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
-from t5x_lite.model.attention import Visibility, dot_product_attention
+from t5x_lite.model.attention import AttentionMask, dot_product_attention
 from t5x_lite.model.layers import PRODUCT, Embed, named_axes, project
 from t5x_lite.model.transformer import stack
 from t5x_lite.sharding import constrain
@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "B S D"]:
         c = self.config
 
         def heads(name: str) -> Float[Array, "B S H K"]:
@@ -109,12 +109,12 @@ class BertLayer(nn.Module):
         self.mlp_norm = LayerNorm(c.compute_dtype)
         self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> tuple[Float[Array, "B S D"], None]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> tuple[Float[Array, "B S D"], None]:
         x_BSD = self.attention_norm(x_BSD + self.dropout(self.attention(x_BSD, visibility)))
         x_BSD = self.mlp_norm(x_BSD + self.dropout(self.mlp(x_BSD)))
         return constrain(x_BSD, "batch", "length", "embed"), None
 
-    def kept(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> tuple[Array, Array]:
+    def kept(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> tuple[Array, Array]:
         """The same, and once more what comes out, for a stack to keep of every layer."""
         x_BSD, _ = self(x_BSD, visibility)
         return x_BSD, x_BSD
@@ -129,10 +129,10 @@ class Encoder(nn.Module):
         axes = (nn.broadcast,)
         self.layers = stack(BertLayer, c, c.num_layers, __call__=axes, kept=axes)(c, self.train)
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "B S D"]:
         return self.layers(x_BSD, visibility)[0]
 
-    def hidden(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "L B S D"]:
+    def hidden(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "L B S D"]:
         return self.layers.kept(x_BSD, visibility)[1]
 
 
@@ -211,7 +211,7 @@ class Bert(nn.Module):
 
     def _embedded(
         self, tokens_BS: Array, segments_BS: Array | None, mask_BS: Array | None
-    ) -> tuple[Float[Array, "B S D"], Visibility]:
+    ) -> tuple[Float[Array, "B S D"], AttentionMask]:
         c, length = self.config, tokens_BS.shape[1]
         if length > c.max_length:
             raise UserError(f"a row of {length} tokens: BertConfig.max_length is {c.max_length}, cut it to that")
@@ -221,7 +221,7 @@ class Bert(nn.Module):
         x_BSD = self.token_embedder(tokens_BS).astype(jnp.float32) + position_SD + segment_BSD
         x_BSD = self.dropout(self.embedding_norm(x_BSD))
         visible_BS = (tokens_BS if mask_BS is None else mask_BS) != 0
-        return constrain(x_BSD, "batch", "length", "embed"), Visibility(None, visible_BS.astype(jnp.int32))
+        return constrain(x_BSD, "batch", "length", "embed"), AttentionMask(None, visible_BS.astype(jnp.int32))
 
 
 def forward(

@@ -102,7 +102,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
             metric_logger.MetricLogger(folder.path, last, _flops(run, partitioner), folder.publish)
         ) as logger,
         _checkpointer(run, start, partitioner, logger.settle) as saver,
-        monitors.StopNotice().listening() as stop,
+        monitors.PreemptionSignal().listening() as stop,
     ):
         if jax.process_index() == 0:
             (folder.path / "config.gin").write_text(config)

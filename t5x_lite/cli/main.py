@@ -78,11 +78,11 @@ def main(argv: Sequence[str]) -> int:
             getattr(jobs, options.mode)(run)
     except Exception as error:
         if not isinstance(error, _user_errors()):
-            _end_if_one_of_several(1, error)
+            _abort_all_processes(1, error)
             raise
         message = str(error).split("\n  In call to configurable")[0].strip()
         print(f"run.py: {message}", file=sys.stderr)
-        _end_if_one_of_several(2)
+        _abort_all_processes(2)
         return 2
     return 0
 
@@ -93,9 +93,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return (UserError,) if tasks is None else (UserError, tasks.UserError)
 
 
-def _end_if_one_of_several(code: int, error: BaseException | None = None) -> None:
+def _abort_all_processes(code: int, error: BaseException | None = None) -> None:
     if distributed := sys.modules.get("t5x_lite.distributed"):  # else JAX has not even been loaded
-        distributed.end_if_one_of_several(code, error)
+        distributed.abort_all_processes(code, error)
 
 
 def keep_compiled() -> None:

@@ -21,7 +21,7 @@ Method = Literal["greedy", "sample", "beam"]
 
 START = 0
 END = 1
-NEVER = -1e7  # the score of a beam that is not there; T5X's
+NEG_INF = -1e7  # the score of a beam that is not there; T5X's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +278,15 @@ def _beam(
         grown_BJT = pick(live_BKT, beams_BJ).at[:, :, index].set(tokens_BJ)
         ends_BJ = tokens_BJ == END
 
-        live_BK, kept_BK = jax.lax.top_k(best_BJ + ends_BJ * NEVER, K)
+        live_BK, kept_BK = jax.lax.top_k(best_BJ + ends_BJ * NEG_INF, K)
         live_BKT = pick(grown_BJT, kept_BK)
         parents = (jnp.arange(B)[:, None] * K + pick(beams_BJ, kept_BK)).reshape(-1)
 
-        scores_BJ = best_BJ / _penalty(index + 1, alpha) + ~ends_BJ * NEVER
+        scores_BJ = best_BJ / _penalty(index + 1, alpha) + ~ends_BJ * NEG_INF
         ended_BK, kept_BK = jax.lax.top_k(jnp.concatenate([ended_BK, scores_BJ], axis=1), K)
         ended_BKT = pick(jnp.concatenate([ended_BKT, grown_BJT], axis=1), kept_BK)
-        ended_BKT = jnp.where((ended_BK > NEVER / 2)[..., None], ended_BKT, 0)
-        return index + 1, live_BKT, live_BK, ended_BKT, jnp.maximum(ended_BK, NEVER), parents, cache
+        ended_BKT = jnp.where((ended_BK > NEG_INF / 2)[..., None], ended_BKT, 0)
+        return index + 1, live_BKT, live_BK, ended_BKT, jnp.maximum(ended_BK, NEG_INF), parents, cache
 
     def unfinished(carry: tuple) -> Array:
         index, _, live_BK, _, ended_BK, *_ = carry
@@ -294,7 +294,7 @@ def _beam(
         return (index < max_length) & ~jnp.all(jnp.min(ended_BK, axis=1) > hopes_B)
 
     none_BKT = jnp.zeros((B, K, max_length), jnp.int32)
-    never_BK = jnp.full((B, K), NEVER, jnp.float32)
+    never_BK = jnp.full((B, K), NEG_INF, jnp.float32)
     start = (
         jnp.zeros((), jnp.int32),
         none_BKT,
@@ -305,7 +305,7 @@ def _beam(
         cache,
     )
     _, live_BKT, live_BK, ended_BKT, ended_BK, *_ = jax.lax.while_loop(unfinished, step, start)
-    any_B = jnp.any(ended_BK > NEVER / 2, axis=1)
+    any_B = jnp.any(ended_BK > NEG_INF / 2, axis=1)
     return jnp.where(any_B[:, None, None], ended_BKT, live_BKT), jnp.where(any_B[:, None], ended_BK, live_BK)
 
 
@@ -319,7 +319,7 @@ def log_likelihoods(
     lengths_BN = jnp.argmax(is_end_BNT, axis=-1) + 1
     unranked_BN = scores_BN * _penalty(lengths_BN, decoding.alpha)
     found_BN = jnp.where(jnp.any(is_end_BNT, axis=-1), unranked_BN, scores_BN)  # those that never end were not ranked
-    return jnp.where(scores_BN > NEVER / 2, found_BN, -jnp.inf)
+    return jnp.where(scores_BN > NEG_INF / 2, found_BN, -jnp.inf)
 
 
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:

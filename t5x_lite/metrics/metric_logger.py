@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.metrics import hardware, tensorboard_events
-from t5x_lite.storage import GrowingFile
+from t5x_lite.storage import AppendOnlyFile
 
 log = logging.getLogger("t5x_lite")
 
@@ -203,12 +203,12 @@ def _record(step: int, split: str, task: str | None, metrics: Mapping[str, float
     return record | {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _open_lines(folder: Path) -> GrowingFile:
+def _open_lines(folder: Path) -> AppendOnlyFile:
     """metrics.jsonl to add lines to; what a crash has left of a last line is cut off."""
     path = folder / METRICS_FILE
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return GrowingFile(path)
+    return AppendOnlyFile(path)
 
 
 def read_metrics(model_dir: str | os.PathLike) -> list[Record]:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_lite.storage import GrowingFile
+from t5x_lite.storage import AppendOnlyFile
 
 log = logging.getLogger("t5x_lite")
 
 
-class EventFile(GrowingFile):
+class EventFile(AppendOnlyFile):
     """A new file of events in `folder`.
 
     Args:

@@ -1,7 +1,7 @@
 """Dot-product attention with T5's relative-position bias.
 
 One signature for every implementation: queries, keys, values, an additive bias, and *who may see whom* said by its
-meaning (`Visibility`) rather than as a dense mask, so that a fused kernel never has to build one. This module knows
+meaning (`AttentionMask`) rather than as a dense mask, so that a fused kernel never has to build one. This module knows
 arrays only: no parameters, no layers, no config.
 """
 
@@ -22,7 +22,7 @@ from t5x_lite import sharding
 from t5x_lite.model import flash_attention, kernel_checks
 
 # Large enough to vanish in a float32 softmax, small enough that a bias added to it does not overflow.
-MASKED = -1e10
+NEG_INF = -1e10
 
 Implementation = Literal["batch", "rows", "flash", "cudnn"]
 
@@ -35,7 +35,7 @@ CUDNN_HEAD_DIM = 128  # the largest on every card
 
 
 @flax.struct.dataclass
-class Visibility:
+class AttentionMask:
     """Which keys each query may attend to.
 
     A query sees a key when their segments are equal and the key's segment is not 0 (padding), and, if `causal`, when
@@ -86,7 +86,7 @@ def dot_product_attention(
     key_BSHK: Float[Array, "B S H K"],
     value_BSHK: Float[Array, "B S H K"],
     bias_HTS: Float[Array, "H T S"] | None,
-    visibility: Visibility,
+    visibility: AttentionMask,
     *,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
@@ -129,7 +129,7 @@ def choose(
     query_BTHK: Float[Array, "B T H K"],
     key_BSHK: Float[Array, "B S H K"],
     bias_HTS: Float[Array, "H T S"] | None,
-    visibility: Visibility,
+    visibility: AttentionMask,
 ) -> Implementation:
     """`wanted` if it can do what is asked, else "batch".
 
@@ -156,7 +156,7 @@ def choose(
 
 
 def _able(
-    fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: Visibility
+    fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: AttentionMask
 ) -> bool:
     """Whether a fused kernel can do what is asked, by its own rules."""
     _, queries, _, width = query_BTHK.shape
@@ -175,7 +175,7 @@ def _able(
 
 
 def _checked(
-    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: Visibility
+    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: AttentionMask
 ) -> Implementation:
     """`fused` or "batch", whichever a check on this device chose at the shape of each device's part."""
     rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
@@ -238,14 +238,14 @@ AXES = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",), (
 
 
 def _arrays(
-    query: Array, key: Array, value: Array, bias: Array | None, visibility: Visibility
+    query: Array, key: Array, value: Array, bias: Array | None, visibility: AttentionMask
 ) -> tuple[Array | None, ...]:
     prefix = visibility.key_prefix if visibility.causal else None
     offset = jnp.asarray(visibility.offset, jnp.int32)
     return query, key, value, bias, *visibility.segments(query.shape[1]), prefix, offset
 
 
-def _kernel(name: str, key_length: int, visibility: Visibility) -> Callable[..., Array]:
+def _kernel(name: str, key_length: int, visibility: AttentionMask) -> Callable[..., Array]:
     options = {"causal": visibility.causal, "most_segments": visibility.most_segments(key_length)}
     return functools.partial({"batch": _batch, **FUSED}[name], **options)
 
@@ -254,14 +254,14 @@ def _batch(
     query: Array, key: Array, value: Array, bias: Array | None, *masks: Any, causal: bool, most_segments: int
 ) -> Array:
     del most_segments
-    visibility = Visibility(*masks, causal=causal)
+    visibility = AttentionMask(*masks, causal=causal)
     return _attend(bias, query, key, value, visibility.dense(query.shape[1], key.shape[1]))
 
 
 def _flash(*arrays: Any, causal: bool, most_segments: int) -> Array:
     del most_segments
     interpret = sharding.device().platform != "tpu"
-    return flash_attention.flash_attention(*arrays, causal=causal, masked=MASKED, interpret=interpret)
+    return flash_attention.flash_attention(*arrays, causal=causal, masked=NEG_INF, interpret=interpret)
 
 
 def _cudnn(
@@ -315,7 +315,7 @@ def _logits(
     logits = jnp.einsum("...THK,...SHK->...HTS", query, key, preferred_element_type=jnp.float32)
     if bias_HTS is not None:
         logits += bias_HTS.astype(jnp.float32)
-    return logits if mask is None else jnp.where(mask, logits, MASKED)
+    return logits if mask is None else jnp.where(mask, logits, NEG_INF)
 
 
 def _attend(

@@ -25,7 +25,7 @@ KEYS_BYTES = 2**19  # of a block of keys at most: keys, values and their gradien
 
 
 class Masking(NamedTuple):
-    """`attention.Visibility` as the kernel reads it. Segments are of both sides or of none."""
+    """`attention.AttentionMask` as the kernel reads it. Segments are of both sides or of none."""
 
     offset: Int[Array, "1"]
     query_segments: Int[Array, "B T 1"] | None
@@ -57,7 +57,7 @@ def flash_attention(
     masked: float,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k + bias) v; of what is seen says `attention.Visibility`, of `masked` and `interpret` `Settings`."""
+    """softmax(q k + bias) v; of what is seen says `attention.AttentionMask`, of `masked` and `interpret` `Settings`."""
     _, length, heads, width = query_BTHK.shape
     most = BLOCK_LOGITS // max(_group(heads, width), 2) // key_BSHK.shape[1]
     block = length

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.errors import UserError
-from t5x_lite.model.attention import Visibility
+from t5x_lite.model.attention import AttentionMask
 from t5x_lite.model.config import T5Config
 from t5x_lite.model.layers import Embed
 from t5x_lite.model.transformer import Cache, Decoder, Encoder
@@ -71,7 +71,7 @@ class T5(nn.Module):
         if encoder_input_tokens is None:
             raise UserError("an encoder-decoder needs encoder_input_tokens")
         segments = _segments(encoder_input_tokens, encoder_segment_ids)
-        return self.encoder(self.token_embedder(encoder_input_tokens), Visibility(segments, segments))
+        return self.encoder(self.token_embedder(encoder_input_tokens), AttentionMask(segments, segments))
 
     def decode(
         self,
@@ -89,8 +89,10 @@ class T5(nn.Module):
         x_BTD, _ = self.decoder(
             self.token_embedder(decoder_input_tokens),
             encoded_BSD,
-            Visibility(decoder_segment_ids, decoder_segment_ids, self._prefix(decoder_causal_attention), causal=True),
-            Visibility(decoder_segment_ids, _segments(encoder_input_tokens, encoder_segment_ids)),
+            AttentionMask(
+                decoder_segment_ids, decoder_segment_ids, self._prefix(decoder_causal_attention), causal=True
+            ),
+            AttentionMask(decoder_segment_ids, _segments(encoder_input_tokens, encoder_segment_ids)),
         )
         return self._logits(x_BTD)
 
@@ -121,8 +123,8 @@ class T5(nn.Module):
         x_BTD, new_cache = self.decoder(
             self.token_embedder(decoder_input_tokens),
             None,
-            Visibility(None, decoder_segment_ids, self._prefix(decoder_causal_attention), offset=index, causal=True),
-            Visibility(None, _segments(encoder_input_tokens, None)),
+            AttentionMask(None, decoder_segment_ids, self._prefix(decoder_causal_attention), offset=index, causal=True),
+            AttentionMask(None, _segments(encoder_input_tokens, None)),
             cache,
             parents,
         )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from t5x_lite.model.attention import Visibility, dot_product_attention
+from t5x_lite.model.attention import AttentionMask, dot_product_attention
 from t5x_lite.model.config import T5Config
 from t5x_lite.model.layers import PRODUCT, Adapter, Dense, GatedMlp, LowRank, RelativePositionBias, RMSNorm
 from t5x_lite.sharding import constrain
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         key_BSHK: Float[Array, "B S H K"],
         value_BSHK: Float[Array, "B S H K"],
         bias_HTS: Float[Array, "H T S"] | None,
-        visibility: Visibility,
+        visibility: AttentionMask,
     ) -> Float[Array, "B T D"]:
         rate = self.config.dropout_rate if self.train else 0.0
         query = self.query(x_BTD)
@@ -125,7 +125,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, visibility: Visibility
+        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, visibility: AttentionMask
     ) -> tuple[Float[Array, "B S D"], None]:
         c = self.config
         if bias_HSS is None:
@@ -175,8 +175,8 @@ class DecoderLayer(nn.Module):
         layer: Int[Array, ""],
         encoded_BSD: Float[Array, "B S D"] | None,
         bias_HTS: Float[Array, "H T _"] | None,
-        self_visibility: Visibility,
-        cross_visibility: Visibility,
+        self_visibility: AttentionMask,
+        cross_visibility: AttentionMask,
         parents_B: Int[Array, " B"] | None,
     ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
         x_BTD, cache = state
@@ -248,7 +248,7 @@ class Encoder(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: Visibility) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "B S D"]:
         c = self.config
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
         bias_HSS = None
@@ -291,8 +291,8 @@ class Decoder(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         encoded_BSD: Float[Array, "B S D"] | None,
-        self_visibility: Visibility,
-        cross_visibility: Visibility,
+        self_visibility: AttentionMask,
+        cross_visibility: AttentionMask,
         cache: Cache | None = None,
         parents_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:

@@ -88,7 +88,7 @@ def train(
     clock: float | None = None  # when the step before the launched one was done; None: the next one is not timed
     times: list[float] = []  # of the steps since the last log record
     skipped = 0  # in a row
-    spikes = monitors.Spikes()
+    spikes = monitors.LossSpikeDetector()
 
     def report() -> None:
         """Waits for the launched step, and logs it if it is due."""
@@ -119,7 +119,7 @@ def train(
             )
         log.warning("Step %d is skipped, for it is not finite: %s.", number, said)
 
-    with monitors.Progress().watched() as progress:
+    with monitors.HangDetector().watched() as progress:
         while step < schedule.last_step:
             batch = next(batches, None)
             if batch is None:

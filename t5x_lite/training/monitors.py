@@ -32,7 +32,7 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED)
 
 
-class StopNotice:
+class PreemptionSignal:
     """Whether SIGTERM (or, on Cloud TPUs, a maintenance notice) has come; all hosts are told at the same step.
 
     On several hosts JAX's own service hears the signal and agrees on the step. Further signals change nothing.
@@ -42,7 +42,7 @@ class StopNotice:
         self._came = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator["StopNotice"]:
+    def listening(self) -> Iterator["PreemptionSignal"]:
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -60,7 +60,7 @@ class StopNotice:
         return self._came or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
 
 
-class Progress:
+class HangDetector:
     """Warns, with the stack of every thread of this host, when no step has been done for `seconds`, again and again."""
 
     def __init__(self, seconds: float = STALLED_SECONDS):
@@ -72,7 +72,7 @@ class Progress:
         self._last = (time.monotonic(), number)
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator["Progress"]:
+    def watched(self) -> Iterator["HangDetector"]:
         self._last = (time.monotonic(), self._last[1])
         threading.Thread(target=self._watch, name="progress", daemon=True).start()
         try:
@@ -95,7 +95,7 @@ class Progress:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-class Spikes:
+class LossSpikeDetector:
     """Warns of a loss far above what it has been lately: by 6 standard deviations, and a tenth."""
 
     def __init__(self, window: int = 100):

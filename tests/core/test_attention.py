@@ -16,7 +16,7 @@ import pytest
 
 from t5x_lite import sharding
 from t5x_lite.model import attention, flash_attention
-from t5x_lite.model.attention import Visibility, dot_product_attention
+from t5x_lite.model.attention import AttentionMask, dot_product_attention
 
 B, T, S, H, K = 3, 5, 7, 2, 4
 
@@ -31,15 +31,15 @@ def arrays(dtype=jnp.float32, rows=B, queries=T, keys=S, heads=H, width=K) -> tu
 
 OF_QUERIES = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1], [1, 2, 3, 0, 0]])
 OF_KEYS = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0], [1, 2, 2, 3, 3, 0, 0]])
-SEGMENTS = Visibility(OF_QUERIES, OF_KEYS)
+SEGMENTS = AttentionMask(OF_QUERIES, OF_KEYS)
 PREFIX = jnp.array([[1, 1, 0, 1, 0, 0, 0], [0] * 7, [1, 1, 1, 1, 0, 0, 0]])
 CASES = {
-    "everything visible": (Visibility(), True, 0.0),
-    "causal": (Visibility(causal=True), True, 0.0),
-    "causal, later queries": (Visibility(offset=2, causal=True), True, 0.0),
+    "everything visible": (AttentionMask(), True, 0.0),
+    "causal": (AttentionMask(causal=True), True, 0.0),
+    "causal, later queries": (AttentionMask(offset=2, causal=True), True, 0.0),
     "prefix": (dataclasses.replace(SEGMENTS, key_prefix=PREFIX, causal=True), True, 0.0),
     "segments": (SEGMENTS, True, 0.0),
-    "padding": (Visibility(None, OF_KEYS), True, 0.0),
+    "padding": (AttentionMask(None, OF_KEYS), True, 0.0),
     "no bias": (SEGMENTS, False, 0.0),
     "dropout": (SEGMENTS, True, 0.4),
 }
@@ -138,7 +138,7 @@ def test_cudnn_tells_as_many_segments_apart_as_there_are_keys(monkeypatch):
     on_xla(monkeypatch)
     segments = jnp.arange(1, 17)[None]
     query, key, value, _ = arrays(jnp.bfloat16, rows=1, queries=16, keys=16, width=8)
-    found = dot_product_attention(query, key, value, None, Visibility(segments, segments), implementation="cudnn")
+    found = dot_product_attention(query, key, value, None, AttentionMask(segments, segments), implementation="cudnn")
     np.testing.assert_array_equal(found, value)
 
 
@@ -147,7 +147,7 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads_and_the_bias_gradient_is_s
     rows, heads = 4, 6
     inputs = arrays(rows=rows, heads=heads, width=8)
     segments = [jnp.concatenate([s, s[:1]]) for s in (OF_QUERIES, OF_KEYS)]
-    case = Visibility(segments[0], segments[1]), True, 0.0
+    case = AttentionMask(segments[0], segments[1]), True, 0.0
     batch = program(case, "batch", inputs)
     if implementation == "cudnn":
         on_xla(monkeypatch)
@@ -170,26 +170,26 @@ LONG = {"queries": 512, "keys": 512, "width": 64}
 @pytest.mark.parametrize(
     "on, shape, options, visibility, expected",
     [
-        (TPU, LONG, {}, Visibility(), "flash"),
-        (TPU, {**LONG, "queries": 114}, {}, Visibility(), "flash"),
-        (TPU, {"queries": 114, "keys": 114, "width": 64}, {}, Visibility(causal=True), "batch"),  # little to gain
-        (TPU, {**LONG, "queries": 1}, {}, Visibility(offset=5, causal=True), "batch"),  # decoding
-        (TPU, {**LONG, "keys": 8192}, {}, Visibility(), "batch"),  # more than VMEM holds
-        (TPU, LONG, {"wanted": "batch"}, Visibility(), "batch"),
-        (TPU, LONG, {"wanted": "cudnn"}, Visibility(), "batch"),
+        (TPU, LONG, {}, AttentionMask(), "flash"),
+        (TPU, {**LONG, "queries": 114}, {}, AttentionMask(), "flash"),
+        (TPU, {"queries": 114, "keys": 114, "width": 64}, {}, AttentionMask(causal=True), "batch"),  # little to gain
+        (TPU, {**LONG, "queries": 1}, {}, AttentionMask(offset=5, causal=True), "batch"),  # decoding
+        (TPU, {**LONG, "keys": 8192}, {}, AttentionMask(), "batch"),  # more than VMEM holds
+        (TPU, LONG, {"wanted": "batch"}, AttentionMask(), "batch"),
+        (TPU, LONG, {"wanted": "cudnn"}, AttentionMask(), "batch"),
         (A100, LONG, {}, SEGMENTS, "cudnn"),
-        (A100, LONG, {}, Visibility(causal=True), "cudnn"),
+        (A100, LONG, {}, AttentionMask(causal=True), "cudnn"),
         (A100, LONG, {"dtype": jnp.float32}, SEGMENTS, "batch"),
-        (A100, {**LONG, "queries": 1}, {}, Visibility(offset=5, causal=True), "batch"),
-        (A100, LONG, {}, Visibility(offset=5, causal=True), "batch"),
+        (A100, {**LONG, "queries": 1}, {}, AttentionMask(offset=5, causal=True), "batch"),
+        (A100, LONG, {}, AttentionMask(offset=5, causal=True), "batch"),
         (A100, LONG, {}, dataclasses.replace(SEGMENTS, key_prefix=PREFIX, causal=True), "batch"),
         (A100, {**LONG, "keys": 511}, {}, SEGMENTS, "batch"),  # odd, with a bias
         (A100, {**LONG, "width": 128}, {}, SEGMENTS, "batch"),  # no room for the segments
-        (A100, {**LONG, "width": 128}, {}, Visibility(), "cudnn"),
+        (A100, {**LONG, "width": 128}, {}, AttentionMask(), "cudnn"),
         (device("gpu", compute_capability="7.0"), LONG, {}, SEGMENTS, "batch"),
         (device("gpu", compute_capability="gfx942"), LONG, {}, SEGMENTS, "batch"),
-        (device("cpu"), LONG, {}, Visibility(), "batch"),
-        (device("cpu"), LONG, {"wanted": "flash"}, Visibility(), "flash"),
+        (device("cpu"), LONG, {}, AttentionMask(), "batch"),
+        (device("cpu"), LONG, {"wanted": "flash"}, AttentionMask(), "flash"),
     ],
 )
 def test_implementation_is_chosen_by_platform_and_shape(on, shape, options, visibility, expected, monkeypatch):
@@ -207,9 +207,9 @@ def test_implementation_is_chosen_by_platform_and_shape(on, shape, options, visi
 def test_heads_that_do_not_divide_over_the_mesh_fall_to_batch():
     mesh = sharding.make_mesh(data=1, tensor=4, devices=jax.devices()[:4])
     query, key, _, bias = arrays(heads=6)
-    assert attention.choose("flash", query, key, bias, Visibility()) == "flash"
+    assert attention.choose("flash", query, key, bias, AttentionMask()) == "flash"
     with sharding.layout(mesh):
-        assert attention.choose("flash", query, key, bias, Visibility()) == "batch"
+        assert attention.choose("flash", query, key, bias, AttentionMask()) == "batch"
 
 
 COMPILED = """
@@ -218,7 +218,7 @@ import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from t5x_lite import sharding
 from t5x_lite.plan import topologies
-from t5x_lite.model.attention import Visibility, choose, dot_product_attention
+from t5x_lite.model.attention import AttentionMask, choose, dot_product_attention
 
 topology = topologies.find(sys.argv[1])
 mesh = sharding.make_mesh(data=1, devices=topology.devices[:1])
@@ -231,7 +231,7 @@ for queries, keys, causal, segments, with_bias in (
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(topology.devices[0]))
 
     def loss(query, key, value, bias, query_segments, key_segments, implementation):
-        visibility = Visibility(query_segments, key_segments, causal=causal)
+        visibility = AttentionMask(query_segments, key_segments, causal=causal)
         with sharding.layout(mesh):
             chosen.append(choose(implementation, query, key, bias, visibility))
             y = dot_product_attention(query, key, value, bias, visibility, implementation=implementation)
@@ -284,7 +284,7 @@ def test_on_a_gpu_cudnn_is_as_near_to_float32_as_batch_is(case):
     query_segments, key_segments = (jnp.pad(s, ((0, 0), (0, 1)), mode="edge") for s in (OF_QUERIES, OF_KEYS))
     visibility, with_bias, rate = CASES[case]
     if visibility.key_segments is not None:
-        visibility = Visibility(query_segments if visibility.query_segments is not None else None, key_segments)
+        visibility = AttentionMask(query_segments if visibility.query_segments is not None else None, key_segments)
     shape = {"queries": 6, "keys": 8, "width": 64}
     in_float32, inputs = arrays(**shape), arrays(jnp.bfloat16, **shape)
     fused = program((visibility, with_bias, rate), "cudnn", inputs)
@@ -307,4 +307,4 @@ def test_attention_is_softmax_of_unscaled_products_and_bias():
     logits = np.einsum("bthk,bshk->bhts", query, key) + bias
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshk->bthk", weights, value)
-    np.testing.assert_allclose(dot_product_attention(*arrays()[:4], visibility=Visibility()), expected, atol=1e-5)
+    np.testing.assert_allclose(dot_product_attention(*arrays()[:4], visibility=AttentionMask()), expected, atol=1e-5)

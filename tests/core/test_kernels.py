@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.model import attention, kernel_checks
-from t5x_lite.model.attention import Visibility, dot_product_attention
+from t5x_lite.model.attention import AttentionMask, dot_product_attention
 
 WHAT = {"product": [64, 32]}
 
@@ -231,12 +231,12 @@ def flash_on_cpu(monkeypatch):
 
 SEGMENTS = jnp.asarray(np.repeat([[1, 2, 2, 0]], 4, 0).repeat(4, 1))
 CASES = [
-    Visibility(),
-    Visibility(causal=True),
-    Visibility(SEGMENTS, SEGMENTS),
-    Visibility(SEGMENTS, SEGMENTS, causal=True),
-    Visibility(None, SEGMENTS),
-    Visibility(SEGMENTS, SEGMENTS, SEGMENTS % 2, causal=True),
+    AttentionMask(),
+    AttentionMask(causal=True),
+    AttentionMask(SEGMENTS, SEGMENTS),
+    AttentionMask(SEGMENTS, SEGMENTS, causal=True),
+    AttentionMask(None, SEGMENTS),
+    AttentionMask(SEGMENTS, SEGMENTS, SEGMENTS % 2, causal=True),
 ]
 
 
@@ -260,7 +260,7 @@ def test_a_sound_kernel_passes_the_check_at_every_mask(visibility, flash_on_cpu,
 
 def test_a_broken_kernel_leaves_attention_to_xla_inside_a_traced_step(flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setitem(attention.FUSED, "flash", lambda *args, **options: raising())
-    arrays, visibility = shapes(), Visibility(SEGMENTS, SEGMENTS)
+    arrays, visibility = shapes(), AttentionMask(SEGMENTS, SEGMENTS)
 
     def loss(query, *others, implementation=None):
         y = dot_product_attention(query, *others, visibility, implementation=implementation)
@@ -284,9 +284,9 @@ def test_a_kernel_that_ignores_the_mask_is_dropped(flash_on_cpu, monkeypatch, ca
 
     monkeypatch.setitem(attention.FUSED, "flash", unmasked)
     query, key, _, bias = shapes()
-    assert attention.choose(None, query, key, bias, Visibility(None, SEGMENTS)) == "batch"
+    assert attention.choose(None, query, key, bias, AttentionMask(None, SEGMENTS)) == "batch"
     assert "differs" in caplog.text
-    assert attention.choose(None, query, key, bias, Visibility()) == "flash"  # another mask is another check
+    assert attention.choose(None, query, key, bias, AttentionMask()) == "flash"  # another mask is another check
 
 
 def test_only_so_much_is_checked_as_the_reference_has_room_for(flash_on_cpu, monkeypatch):
@@ -294,7 +294,7 @@ def test_only_so_much_is_checked_as_the_reference_has_room_for(flash_on_cpu, mon
     checked = []
     monkeypatch.setattr(kernel_checks, "fastest", lambda what, *_, **options: checked.append(what) or "batch")
     query, key, _, bias = shapes()
-    attention.choose(None, query, key, bias, Visibility())
+    attention.choose(None, query, key, bias, AttentionMask())
     monkeypatch.setattr(attention, "CHECKED_LOGITS", 16)
-    attention.choose(None, query, key, bias, Visibility())
+    attention.choose(None, query, key, bias, AttentionMask())
     assert [what["attention"] for what in checked] == [[1, 16, 2, 8], [1, 16, 1, 8]]

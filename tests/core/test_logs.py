@@ -139,7 +139,7 @@ def test_a_full_disk_costs_no_line(tmp_path, caplog):
 
 
 def test_what_a_full_disk_never_takes_is_said_to_be_lost(caplog):
-    file = storage.GrowingFile(pathlib.Path("/dev/full"))
+    file = storage.AppendOnlyFile(pathlib.Path("/dev/full"))
     file.write(b"a line\n")
     with pytest.raises(OSError, match=r"/dev/full cannot be written .*No space left"):
         file.settle()

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from benchmarks.train_step import model_config
-from t5x_lite.model.attention import Visibility
+from t5x_lite.model.attention import AttentionMask
 from t5x_lite.model.layers import relative_position_bucket
 from t5x_lite.model.t5 import T5, T5Config
 from t5x_lite.t5_model import T5Model
@@ -218,9 +218,9 @@ def test_masks_agree_with_t5x(golden_json):
     target_segments = jnp.asarray(masks["decoder_segment_ids"])
     input_segments = jnp.asarray(masks["encoder_segment_ids"])
     cases = {
-        "causal_packed": Visibility(target_segments, target_segments, causal=True),
-        "encoder_packed": Visibility(input_segments, input_segments),
-        "cross_packed": Visibility(target_segments, input_segments),
+        "causal_packed": AttentionMask(target_segments, target_segments, causal=True),
+        "encoder_packed": AttentionMask(input_segments, input_segments),
+        "cross_packed": AttentionMask(target_segments, input_segments),
     }
     for name, visibility in cases.items():
         expected = np.asarray(masks[name])

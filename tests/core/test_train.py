@@ -93,7 +93,7 @@ def test_told_to_stop_it_saves_at_the_next_step():
 
 def test_sigterm_is_heard_once_and_again():
     before = signal.getsignal(signal.SIGTERM)
-    with monitors.StopNotice().listening() as stop:
+    with monitors.PreemptionSignal().listening() as stop:
         assert not stop(1)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -102,7 +102,7 @@ def test_sigterm_is_heard_once_and_again():
 
 
 def test_a_run_that_stands_still_says_where(caplog, capfd):
-    with monitors.Progress(seconds=0.2).watched() as progress:
+    with monitors.HangDetector(seconds=0.2).watched() as progress:
         progress.step(7)
         deadline = time.monotonic() + 10
         while "No progress" not in caplog.text and time.monotonic() < deadline:
@@ -114,8 +114,8 @@ def test_a_run_that_stands_still_says_where(caplog, capfd):
 def test_a_jump_of_the_loss_is_warned_of(caplog):
     caplog.set_level(logging.WARNING)
     random = np.random.default_rng(0)
-    spikes = monitors.Spikes(window=50)
+    spikes = monitors.LossSpikeDetector(window=50)
     falling = 6.0 - np.linspace(0, 1, 400) + random.normal(0, 0.05, 400)
     assert not any(spikes(n, float(x)) for n, x in enumerate(falling))
     assert spikes(400, 7.0) and "step 400 is 7" in caplog.text
-    assert not monitors.Spikes()(0, 1e9)
+    assert not monitors.LossSpikeDetector()(0, 1e9)

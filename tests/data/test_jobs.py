@@ -168,7 +168,7 @@ def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_
     command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='whole'")
     assert len([name for name in settled if name != "MainThread"]) == 2, "before each checkpoint counts"
     with monkeypatch.context() as told:
-        told.setattr(monitors.StopNotice, "__call__", lambda self, step: step == 3)
+        told.setattr(monitors.PreemptionSignal, "__call__", lambda self, step: step == 3)
         with pytest.raises(SystemExit) as stopped:
             command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='parts'")
     assert stopped.value.code == monitors.PREEMPTED
