@@ -237,6 +237,7 @@ def test_what_does_not_fit_is_refused_by_name(changed, config, said, tmp_path):
         convert.read(save(tmp_path, found, **config))
 
 
+@pytest.mark.slow
 def test_gradients_show_that_all_see_all_but_padding(loaded):
     model, _ = loaded
     tokens = jnp.asarray(TOKENS)
@@ -416,6 +417,7 @@ def test_a_classifier_names_its_classes_there_and_back(tmp_path):
         dataclasses.replace(CONFIG, labels=("a",))
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_the_program_but_not_the_gradients():
     changed = dataclasses.replace(CONFIG, scan_layers=False, remat="full")
     params = init(CONFIG)

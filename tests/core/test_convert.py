@@ -263,6 +263,7 @@ def test_umt5_has_a_relative_bias_in_every_layer(hub, golden_t5):
         assert np.abs(logits(config, params | {changed: stack}, *inputs) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_umt5_comes_out_as_it_went_in_and_decodes_as_it_scores(hub, golden_t5, tmp_path):
     umt5(hub, seed=0)
     convert.convert(hub, tmp_path / "ours", "t5x_lite")

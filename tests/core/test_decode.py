@@ -89,6 +89,7 @@ def test_beam_search_agrees_with_t5x(golden_t5, alpha):
     assert np.any(np.asarray(greedy)[:, 0] != np.asarray(tokens)[:, 0])
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy(golden_t5):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
     one, scores = decoder(golden_t5, method="beam", beam_size=1, alpha=0.0)(golden_t5.params, inputs)
@@ -97,6 +98,7 @@ def test_one_beam_is_greedy(golden_t5):
     np.testing.assert_allclose(scores, greedy_scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_beams_that_never_end_are_given_as_they_are(golden_t5):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
     beam = decode.Decoding("beam")
@@ -134,6 +136,7 @@ def test_sampling_draws_from_the_models_distribution(golden_t5):
     assert set(np.flatnonzero(drawn(top_p=0.6))) == set(order[:kept])
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t5):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
     sample = decoder(golden_t5, method="sample", num_decodes=3)

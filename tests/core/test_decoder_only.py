@@ -72,7 +72,9 @@ def test_packed_rows_give_each_example_the_logits_it_has_alone():
     assert np.abs(causal[0, :7] - packed[0, :7]).max() > 1e-3
 
 
-@pytest.mark.parametrize("config", [LM, PREFIX_LM], ids=["lm", "prefix_lm"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(LM, id="lm", marks=pytest.mark.slow), pytest.param(PREFIX_LM, id="prefix_lm")]
+)
 def test_decoding_from_a_prefilled_cache_follows_the_full_forward(config):
     params = init(config, seed=4)
     inputs = np.pad(INPUTS, [(0, 1), (0, 0)])  # the last row has no inputs

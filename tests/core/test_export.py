@@ -57,6 +57,7 @@ def test_a_program_alone_gives_what_the_model_gives(golden_dir, golden_t5, tmp_p
         export.export(source, folder, 9, decode.Decoding())
 
 
+@pytest.mark.slow
 def test_a_decoder_alone_is_exported_too(unchecked_types):
     model = LoadedModel(PREFIX_LM, init(PREFIX_LM))
     rows = np.array([[11, 12, 13], [21, 0, 0]], np.int32)

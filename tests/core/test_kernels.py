@@ -275,6 +275,7 @@ def test_a_broken_kernel_leaves_attention_to_xla_inside_a_traced_step(flash_on_c
         jax.eval_shape(lambda *args: loss(*args, implementation="flash"), *arrays)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_ignores_the_mask_is_dropped(flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(kernel_checks, "FASTER", 1e6)
     sound = attention.FUSED["flash"]

@@ -28,6 +28,7 @@ def test_logits_also_of_packed_rows_agree_with_hugging_face_and_t5x(model, golde
     np.testing.assert_allclose(got[at], io["packed_t5x_logits"][at], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_and_scores_agree(model, golden_t5):
     io, inputs = golden_t5.io, golden_t5.batch["encoder_input_tokens"]
     tokens, scores = model.generate(inputs, max_length=24)
@@ -76,6 +77,7 @@ def test_text_needs_a_tokenizer(model):
         model.predict(["some text"])
 
 
+@pytest.mark.slow
 def test_predictions_come_in_the_order_asked_whatever_their_lengths(data_dir, monkeypatch):
     model = t5x_lite.load(data_dir / "t5x_test_t5_tiny.checkpoint_0")
     model.vocabulary = t5x_lite.Vocabulary(data_dir / "vocab" / "sentencepiece.model")

@@ -124,6 +124,7 @@ def test_logical_axes_stand_beside_every_parameter():
 @pytest.mark.parametrize(
     "to", [(1, 4, 2), *(pytest.param(to, marks=pytest.mark.slow) for to in ((2, 1, 1), (1, 1, 2)))], ids=str
 )
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_is_read_on_any_other_scanned_or_not_with_the_same_logits(tmp_path, to):
     def abstract(config, mesh):
         return step.abstract_state(config, ADAFACTOR, mesh)

@@ -115,6 +115,7 @@ def test_runs_side_by_side_have_cores_of_their_own(tmp_path, monkeypatch):
         assert one | other == here and not one & other
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_said_with_the_end_of_its_log_and_not_taken_for_done(tmp_path):
     wrong = study.Experiment("wrong", ("study/finetune.gin",), {"DROPOUT_RATTE": 1})
     with pytest.raises(RuntimeError, match=r"(?s)wrong ended with 2; .*wrong\.log ends.*DROPOUT_RATTE"):

@@ -169,7 +169,7 @@ def test_adapters_have_the_papers_parameter_counts(d):
     assert Trainable((("norm/scale", True),)).count(shapes(BASE)) == 47_616
 
 
-@pytest.mark.parametrize("change", [{"adapter_size": 5}, {"lora_rank": 3}], ids=str)
+@pytest.mark.parametrize("change", [pytest.param({"adapter_size": 5}, marks=slow), {"lora_rank": 3}], ids=str)
 def test_an_adapted_model_starts_as_its_base_and_does_not_stay_it(change):
     config, mesh = dataclasses.replace(CONFIG, **change), sharding.make_mesh(1, devices=jax.devices()[:1])
     base = tiny.random_params(CONFIG)
@@ -248,6 +248,7 @@ def bytes_of(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_what_trains_comes_back_over_its_base(adapted, tmp_path):
     own, base = adapted.model_dir / "checkpoints" / "2" / "params", adapted.base_path / "params"
     assert bytes_of(own) < 0.2 * bytes_of(base)
@@ -261,6 +262,7 @@ def test_a_checkpoint_of_what_trains_comes_back_over_its_base(adapted, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, adapted.state.params)
 
 
+@pytest.mark.slow
 def test_hugging_face_gets_lora_within_its_kernels_and_no_adapters(adapted, tmp_path):
     convert.convert(adapted.model_dir, tmp_path / "hub", "huggingface")
     config, params = convert.read(tmp_path / "hub", tie_embeddings=False, dropout_rate=0.0)
@@ -277,6 +279,7 @@ def test_hugging_face_gets_lora_within_its_kernels_and_no_adapters(adapted, tmp_
         convert.convert(tmp_path / "own", tmp_path / "hub2", "huggingface")
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
     away = tmp_path / "away"
     adapted.base_path.rename(away)
@@ -293,6 +296,7 @@ def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
         away.rename(adapted.base_path)
 
 
+@pytest.mark.slow
 def test_only_what_an_adaptation_adds_may_be_missing_where_a_run_begins(adapted):
     fresh = tiny.random_params(adapted.config)
     added = {name: leaf for name, leaf in flat(fresh).items() if re.search(ADAPTER_PARAMS, name)}
