@@ -1,9 +1,9 @@
 """Classes for texts and pairs of texts: the metrics of tasks, and predictions for tasks and files of any size.
 
-What evaluate.py and infer.py are to models that write text, for an encoder with a classification head. The model comes
-as a function on numpy batches of always the same number of rows. This module knows SeqIO and text; it must not know the
-model or where it runs. Every process goes through all examples with the same calls; only the one that is given a place
-to write writes.
+What inference/evaluator.py and batch_prediction.py are to models that write text, for an encoder with a classification
+head. The model comes as a function on numpy batches of always the same number of rows. This module knows SeqIO and
+text; it must not know the model or where it runs. Every process goes through all examples with the same calls; only the
+one that is given a place to write writes.
 """
 
 import logging
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 class Evaluation:
     """The metrics of a task, or of each task of a mixture, on one split. Reads the data once, for any number of runs.
 
-    Args: those of evaluate.Evaluation. A metric is a function of the classes that are right and those predicted, by
+    Args: those of evaluator.Evaluation. A metric is a function of the classes that are right and those predicted, by
     their ids, or of numbers. Examples whose label is not known have predictions and no part in it.
 
     Raises:
@@ -131,7 +131,7 @@ def word(label: seqio.utils.Feature, value: int | float) -> str:
 
 
 def task_source(task_name: str, lengths: Mapping[str, int], **options: Any) -> Source:
-    """The examples of one task in the order of its split. Args: those of infer.task_source."""
+    """The examples of one task in the order of its split. Args: those of batch_prediction.task_source."""
     pipeline.check_lengths(task_name, lengths, ClassifierFeatureConverter())
     return batch_prediction.task_source(task_name, lengths, **options, example=_labelled)
 
@@ -147,7 +147,7 @@ def file_source(
 ) -> Source:
     """One example a line: of a .jsonl file "inputs", or "sentence1" and "sentence2"; of any other the line itself.
 
-    "targets", where they are there, go into the results. For the rest see infer.file_source.
+    "targets", where they are there, go into the results. For the rest see batch_prediction.file_source.
     """
     ids = bert.special(vocabulary)
 
@@ -179,7 +179,7 @@ def write_predictions(
 ) -> int:
     """Writes `inputs`, `targets` (where there are), `prediction` and, of a class, its log-likelihood as `score`.
 
-    Args: those of infer.write_predictions; `label` is the task's feature, which names the classes.
+    Args: those of batch_prediction.write_predictions; `label` is the task's feature, which names the classes.
 
     Returns:
       The number of lines, those of an earlier start included.

@@ -17,6 +17,9 @@ class _BertFeatureConverter(FeatureConverter):
     def widths(self, lengths: Mapping[str, int], given: Collection[str]) -> dict[str, int]:
         return {feature: 1 if feature in self.of_one else lengths["inputs"] for feature in self.features}
 
+    def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int]:
+        return widths
+
 
 class PretrainingFeatureConverter(_BertFeatureConverter):
     features = ("inputs", "targets", "segments", "random")

@@ -2,7 +2,7 @@
 
 Beside T5's parts (attention, token table, the stack of layers with its scan and remat) it has what T5 left out: norms
 after each addition, with centre and bias; biases everywhere; learned embeddings of positions and segments; logits
-divided by sqrt(K). Dimensions are those of model.py, and N classes. Token 0 is padding, which nothing sees.
+divided by sqrt(K). Dimensions are those of model/t5.py, and N classes. Token 0 is padding, which nothing sees.
 This module knows nothing of losses, optimizers, data or files.
 """
 

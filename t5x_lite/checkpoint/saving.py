@@ -10,8 +10,8 @@ deleted only after that.
 Orbax's v0 API is used, in this package and in convert/tensors.py. Orbax 1.0 will put its v1 API in its place, which
 requirements.txt therefore excludes. v1 reads these checkpoints. What will change here: `training.Checkpointer` for
 `CheckpointManager` and `save_checkpointables` for `args.Composite`; a `CheckpointableHandler` for the handler in
-position.py; `load` with an abstract tree, and its partial form, for `PyTreeRestore`. It has no `barrier_sync_fn` (as of
-0.12.8), which agreement.py needs so that a host whose save failed does not hold up the others.
+data_state.py; `load` with an abstract tree, and its partial form, for `PyTreeRestore`. It has no `barrier_sync_fn` (as
+of 0.12.8), which commit_barrier.py needs so that a host whose save failed does not hold up the others.
 
 This module knows Orbax and trees of arrays. It must not know the model, the optimizer, SeqIO or TensorFlow: a state is
 anything with ``step``, ``params``, ``opt_state`` and ``replace``; a data iterator anything with ``save(folder)`` and

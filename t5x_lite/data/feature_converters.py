@@ -19,9 +19,6 @@ class EncDecFeatureConverter(FeatureConverter):
             raise UserError("have no inputs: they are for a decoder alone, such as models/decoder_only.gin")
         return {feature: lengths[feature] for feature in self.features}
 
-    def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int] | None:
-        return None if self.pack else widths
-
     def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         inputs, targets = examples["inputs"], examples["targets"]
         return packing.pack(inputs, targets, widths) if self.pack else packing.unpacked(inputs, targets)
@@ -40,9 +37,6 @@ class DecoderFeatureConverter(FeatureConverter):
         return {
             feature: lengths[feature] for feature in ("inputs", "targets") if feature in given and feature in lengths
         }
-
-    def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int] | None:
-        return None if self.pack else widths
 
     def block(self, widths: Mapping[str, int]) -> int:
         return sum(widths.values())

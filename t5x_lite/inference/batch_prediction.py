@@ -44,7 +44,7 @@ class Example(NamedTuple):
     targets: str | None
     input_tokens: np.ndarray  # [<= S]
     target_tokens: np.ndarray | None  # [<= T]
-    segments: np.ndarray | None = None  # [<= S], for classify.py
+    segments: np.ndarray | None = None  # [<= S], for classification
 
 
 @dataclasses.dataclass(frozen=True)

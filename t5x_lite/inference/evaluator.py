@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # encoder_input_tokens [B, S] to token ids [B, T], int32.
 Predict = Callable[[np.ndarray], Any]
-# A batch as from data.EvalBatches to the targets' log-likelihoods [B], float32 (natural logarithm).
+# A batch as from pipeline.EvalBatches to the targets' log-likelihoods [B], float32 (natural logarithm).
 Score = Callable[[pipeline.Batch], Any]
 
 Output = seqio.metrics.ModelOutputType

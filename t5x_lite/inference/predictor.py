@@ -16,12 +16,12 @@ from t5x_lite import sharding
 from t5x_lite.errors import UserError
 from t5x_lite.model.interface import ModelConfig
 from t5x_lite.training import step
+from t5x_lite.training.loop import Scores as Scores
 from t5x_lite.training.partitioner import Partitioner
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["infer", "score"]
-Scores = dict[str, dict[str, float]]  # task -> metric -> value
 
 
 class Predictor:
@@ -64,19 +64,19 @@ class Predictor:
         """A function of parameters and step that computes the metrics of each task of `name`.
 
         Args:
-          options: those of evaluate.Evaluation.
+          options: those of evaluator.Evaluation.
         """
         logger.info("The loss alone is evaluated: this model makes no predictions.")
         return lambda params, at_step: {}
 
     def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
-        """The examples of a task as an infer.Source; options are those of infer.task_source."""
+        """The examples of a task as a batch_prediction.Source; options are those of batch_prediction.task_source."""
         raise NotImplementedError
 
     def file_source(
         self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
     ) -> Any:
-        """The lines of a file as an infer.Source."""
+        """The lines of a file as a batch_prediction.Source."""
         raise NotImplementedError
 
     def write(
@@ -86,7 +86,7 @@ class Predictor:
 
         Args:
           features: output_features of the task, whose vocabularies are used.
-          options: lengths, batch_size and about, as infer.write_predictions takes them.
+          options: lengths, batch_size and about, as batch_prediction.write_predictions takes them.
         """
         raise NotImplementedError
 

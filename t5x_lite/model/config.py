@@ -1,6 +1,6 @@
 """What one T5 is: `T5Config`, its sizes and how it is computed, checked; the choices that BERT's config has, too.
 
-This module knows no arrays. The dimensions' letters are those of model.py.
+This module knows no arrays. The dimensions' letters are those of t5.py.
 """
 
 import dataclasses

@@ -54,7 +54,7 @@ class FeatureConverter(abc.ABC):
 
     def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int] | None:
         """The widths to which examples are padded before `convert`; None: to the longest of a block."""
-        return widths
+        return None if self.pack else widths
 
     def block(self, widths: Mapping[str, int]) -> int:
         """The number of examples that are converted together."""

@@ -1,6 +1,6 @@
 """The layers that T5 is made of. Each parameter is said once: its shape, logical axes and initialiser stand together.
 
-Shapes use the glossary of `model.py`. Parameters are float32; a layer computes in the dtype it is given. This module
+Shapes use the glossary of `t5.py`. Parameters are float32; a layer computes in the dtype it is given. This module
 knows nothing of configs, stacks, meshes or losses: logical axis names become mesh axes in `sharding.py`.
 """
 

@@ -1,5 +1,5 @@
 """T5 (Raffel et al. 2020): the encoder-decoder, versions 1.0 and 1.1, and its decoder alone (a language model or a
-prefix language model). Sizes are in config.py, layers in stacks.py and layers.py.
+prefix language model). Sizes are in config.py, layers in transformer.py and layers.py.
 
 Axes of every array are named by one letter, in names (`x_BTD`) and in einsum strings alike:
 

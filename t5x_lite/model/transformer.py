@@ -1,7 +1,7 @@
 """T5's two stacks of layers, and the cache of a decoder that is part of the way through.
 
 The layers of a stack are stored stacked on a leading axis L, under the name `layers`, whether they are run by a scan
-or unrolled. Axes and names are those of model.py. This module knows embedded tokens, not tokens or logits of them.
+or unrolled. Axes and names are those of t5.py. This module knows embedded tokens, not tokens or logits of them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""logs.py: what lands in the files, what survives a crash and a restart, and the FLOPs that MFU counts."""
+"""metric_logger.py: what lands in the files, what survives a crash and a restart, and the FLOPs that MFU counts."""
 
 import json
 import logging

@@ -59,7 +59,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_optimizer_state(change, 
     before = tiny.random_state(optimizer, program(config, mesh, optimizer, step.T5_LOSS, 1)[1])
     after, metrics, compilations = run(config, mesh=mesh, steps=2, optimizer=optimizer)
     trained, frozen = (set(flat(part)) for part in optimizer.trainable.split(before.params))
-    assert trained and frozen and compilations <= 1
+    assert trained and frozen and compilations == 1
     # Of two matrices, of which the second is 0 at first, the first moves in the second step only.
     assert changed(before.params, after.params) == {n: n in trained for n in trained | frozen}
     held = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(after.opt_state)]
