@@ -126,7 +126,7 @@ class ModelOptions:
     )
     remat: Remat = option(
         T5Config.remat,
-        'what the backward pass recomputes to save memory: "none", "minimal" or "full"',
+        'what the backward pass computes anew: "none", "minimal" (what is cheap) or "full" (all)',
         sets=_of_models("remat"),
     )
     attention: Implementation | None = option(

@@ -31,8 +31,8 @@ def empty_folder(settings: Settings) -> Path:
 
 def compiled_step(settings: Settings, size: str) -> CompiledStep:
     """The step of part 3, which JAX's cache of compiled programs has."""
-    shape, (remat, rows) = shapes(settings.toy), default_rows(settings, size)
-    return CompiledStep(Variant(size, remat).config(), Shape(rows, shape.inputs, shape.targets, packed=True))
+    shape, rows = shapes(settings.toy), default_rows(settings, size)
+    return CompiledStep(Variant(size).config(), Shape(rows, shape.inputs, shape.targets, packed=True))
 
 
 def measure_state(settings: Settings, size: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ PUBLISHED = Shapes(
     large="large",
     memory={
         "none": {"small": (512, 108.6), "base": (128, 68.0), "large": (32, 49.0), "xl": (8, 41.6)},
-        "minimal": {"small": (1024, 81.6), "base": (256, 45.8), "large": (64, 32.2), "xl": (32, 46.0)},
+        "minimal": {"small": (512, 42.0), "base": (256, 47.1), "large": (64, 33.0), "xl": (32, 46.9)},
     },
     inputs=512,
     targets=114,

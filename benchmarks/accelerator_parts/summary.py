@@ -97,8 +97,7 @@ def training(results: Results, bars: dict[str, Any]) -> list[str]:
         plan, theirs, bar = plans.get(key, {}), torch.get(line["size"]), bars["sizes"].get(line["size"], {})
         ours = line["sequences_per_second"]
         on_bar = any(line["device"].startswith(kind) for kind in bars["devices"])
-        remat = "" if key.endswith(f"remat {line['remat']}") else f" (fits with remat {line['remat']} only)"
-        cells = [f"{key}{remat}", line["batch_size"], f"{line['step_seconds']:.4f}", number(ours, 1)]
+        cells = [key, line["batch_size"], f"{line['step_seconds']:.4f}", number(ours, 1)]
         cells += [number(line["tokens_per_second"]), percent(line["mfu"])]
         cells += [line["fused_attention_calls"], line["needed_gb"], line["peak_device_gb"], plan.get("needed_gb")]
         cells += [number(plan.get("bound_sequences_per_second"), 1), number(bar.get("aim")) if on_bar else None]

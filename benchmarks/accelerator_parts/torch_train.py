@@ -99,7 +99,7 @@ def rows_of_default(settings: Settings, size: str) -> int:
     """Returns the batch of t5x_lite's default step, as it was measured, or as it should fit."""
     lines = settings.results.measured("train").values()
     rows = [line["batch_size"] for line in lines if line["size"] == size]
-    return rows[0] if rows else first_rows(shapes(settings.toy), size, "none", None)
+    return rows[0] if rows else first_rows(shapes(settings.toy), size, "minimal", None)
 
 
 def halving(torch: Any, measure_rows: Callable[[int], dict[str, Any]], rows: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Part 3: the training step in bfloat16 on one device, at the largest batch that fits.
 
-First every size as it is trained by default (layers scanned, attention by platform and shape, nothing recomputed), then
-what else there is to choose.
+First every size as it is trained by default (layers scanned, attention by platform and shape, remat minimal), then what
+else there is to choose.
 """
 
 import dataclasses
@@ -18,15 +18,13 @@ from t5x_lite.model.attention import PLATFORM_KERNELS, Implementation
 from t5x_lite.model.config import Remat
 from t5x_lite.model.t5 import T5Config
 
-MIN_ROWS = 4  # below so many rows a policy of remat that takes less memory is measured instead
-
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """The choices in a training step. attention: None leaves it to platform and shape."""
 
     size: str
-    remat: Remat = "none"
+    remat: Remat = "minimal"
     attention: Implementation | None = None
     scan_layers: bool = True
 
@@ -46,10 +44,10 @@ class Variant:
 
 
 def variants(shape: Shapes, fused: Implementation | None) -> Iterator[Variant]:
-    """Yields what is worth the most first; unrolled layers take the longest to compile. fused: the device's kernel."""
+    """Yields what is worth the most first; unrolled layers take the longest to start. fused: the device's kernel."""
     sizes = shape.sizes
     yield from (Variant(size) for size in sizes)
-    yield from (Variant(size, remat="minimal") for size in sizes)
+    yield from (Variant(size, remat="none") for size in sizes)
     if fused is not None:  # which is the default only where a check on the device finds it right and quick
         yield Variant(sizes[0], attention=fused)
     yield from (Variant(size, attention="batch") for size in sizes)
@@ -72,22 +70,13 @@ def items(settings: Settings) -> list[Item]:
 def measure_variant(variant: Variant, settings: Settings) -> dict[str, Any]:
     shape = shapes(settings.toy)
 
-    def largest(variant: Variant, least: int) -> dict[str, Any]:
-        def at(rows: int) -> dict[str, Any]:
-            train_step = CompiledStep(variant.config(), Shape(rows, shape.inputs, shape.targets, packed=True))
-            return measure(train_step, steps=3, seconds_a_round=0.0 if settings.toy else 0.5)
+    def at(rows: int) -> dict[str, Any]:
+        train_step = CompiledStep(variant.config(), Shape(rows, shape.inputs, shape.targets, packed=True))
+        return measure(train_step, steps=3, seconds_a_round=0.0 if settings.toy else 0.5)
 
-        rows = first_rows(shape, variant.size, variant.remat, limit_gib())
-        fields = {"inputs": shape.inputs, "targets": shape.targets} | largest_that_fits(at, rows, least)
-        return dataclasses.asdict(variant) | fields
-
-    if variant.remat != "none":
-        return largest(variant, 1)
-    try:
-        return largest(variant, MIN_ROWS)
-    except DoesNotFit:
-        pass
-    return largest(dataclasses.replace(variant, remat="minimal"), 1)
+    rows = first_rows(shape, variant.size, variant.remat, limit_gib())
+    fields = {"inputs": shape.inputs, "targets": shape.targets} | largest_that_fits(at, rows)
+    return dataclasses.asdict(variant) | fields
 
 
 def limit_gib() -> float | None:
@@ -96,13 +85,13 @@ def limit_gib() -> float | None:
     return limit and limit / 2**30
 
 
-def largest_that_fits(measure_rows: Callable[[int], dict[str, Any]], rows: int, least: int = 1) -> dict[str, Any]:
+def largest_that_fits(measure_rows: Callable[[int], dict[str, Any]], rows: int) -> dict[str, Any]:
     """Halves `rows` until they fit and returns what was measured, with `batch_size` and the sizes that did not fit.
 
-    Raises DoesNotFit: not even `least` rows fit.
+    Raises DoesNotFit: not even one row fits.
     """
     too_large = []
-    while rows >= least:
+    while rows:
         try:
             return {"batch_size": rows, "too_large": too_large} | measure_rows(rows)
         except Exception as error:
@@ -115,9 +104,9 @@ def largest_that_fits(measure_rows: Callable[[int], dict[str, Any]], rows: int, 
     raise DoesNotFit(f"{too_large} rows need more memory than there is")
 
 
-def default_rows(settings: Settings, size: str) -> tuple[Remat, int]:
-    """Returns remat and batch size of a size's default step, as measured, or fewer rows than should fit."""
+def default_rows(settings: Settings, size: str) -> int:
+    """Returns the batch size of a size's default step, as measured, or fewer rows than should fit."""
     line = settings.results.measured("train").get(Variant(size).key)
     if line is not None:
-        return line["remat"], line["batch_size"]
-    return "minimal", max(first_rows(shapes(settings.toy), size, "minimal", limit_gib()) // 2, 1)
+        return line["batch_size"]
+    return max(first_rows(shapes(settings.toy), size, Variant(size).remat, limit_gib()) // 2, 1)

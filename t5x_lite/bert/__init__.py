@@ -42,7 +42,7 @@ class BertConfig(ModelConfig):
     dropout_rate: float = 0.1
     dtype: Dtype = "float32"
     scan_layers: bool = True
-    remat: Remat = "none"
+    remat: Remat = "minimal"
     attention: Implementation | None = None
 
     def __post_init__(self) -> None:

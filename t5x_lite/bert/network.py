@@ -12,13 +12,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
+from t5x_lite.model import remat
 from t5x_lite.model.attention import AttentionMask, dot_product_attention
-from t5x_lite.model.layers import PRODUCT, Embed, named_axes, project
+from t5x_lite.model.layers import Embed, named_axes, project
 from t5x_lite.model.transformer import stack
 from t5x_lite.sharding import constrain
 
@@ -53,7 +53,7 @@ class Affine(nn.Module):
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         kernel_IO = self.param("kernel", named_axes(_INIT, *self.axes), (x.shape[-1], self.features), jnp.float32)
         bias_O = self.param("bias", named_axes(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
-        return checkpoint_name(project(x, kernel_IO, self.dtype), PRODUCT) + bias_O.astype(self.dtype)
+        return remat.keep(project(x, kernel_IO, self.dtype)) + bias_O.astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -76,7 +76,6 @@ class SelfAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=c.attention,
         )
-        y_BSHK = checkpoint_name(y_BSHK, PRODUCT)
         out = Affine(c.d_model, ("joined_kv", "embed"), c.compute_dtype, name="out")
         return out(y_BSHK.reshape(*y_BSHK.shape[:2], -1))
 

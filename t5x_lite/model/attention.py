@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t5x_lite import sharding
-from t5x_lite.model import flash_attention, kernel_checks
+from t5x_lite.model import flash_attention, kernel_checks, remat
 
 # Large enough to vanish in a float32 softmax, small enough that a bias added to it does not overflow.
 NEG_INF = -1e10
@@ -41,13 +41,13 @@ class AttentionMask:
     A query sees a key when their segments are equal and the key's segment is not 0 (padding), and, if `causal`, when
     the key's position is not after the query's or the key is of its segment's `key_prefix` (1 there, else 0). `None`
     for the segments means that nothing is hidden by them. Segments are at most S. The first query stands at position
-    `offset` of the keys: 0 in training, the number of tokens so far in cached decoding.
+    `offset` of the keys: None, the first one, in training; the number of tokens so far in cached decoding.
     """
 
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     key_prefix: Int[Array, "B S"] | None = None
-    offset: Int[Array, ""] | int = 0
+    offset: Int[Array, ""] | int | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
     def dense(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
@@ -61,12 +61,16 @@ class AttentionMask:
                 k_B11S = self.key_segments[:, None, None, :]
                 mask = (q_B1T1 == k_B11S) & (k_B11S != 0)
         if self.causal:
-            query_positions = self.offset + jnp.arange(query_length)
-            seen = (jnp.arange(key_length)[None, :] <= query_positions[:, None])[None, None]
+            seen = (jnp.arange(key_length)[None, :] <= self.query_positions(query_length)[:, None])[None, None]
             if self.key_prefix is not None:
                 seen = seen | (self.key_prefix != 0)[:, None, None, :]
             mask = seen if mask is None else mask & seen
         return mask
+
+    def query_positions(self, query_length: int) -> Int[Array, " T"]:
+        """Where the queries stand among the keys."""
+        positions_T = jnp.arange(query_length)
+        return positions_T if self.offset is None else self.offset + positions_T
 
     def segments(self, query_length: int) -> tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None]:
         """Those of queries and keys, for both or for none."""
@@ -116,11 +120,12 @@ def dot_product_attention(
         chosen = choose(implementation, query_BTHK, key_BSHK, bias_HTS, visibility)
         if chosen in FUSED:
             arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HTS, visibility)
-            return sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], visibility), arrays, AXES, SPREAD)
+            y_BTHK = sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], visibility), arrays, AXES, SPREAD)
+            return y_BTHK if chosen == "cudnn" else remat.keep(y_BTHK)  # cuDNN's are kept as its backward pass has them
         mask_B1TS = visibility.dense(query_BTHK.shape[1], key_BSHK.shape[1])
         arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS)
         if chosen == "batch":
-            return _attend(bias_HTS, *arrays)
+            return remat.keep(_attend(bias_HTS, *arrays))
         return _attend_rows(bias_HTS, jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), arrays))
 
 
@@ -165,7 +170,7 @@ def _able(
         return False
     if fused == "flash":
         return flash_attention.fits(part[2], keys, width, key_BSHK.dtype)
-    causal_only = visibility.key_prefix is None and isinstance(visibility.offset, int) and visibility.offset == 0
+    causal_only = visibility.key_prefix is None and visibility.offset is None
     capability = str(getattr(device, "compute_capability", ""))  # of AMD's, a name
     able = device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8.0
     able &= query_BTHK.dtype in (jnp.bfloat16, jnp.float16)
@@ -196,7 +201,7 @@ def _checked(
 
         # Two segments where rows are packed, else padding behind one. Each query must see a key, wherever it stands,
         # since the results of one that sees none are not defined.
-        offset = visibility.offset if isinstance(visibility.offset, int) else max(keys - queries, 0)
+        offset = 0 if visibility.offset is None else max(keys - queries, 0)
         at_queries, at_keys, middle = np.arange(queries), np.arange(keys), queries // 2
         key_middle = min(offset + middle, keys - 1) if visibility.causal else keys // 2
         query_segments = in_every_row(1 + (at_queries >= middle) if packed else at_queries >= 0)
@@ -241,7 +246,7 @@ def _arrays(
     query: Array, key: Array, value: Array, bias: Array | None, visibility: AttentionMask
 ) -> tuple[Array | None, ...]:
     prefix = visibility.key_prefix if visibility.causal else None
-    offset = jnp.asarray(visibility.offset, jnp.int32)
+    offset = jnp.asarray(0 if visibility.offset is None else visibility.offset, jnp.int32)
     return query, key, value, bias, *visibility.segments(query.shape[1]), prefix, offset
 
 
@@ -347,7 +352,7 @@ def _attend_rows_forward(bias_HTS: Array | None, arrays: tuple[Array | None, ...
         )
         return (y_THK / jnp.swapaxes(sum_HT1, 0, 1)).astype(value_SHK.dtype), max_HT1, sum_HT1
 
-    y_BTHK, *normalizers = jax.lax.map(attend, arrays)
+    y_BTHK, *normalizers = map(remat.keep, jax.lax.map(attend, arrays))
     return y_BTHK, (bias_HTS, arrays, y_BTHK, normalizers)
 
 

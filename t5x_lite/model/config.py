@@ -27,7 +27,7 @@ class T5Config(ModelConfig):
     lora_rank: of what is added to the kernels of query and value of every attention (`layers.LowRank`); 0: nothing.
     dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
-    remat: what the backward pass recomputes: "none", "minimal" (all but matrix products), "full" (all of a layer).
+    remat: what the backward pass computes anew: "none", "minimal" (all but products and attention), "full" (a layer).
     attention: its implementation, where it can do what is asked; None: by platform and shape (attention.py).
     """
 
@@ -49,7 +49,7 @@ class T5Config(ModelConfig):
     dropout_rate: float = 0.0
     dtype: Dtype = "float32"
     scan_layers: bool = True
-    remat: Remat = "none"
+    remat: Remat = "minimal"
     attention: Implementation | None = None
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ FASTER = 1.05
 ERRORS = 4
 CRASHES = 2  # of a check, after which its kernel is left out: one may have been a kill
 EXACT = 1e-5  # what the order of summation alone does in float32
+UNTUNED = {"xla_gpu_autotune_level": 0}  # for a program that runs once
 
 _choices: dict[str, str] = {}
 
@@ -100,29 +101,43 @@ def _check(
     floats = {n: x for n, x in enumerate(arguments) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)}
     eps = max(float(jnp.finfo(x.dtype).eps) for x in floats.values())
     cotangent = _random(jax.eval_shape(right, *arguments))
-    exact_arguments = [floats[n].astype(np.float32) if n in floats else x for n, x in enumerate(arguments)]
-    with jax.default_matmul_precision("highest"):
-        exact = _Program(right, [*floats], exact_arguments, cotangent.astype(np.float32), device).values()
-    programs = {reference: _Program(right, [*floats], arguments, cotangent, device)}
-    allowed = np.maximum(ERRORS * np.maximum(_errors(programs[reference].values(), exact), eps), EXACT)
+
+    def exact_values() -> list[np.ndarray]:
+        exact_arguments = [floats[n].astype(np.float32) if n in floats else x for n, x in enumerate(arguments)]
+        with jax.default_matmul_precision("highest"):
+            program = _Program(right, [*floats], exact_arguments, cotangent.astype(np.float32), device, UNTUNED)
+        return program.values()
+
+    programs: dict[str, _Program] = {}
     lasting = True
-    for candidate, kernel in candidates:
-        problem = record.crashed(candidate)
-        if problem is None:
+    # Nearly all of the time goes to compiling, so one compiles beside the other.
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        exact_ready = threads.submit(exact_values)
+        reference_ready = threads.submit(_Program, right, [*floats], arguments, cotangent, device)
+        compiled: dict[str, tuple[_Program, list[np.ndarray]]] = {}
+        problems: dict[str, str] = {}
+        for candidate, kernel in candidates:
+            if problem := record.crashed(candidate):
+                problems[candidate] = problem
+                continue
             record.begin(candidate)
             try:
                 program = _Program(kernel, [*floats], arguments, cotangent, device)
-                errors = _errors(program.values(), exact)
-                if (errors <= allowed).all():
-                    programs[candidate] = program
-                else:
-                    worst = int(np.argmax(np.where(np.isfinite(errors), errors / allowed, np.inf)))
-                    problem = f"it differs from {reference} by {errors[worst]:.1%} ({allowed[worst]:.2%} allowed)"
+                compiled[candidate] = program, program.values()
             except Exception as error:
-                problem = f"it fails: {_line(error)}"
+                problems[candidate] = f"it fails: {_line(error)}"
                 lasting &= "RESOURCE_EXHAUSTED" not in str(error)  # which another moment may not repeat
-        if problem is not None:
-            logger.warning("%s: %s is left out on %s, since %s", name, candidate, device.device_kind, problem)
+        exact, programs[reference] = exact_ready.result(), reference_ready.result()
+    allowed = np.maximum(ERRORS * np.maximum(_errors(programs[reference].values(), exact), eps), EXACT)
+    for candidate, (program, values) in compiled.items():
+        errors = _errors(values, exact)
+        if (errors <= allowed).all():
+            programs[candidate] = program
+        else:
+            worst = int(np.argmax(np.where(np.isfinite(errors), errors / allowed, np.inf)))
+            problems[candidate] = f"it differs from {reference} by {errors[worst]:.1%} ({allowed[worst]:.2%} allowed)"
+    for candidate, problem in problems.items():
+        logger.warning("%s: %s is left out on %s, since %s", name, candidate, device.device_kind, problem)
     seconds = _time(programs)
     choice = min(seconds, key=lambda n: seconds[n] * (FASTER if n == reference else 1.0))
     times = ", ".join(f"{n} {s * 1e3:.3g} ms" for n, s in seconds.items())
@@ -136,7 +151,13 @@ class _Program:
     """A kernel and its gradients, compiled for one device, with their arguments on it."""
 
     def __init__(
-        self, kernel: Kernel, floats: Sequence[int], arguments: Arguments, cotangent: np.ndarray, device: Any
+        self,
+        kernel: Kernel,
+        floats: Sequence[int],
+        arguments: Arguments,
+        cotangent: np.ndarray,
+        device: Any,
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         def run(arguments: list[Any], cotangent: Array) -> tuple[Array, ...]:
             def of_floats(*values: Array) -> Array:
@@ -147,7 +168,7 @@ class _Program:
             return y, *gradients(cotangent.astype(y.dtype))
 
         self._arguments = jax.device_put((list(arguments), cotangent), device)
-        self._run = jax.jit(run).lower(*self._arguments).compile()
+        self._run = jax.jit(run).lower(*self._arguments).compile(compiler_options=compiler_options)
 
     def values(self) -> list[np.ndarray]:
         return [np.asarray(x, np.float32) for x in self._run(*self._arguments)]

@@ -12,14 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from t5x_lite.model import remat
 from t5x_lite.sharding import constrain
 
 Initializer = Callable[..., Array]
-
-PRODUCT = "product"  # the name of what Dense gives, by which remat policies can keep it
 
 
 def named_axes(init: Initializer, *axes: str | None) -> Initializer:
@@ -98,7 +96,7 @@ class Dense(nn.Module):
         kernel_init = named_axes(self.kernel_init, *self.axes)
         kernel_IO = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
         y = project(x.astype(self.dtype), kernel_IO, self.output_dtype or self.dtype)
-        return checkpoint_name(y, PRODUCT)
+        return remat.keep(y)
 
 
 class Embed(nn.Module):

@@ -11,12 +11,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from t5x_lite.model import remat
 from t5x_lite.model.attention import AttentionMask, dot_product_attention
 from t5x_lite.model.config import T5Config
-from t5x_lite.model.layers import PRODUCT, Adapter, Dense, GatedMlp, LowRank, RelativePositionBias, RMSNorm
+from t5x_lite.model.layers import Adapter, Dense, GatedMlp, LowRank, RelativePositionBias, RMSNorm
 from t5x_lite.sharding import constrain
 
 
@@ -109,7 +109,6 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=self.config.attention,
         )
-        y_BTHK = checkpoint_name(y_BTHK, PRODUCT)  # kept, a fused kernel's forward pass is not run again
         return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
 
 
@@ -188,7 +187,7 @@ class DecoderLayer(nn.Module):
             self_value, value = _extended(cache.self_value, value, *where)
             cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
         if bias_HTS is None:
-            positions_T = self_visibility.offset + jnp.arange(x_BTD.shape[1])
+            positions_T = self_visibility.query_positions(x_BTD.shape[1])
             bias_HTS = self.relpos_bias(positions_T, jnp.arange(key.shape[1]))
         x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_visibility))
 
@@ -215,15 +214,6 @@ class DecoderLayer(nn.Module):
         return carry, (jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -1))
 
 
-def _remat(layer: type[nn.Module], config: Any) -> type[nn.Module]:
-    if config.remat == "none":
-        return layer
-    # By name, for JAX's policies for products do not see into functions with a backward pass of their own, as Dense is.
-    policy = None if config.remat == "full" else jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    # A scan already keeps XLA from merging the recomputation with the first pass; unrolled layers need the barrier.
-    return nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
-
-
 def stack(layer: type[nn.Module], config: Any, length: int, **in_axes: tuple) -> type[nn.Module]:
     """`length` layers under one name, parameters on a leading axis, as config.scan_layers and config.remat say.
 
@@ -237,7 +227,8 @@ def stack(layer: type[nn.Module], config: Any, length: int, **in_axes: tuple) ->
         "metadata_params": {nn.PARTITION_NAME: "layers"},
     }
     return nn.scan(
-        _remat(layer, config), methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()}
+        remat.checkpointed(layer, config.remat, scanned=config.scan_layers),
+        methods={method: {"in_axes": axes, **options} for method, axes in in_axes.items()},
     )
 
 
@@ -300,7 +291,7 @@ class Decoder(nn.Module):
         if self.config.relative_bias == "shared":
             length = x_BTD.shape[1]
             keys = length if cache is None else cache.self_key.shape[-1]
-            bias_HTS = self.relpos_bias(self_visibility.offset + jnp.arange(length), jnp.arange(keys))
+            bias_HTS = self.relpos_bias(self_visibility.query_positions(length), jnp.arange(keys))
         x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
         layers = jnp.arange(self.config.num_decoder_layers)
         (x_BTD, cache), _ = self.layers(

@@ -17,6 +17,7 @@ import numpy as np
 
 from t5x_lite import sharding
 from t5x_lite.metrics.hardware import GIB
+from t5x_lite.model import remat
 from t5x_lite.model.interface import ModelConfig, model_of
 from t5x_lite.plan import hlo
 from t5x_lite.plan.topologies import Topology
@@ -220,7 +221,7 @@ def memory_of(compiled: Any) -> Memory:
 
 
 # Of its attention, as JAX calls it: queries with keys, weights with values; backward these again, and four gradients.
-CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+CUDNN_PRODUCTS = {remat.CUDNN_FORWARD: 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def matmul_flops(jaxpr: Any) -> float:

@@ -107,7 +107,7 @@ def test_gradients_show_that_a_target_sees_all_inputs_and_no_later_target():
     "change",
     [
         {"scan_layers": False},
-        *(pytest.param({"remat": remat}, marks=pytest.mark.slow) for remat in ("full", "minimal")),
+        *(pytest.param({"remat": remat}, marks=pytest.mark.slow) for remat in ("full", "none")),
     ],
 )
 def test_scan_and_remat_change_the_program_but_not_the_gradients(change):
