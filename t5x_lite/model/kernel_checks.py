@@ -39,7 +39,7 @@ FASTER = 1.05
 ERRORS = 4
 CRASHES = 2  # of a check, after which its kernel is left out: one may have been a kill
 EXACT = 1e-5  # what the order of summation alone does in float32
-UNTUNED = {"xla_gpu_autotune_level": 0}  # for a program that runs once
+UNTUNED: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}  # for a program that runs once
 
 _choices: dict[str, str] = {}
 
@@ -157,7 +157,7 @@ class _Program:
         arguments: Arguments,
         cotangent: np.ndarray,
         device: Any,
-        compiler_options: Mapping[str, Any] | None = None,
+        compiler_options: dict[str, str | bool] | None = None,
     ) -> None:
         def run(arguments: list[Any], cotangent: Array) -> tuple[Array, ...]:
             def of_floats(*values: Array) -> Array:

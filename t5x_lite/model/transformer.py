@@ -182,6 +182,7 @@ class DecoderLayer(nn.Module):
         h_BTD = self.pre_self_attention_layer_norm(x_BTD)
         key, value = self.self_attention.keys_values(h_BTD)
         if cache is not None:
+            assert self_visibility.offset is not None
             where = (layer, self_visibility.offset, parents_B)
             self_key, key = _extended(cache.self_key, key, *where)
             self_value, value = _extended(cache.self_value, value, *where)
