@@ -14,6 +14,7 @@ import optax
 import pytest
 import tiny
 from core.test_convert import assert_same
+from repeats import fast
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
@@ -152,7 +153,9 @@ def test_published_parameter_counts():
     assert count(heads=("pooler",)) == 109_482_240
 
 
-@pytest.mark.parametrize("mask", [None, np.array([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 0, 0]])])
+@pytest.mark.parametrize(
+    "mask", [pytest.param(None, marks=pytest.mark.slow), np.array([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 0, 0]])]
+)
 def test_all_heads_and_layers_are_the_papers(loaded, mask):
     model, found = loaded
     hidden, said = reference(found, TOKENS, SEGMENTS, TOKENS if mask is None else mask)
@@ -319,7 +322,7 @@ CLASSIFIED = {
 }
 
 
-@pytest.mark.parametrize("what", CLASSIFIED)
+@pytest.mark.parametrize("what", fast(CLASSIFIED.keys(), "classes"))
 def test_loss_and_gradients_of_a_classifier_are_hugging_faces(what, tmp_path):
     found, label = tensors(["classify"]), np.array([[2], [0]])
     if what == "number":
@@ -427,6 +430,7 @@ def test_scan_and_remat_change_the_program_but_not_the_gradients():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), plain, other)
 
 
+@pytest.mark.slow
 def test_minimal_remat_keeps_products():
     def products(remat):
         gradient = jax.grad(functools.partial(loss, dataclasses.replace(CONFIG, remat=remat)))
@@ -437,6 +441,7 @@ def test_minimal_remat_keeps_products():
     assert (minimal - none, full - minimal) == (1, 7)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_depends_on_it():
     config = dataclasses.replace(CONFIG, dropout_rate=0.3)
     said = [forward(config, init(CONFIG), BATCH, key)["mlm"] for key in (None, *jax.random.split(jax.random.key(1)))]
@@ -460,6 +465,7 @@ def test_bfloat16_is_near_with_float32_logits_and_gradients(loaded):
     assert vector.dtype == np.float32 and 1e-4 < np.linalg.norm(vector - right) / np.linalg.norm(right) < 5e-2
 
 
+@pytest.mark.slow
 def test_parameters_begin_as_published():
     config = dataclasses.replace(CONFIG, vocab_size=4001)
     params = nn.unbox(jax.jit(Bert(config).init)(jax.random.key(0), BATCH["inputs"]))["params"]

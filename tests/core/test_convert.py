@@ -15,6 +15,7 @@ import tensorstore
 from core.conftest import stack_layers
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
 from flax import traverse_util
+from repeats import fast
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
@@ -196,7 +197,7 @@ def t5x_names(config, params):
     return flat
 
 
-@pytest.mark.parametrize("form", ["specs", "placeholders", "orbax", "ocdbt", "scanned"])
+@pytest.mark.parametrize("form", fast(["specs", "placeholders", "orbax", "ocdbt", "scanned"], "ocdbt", "scanned"))
 def test_t5x_folders(form, tmp_path):
     params = init(TINY)
     flat = t5x_names(TINY, params)
@@ -247,6 +248,7 @@ def umt5(hub, seed=None):
     change(hub, biases, model_type="umt5")
 
 
+@pytest.mark.slow
 def test_umt5_has_a_relative_bias_in_every_layer(hub, golden_t5):
     inputs = golden_t5.batch["encoder_input_tokens"], golden_t5.batch["decoder_input_tokens"]
     expected = logits(*convert.read(hub), *inputs)

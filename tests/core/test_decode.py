@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
+from repeats import fast
 
 from t5x_lite.data import packing
 from t5x_lite.inference import decode
@@ -24,7 +25,7 @@ def compiled(config, decoding):
     return jax.jit(functools.partial(decode.generate, config=config, max_length=24, decoding=decoding))
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("chunk", fast([1, 2], "1"))
 def test_cached_decoding_equals_the_full_forward_on_every_prefix(chunk):
     params = init(TINY)
     model = T5(TINY)
@@ -157,7 +158,14 @@ def test_samples_depend_on_the_key_alone_and_rows_have_their_own_limits(golden_t
         assert not np.any(limited[row, 0, limit:])
 
 
-@pytest.mark.parametrize("settings", [{"method": "beam", "num_decodes": 4}, {"method": "sample", "num_decodes": 3}, {}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"method": "beam", "num_decodes": 4}, marks=pytest.mark.slow),
+        pytest.param({"method": "sample", "num_decodes": 3}, marks=pytest.mark.slow),
+        {},
+    ],
+)
 def test_log_likelihoods_of_results_are_what_scoring_them_gives(golden_t5, settings):
     inputs = golden_t5.io["input_ids"] * golden_t5.io["attention_mask"]
     key = {"key": jax.random.split(jax.random.key(0), 4)} if settings.get("method") == "sample" else {}

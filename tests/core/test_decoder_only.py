@@ -120,7 +120,7 @@ def test_loaded_models_read_inputs_before_targets():
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(LM, id="lm"),
+        pytest.param(LM, id="lm", marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(PREFIX_LM, scan_layers=False), id="prefix_lm", marks=pytest.mark.slow),
     ],
 )

@@ -246,10 +246,7 @@ def named(visibility):
 
 @pytest.mark.parametrize(
     "visibility",
-    [
-        pytest.param(case, id=named(case), marks=[] if i in (0, 5) else [pytest.mark.slow])
-        for i, case in enumerate(CASES)
-    ],
+    [pytest.param(case, id=named(case), marks=[] if i == 5 else [pytest.mark.slow]) for i, case in enumerate(CASES)],
 )
 def test_a_sound_kernel_passes_the_check_at_every_mask(visibility, flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(kernel_checks, "FASTER", 1e6)  # though interpreted

@@ -64,6 +64,7 @@ def test_samples_and_limits_of_each_row(model, golden_t5):
     assert np.all(together[3, 0, :2])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near(model, golden, golden_t5):
     inputs = golden_t5.batch["encoder_input_tokens"], golden_t5.batch["decoder_input_tokens"]
     exact, near = model.logits(*inputs), t5x_lite.load(golden("hf_t5_v11"), dtype="bfloat16").logits(*inputs)
@@ -110,6 +111,7 @@ def test_the_tokenizer_of_a_checkpoint_is_beside_it_or_in_its_runs_config(tmp_pa
     assert convert.tokenizer_file(step) == tmp_path / "spiece.model"
 
 
+@pytest.mark.slow
 def test_loading_needs_no_tokenizer_library():
     check = (
         "import sys, t5x_lite; from t5x_lite.inference.pretrained import LoadedModel; assert callable(t5x_lite.load);"

@@ -29,6 +29,7 @@ def test_the_committed_curve_falls_and_its_text_is_read():
     assert window.split(bytes([255]))[0].decode() in (tiny.FOLDER / "text.txt").read_text()
 
 
+@pytest.mark.slow
 def test_one_device():
     assert_committed(curve.train())
 

@@ -378,6 +378,7 @@ def test_the_quickest_of_what_fits_is_suggested(tiny_plan, capsys):
     assert "suggested: --gin_file=mesh/data.gin --gin.REMAT=\"'full'\"" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_that_cannot_fit_on_paper(tiny, monkeypatch):
     monkeypatch.setattr(plan, "compile_within", None)
     found = jobs.step_plan(tiny, cpus(1e3), on_paper=True)
