@@ -397,6 +397,7 @@ def test_a_new_head_begins_anew_and_others_stay_behind(tmp_path, caplog):
     assert_same(same["classify"], got["classify"])
 
 
+@pytest.mark.slow
 def test_a_classifier_names_its_classes_there_and_back(tmp_path):
     words = ("no", "perhaps", "yes", "why")
     hub = save(tmp_path / "hub", tensors(["classify"]), id2label={str(i): word for i, word in enumerate(words)})

@@ -137,7 +137,9 @@ SCORES = {10: 0.5, 20: 0.9, 30: 0.7, 40: float("nan"), 50: None, 60: 0.6}
         pytest.param({"keep_last": 2}, [50, 60], marks=pytest.mark.slow),
         pytest.param({"keep_last": None}, [10, 20, 30, 40, 50, 60], marks=pytest.mark.slow),
         pytest.param({"keep_last": 1, "keep_best_metric": "squad/f1"}, [20, 60], marks=pytest.mark.slow),
-        ({"keep_last": 1, "keep_best_metric": "squad/f1", "keep_best": 2}, [20, 30, 60]),
+        pytest.param(
+            {"keep_last": 1, "keep_best_metric": "squad/f1", "keep_best": 2}, [20, 30, 60], marks=pytest.mark.slow
+        ),
         ({"keep_last": 1, "keep_best_metric": ["squad/f1", "squad/em"]}, [20, 40, 60]),
         ({"keep_last": 2, "keep_best_metric": "squad/f1", "best_mode": "min"}, [10, 50, 60]),
     ],

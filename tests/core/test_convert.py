@@ -197,7 +197,7 @@ def t5x_names(config, params):
     return flat
 
 
-@pytest.mark.parametrize("form", fast(["specs", "placeholders", "orbax", "ocdbt", "scanned"], "ocdbt", "scanned"))
+@pytest.mark.parametrize("form", fast(["specs", "placeholders", "orbax", "ocdbt", "scanned"], "ocdbt"))
 def test_t5x_folders(form, tmp_path):
     params = init(TINY)
     flat = t5x_names(TINY, params)

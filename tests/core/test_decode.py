@@ -109,6 +109,7 @@ def test_beams_that_never_end_are_given_as_they_are(golden_t5):
     assert scores[2, 0] > -100
 
 
+@pytest.mark.slow
 def test_sampling_draws_from_the_models_distribution(golden_t5):
     rows, draws = golden_t5.io["input_ids"][2:3] * golden_t5.io["attention_mask"][2:3], 4000
     model_logits = jax.jit(T5(golden_t5.config).apply)

@@ -98,6 +98,7 @@ def test_decoding_from_a_prefilled_cache_follows_the_full_forward(config):
     np.testing.assert_allclose(beam_scores, scores, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_loaded_models_read_inputs_before_targets():
     model = pretrained.LoadedModel(PREFIX_LM, init(PREFIX_LM))
     start = np.pad(TARGETS, [(0, 0), (1, 0)])[:, :-1]

@@ -22,6 +22,7 @@ from etils import epath
 from etils.epath import backend, gpath
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import serialization
+from repeats import fast
 
 from t5x_lite import checkpoint
 from t5x_lite.checkpoint import checksums, saving
@@ -54,7 +55,7 @@ def full(is_full: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore, left alone by Orbax
-@pytest.mark.parametrize("where", ["begin", "write", "commit"])
+@pytest.mark.parametrize("where", fast(["begin", "write", "commit"], "write"))
 def test_a_failed_save_is_logged_and_harms_nothing(tmp_path, monkeypatch, caplog, where):
     bad_disk(monkeypatch, {20, 30, 50}, where)
     with saving.Checkpointer(tmp_path, keep_last=1) as checkpointer:
@@ -91,6 +92,7 @@ def test_saves_that_go_on_failing_end_the_run_and_so_does_the_last(tmp_path, mon
     assert checkpoint.choose_start(tmp_path, strict=True).step == 10
 
 
+@pytest.mark.slow
 def test_parts_still_being_written_when_another_has_failed_leave_nothing(tmp_path, monkeypatch):
     """Orbax says so at once; TensorStore would make the folder anew."""
     write = serialization.async_serialize_from_host

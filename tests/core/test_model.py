@@ -74,6 +74,7 @@ def test_packed_logits_agree_with_t5x(golden_t5):
     assert np.abs(unpacked - got)[real].max() > 1e-2  # the segment ids matter
 
 
+@pytest.mark.slow
 def test_packed_examples_do_not_see_each_other():
     params = init(TINY)
     separate = logits(TINY, params, ENCODER_INPUT, DECODER_INPUT)

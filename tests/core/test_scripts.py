@@ -150,6 +150,7 @@ def resume(cloud, *more, **answers):
     return cloud.run("tpu_vm.sh", "resume", *arguments, **answers)
 
 
+@pytest.mark.slow
 def test_resume_makes_a_machine_that_was_taken_back_again(cloud):
     done = resume(cloud, state=["PREEMPTED"])
     assert done.returncode == 0, done.stderr

@@ -174,7 +174,7 @@ def test_adapters_have_the_papers_parameter_counts(d):
 @pytest.mark.parametrize(
     ("plain", "change"),
     [
-        (tiny.SMALL, {"lora_rank": 3}),
+        pytest.param(tiny.SMALL, {"lora_rank": 3}),
         *(pytest.param(CONFIG, {way: 5}, marks=slow) for way in ("adapter_size", "lora_rank")),
     ],
 )
