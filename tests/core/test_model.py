@@ -14,7 +14,7 @@ from repeats import fast
 from benchmarks.train_step import model_config
 from t5x_lite.model.attention import AttentionMask
 from t5x_lite.model.layers import relative_position_bucket
-from t5x_lite.model.t5 import T5, T5Config
+from t5x_lite.model.t5 import T5
 from t5x_lite.t5_model import T5Model
 
 # FACTS of the T5 paper's and T5 1.1's released checkpoints: formula, transformers and T5X agree on each.
@@ -31,7 +31,6 @@ PARAMETERS = {
     "t5_1_1/xxl": 11_135_332_352,
 }
 
-TINY = T5Config(d_model=12, d_ff=20, num_heads=3, head_dim=5, num_encoder_layers=2, num_decoder_layers=4, vocab_size=31)
 ENCODER_INPUT = jnp.array([[7, 8, 9, 10, 11, 12, 1], [5, 6, 1, 0, 0, 0, 0]])
 DECODER_INPUT = jnp.array([[0, 21, 22, 23, 24], [0, 25, 26, 0, 0]])
 
@@ -76,11 +75,11 @@ def test_packed_logits_agree_with_t5x(golden_t5):
 
 @pytest.mark.slow
 def test_packed_examples_do_not_see_each_other():
-    params = init(TINY)
-    separate = logits(TINY, params, ENCODER_INPUT, DECODER_INPUT)
+    params = init(tiny.CONFIG)
+    separate = logits(tiny.CONFIG, params, ENCODER_INPUT, DECODER_INPUT)
     row = lambda a, b, fill: jnp.array([[*np.asarray(a), *np.asarray(b), fill]])  # noqa: E731
     got = logits(
-        TINY,
+        tiny.CONFIG,
         params,
         row(ENCODER_INPUT[1, :3], ENCODER_INPUT[0], 0),
         row(DECODER_INPUT[1, :3], DECODER_INPUT[0], 0),
@@ -92,8 +91,8 @@ def test_packed_examples_do_not_see_each_other():
 
 
 def test_gradients_show_that_a_target_sees_all_inputs_and_no_later_target():
-    params = init(TINY)
-    model = T5(TINY)
+    params = init(tiny.CONFIG)
+    model = T5(tiny.CONFIG)
 
     def one_logit(embedded):
         table = params["token_embedder"] | {"embedding": embedded}
@@ -131,11 +130,11 @@ def test_scan_and_remat_change_the_program_but_not_the_gradients(change):
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
-    config = dataclasses.replace(TINY, dtype="bfloat16")
+    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
     params = init(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     exact, rounded = (
-        logits(TINY, params, ENCODER_INPUT, DECODER_INPUT),
+        logits(tiny.CONFIG, params, ENCODER_INPUT, DECODER_INPUT),
         logits(config, params, ENCODER_INPUT, DECODER_INPUT),
     )
     assert rounded.dtype == np.float32
@@ -145,7 +144,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
 
 
 def test_tied_output_is_the_embedding_scaled_by_the_root_of_d_model():
-    config = dataclasses.replace(TINY, tie_embeddings=True, mlp_activations=("relu",))
+    config = dataclasses.replace(tiny.CONFIG, tie_embeddings=True, mlp_activations=("relu",))
     params = init(config)
     assert "logits_dense" not in params["decoder"] and "wi" in params["encoder"]["layers"]["mlp"]
     kernel = params["token_embedder"]["embedding"].T / np.sqrt(config.d_model)
@@ -174,7 +173,7 @@ def test_dropout_needs_train_and_depends_on_its_key():
 
 
 def test_initialisation_has_t5x_scales():
-    config = dataclasses.replace(TINY, d_model=64, head_dim=16, num_heads=4, d_ff=96, vocab_size=512)
+    config = dataclasses.replace(tiny.CONFIG, d_model=64, head_dim=16, num_heads=4, d_ff=96, vocab_size=512)
     params = nn.unbox(jax.jit(T5Model(config).init)(jax.random.key(0)))
     attention = params["encoder"]["layers"]["attention"]
     np.testing.assert_allclose(np.std(params["token_embedder"]["embedding"]), 1.0, rtol=0.05)
@@ -242,4 +241,4 @@ def test_masks_agree_with_t5x(golden_json):
 )
 def test_bad_configs_are_refused_with_name_and_value(change, message, unchecked_types):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **change)
+        dataclasses.replace(tiny.CONFIG, **change)
