@@ -42,7 +42,7 @@ from t5x_lite.model import interface  # noqa: E402
 from t5x_lite.model.attention import Implementation  # noqa: E402
 from t5x_lite.model.t5 import T5Config  # noqa: E402
 from t5x_lite.training import optim, step  # noqa: E402
-from t5x_lite.training.freezing import ALL, Trainable  # noqa: E402
+from t5x_lite.training.freezing import ALL_PARAMETERS, ParameterFilter  # noqa: E402
 from t5x_lite.training.losses import LossConfig  # noqa: E402
 
 
@@ -65,7 +65,7 @@ def model_config(name: str, **options) -> T5Config:
     return T5Config(**gin_values(f"models/{name}") | options)
 
 
-def make_optimizer(trainable: Trainable = ALL) -> optim.Optimizer:
+def make_optimizer(trainable: ParameterFilter = ALL_PARAMETERS) -> optim.Optimizer:
     return optim.Optimizer(optim.adafactor(), optim.constant(1e-3), trainable=trainable)
 
 
@@ -203,7 +203,7 @@ def main() -> None:
     args = parser.parse_args()
 
     adapt = gin_values(f"adapt/{args.adapt}")
-    trainable = Trainable(adapt.pop("TRAINABLE"))
+    trainable = ParameterFilter(adapt.pop("TRAINABLE"))
     config = model_config(
         args.model,
         **adapt,

@@ -37,7 +37,7 @@ RULES: Rules = (
 # A leaf above this size (bytes) that no axis splits, on a mesh that splits parameters, is a mistake in names or rules.
 LARGEST_REPLICATED = 2**23
 
-_layout: contextvars.ContextVar[tuple[AnyMesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
+_mesh_in_use: contextvars.ContextVar[tuple[AnyMesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -76,31 +76,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 @contextlib.contextmanager
-def layout(mesh: AnyMesh, rules: Rules = RULES) -> Iterator[None]:
+def use_mesh(mesh: AnyMesh, rules: Rules = RULES) -> Iterator[None]:
     """Puts mesh and rules in force for `constrain`, while a function is traced."""
-    token = _layout.set((mesh, rules))
+    token = _mesh_in_use.set((mesh, rules))
     try:
         yield
     finally:
-        _layout.reset(token)
+        _mesh_in_use.reset(token)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """States how an activation lies on the mesh, by logical axes. Does nothing where no layout is in force."""
-    current = _layout.get()
+    current = _mesh_in_use.get()
     return x if current is None else jax.lax.with_sharding_constraint(x, named_sharding(*current, axes))
 
 
 def device() -> Any:
     """One of the devices that a function is traced for."""
-    current = _layout.get()
+    current = _mesh_in_use.get()
     mesh = None if current is None else current[0]
     return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
 
 
 def part_shape(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...] | None:
     """The shape of each device's part of an array with these logical axes; None: it is not cut into equal parts."""
-    current = _layout.get()
+    current = _mesh_in_use.get()
     if current is None:
         return tuple(shape)
     spec = named_sharding(*current, axes).spec
@@ -121,7 +121,7 @@ def on_parts(
       axes: the logical axes of each array; parts must be equal, see `part_shape`.
       out_axes: of the result.
     """
-    current = _layout.get()
+    current = _mesh_in_use.get()
     if current is None or current[0].size == 1:
         return function(*arrays)
     given = {n: x for n, x in enumerate(arrays) if x is not None}

@@ -17,7 +17,7 @@ from t5x_lite.errors import UserFileError
 log = logging.getLogger(__name__)
 
 
-class Folder:
+class MirroredDirectory:
     """`path` is MODEL_DIR itself; of a bucket, a local folder whose changed files `publish` copies there.
 
     Args:
@@ -92,7 +92,7 @@ class AppendOnlyFile:
                 if not waited:
                     log.warning("%s cannot be written (%s). What it lacks is kept, and tried again.", self._path, error)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Returns when all that was added is on the disk. Raises OSError: some of it cannot be written."""
         with self._lock:
             try:

@@ -3,18 +3,18 @@
 Must not know: t5x_lite, JAX.
 """
 
-from tasks import bert, c4, cnn_dailymail, files, formats, glue, glue_bert, mixtures, quickstart, squad, vocabulary
+from tasks import bert, c4, cnn_dailymail, glue, glue_bert, mixtures, quickstart, readers, squad, user_files, vocabulary
 
 __all__ = [
     "bert",
     "c4",
     "cnn_dailymail",
-    "files",
-    "formats",
     "glue",
     "glue_bert",
     "mixtures",
     "quickstart",
+    "readers",
     "squad",
+    "user_files",
     "vocabulary",
 ]

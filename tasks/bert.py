@@ -18,7 +18,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import c4, objectives, sources, vocabulary
+from tasks import c4, data_sources, objectives, vocabulary
 from tasks.errors import UserError
 
 _SHORT = 0.1  # share of sequences that are made shorter at random, so that fine-tuning's short inputs are no surprise
@@ -160,5 +160,5 @@ seqio.TaskRegistry.add(
         **{name: seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False) for name in ("segments", "random")},
     },
     metric_fns=[],
-    task_cls=sources.CorpusTask,
+    task_cls=data_sources.CorpusTask,
 )

@@ -9,24 +9,24 @@ from collections.abc import Callable
 
 import seqio
 
-from tasks import formats, objectives, sources, vocabulary
+from tasks import data_sources, objectives, readers, vocabulary
 
 _FEATURES = ("text", "timestamp", "url")
 
 
 def _document(path: str, number: int, line: str) -> tuple[str, str, str]:
-    document = formats.json_object(path, number, line)
-    formats.check_columns(path, number, ["text"], list(document))
+    document = readers.json_object(path, number, line)
+    readers.check_columns(path, number, ["text"], list(document))
     values = (document["text"], document.get("timestamp") or "", document.get("url") or "")
-    text, timestamp, url = (formats.as_text(f"{path}:{number}", k, x) for k, x in zip(_FEATURES, values, strict=True))
+    text, timestamp, url = (readers.as_text(f"{path}:{number}", k, x) for k, x in zip(_FEATURES, values, strict=True))
     return text, timestamp, url
 
 
 def _read_files(files: dict[str, list[str]]) -> seqio.DataSource:
-    return sources.LinesSource(files, _document, _FEATURES)
+    return data_sources.LinesSource(files, _document, _FEATURES)
 
 
-source = sources.CorpusSource(
+source = data_sources.CorpusSource(
     folder="c4",
     files={"train": "c4-train.*.json.gz", "validation": "c4-validation.*.json.gz"},
     build=_read_files,
@@ -50,7 +50,7 @@ def add(name: str, objective: Callable) -> seqio.Task:
         ],
         output_features=vocabulary.output_features(),
         metric_fns=[],
-        task_cls=sources.CorpusTask,
+        task_cls=data_sources.CorpusTask,
     )
 
 

@@ -12,20 +12,20 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import formats, metrics, preprocessors, sources, vocabulary
+from tasks import data_sources, metrics, preprocessors, readers, vocabulary
 
 FEATURES = ("id", "article", "highlights")
 _SPLITS = ("train", "validation", "test")
 
 
-def read(paths: list[str], split: str) -> sources.Columns:
+def read(paths: list[str], split: str) -> data_sources.Columns:
     """All rows of the CSV files, with TFDS's features but for the publisher."""
     columns: dict[str, list[bytes]] = {name: [] for name in FEATURES}
     for path in paths:
-        skipped = formats.Skipped(path)
-        for line, row in formats.csv_rows(path, ",", skipped):
+        skipped = readers.Skipped(path)
+        for line, row in readers.csv_rows(path, ",", skipped):
             with skipped:
-                formats.check_columns(path, line, FEATURES, row)
+                readers.check_columns(path, line, FEATURES, row)
                 for name, values in columns.items():
                     values.append(row[name].encode())
     return {name: np.array(values, object) for name, values in columns.items()}
@@ -39,10 +39,10 @@ def summarize(x: preprocessors.Example) -> preprocessors.Example:
 
 seqio.TaskRegistry.add(
     "cnn_dailymail_v002",
-    source=sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
+    source=data_sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
         folder="cnn_dailymail",
         files={split: f"{split}.csv" for split in _SPLITS},
-        build=functools.partial(sources.MemorySource, read=read),
+        build=functools.partial(data_sources.MemorySource, read=read),
         tfds_name="cnn_dailymail:3.4.0",
         tfds_splits=_SPLITS,
     ),
@@ -54,5 +54,5 @@ seqio.TaskRegistry.add(
     ],
     metric_fns=[metrics.rouge],
     output_features=vocabulary.output_features(),
-    task_cls=sources.CorpusTask,
+    task_cls=data_sources.CorpusTask,
 )

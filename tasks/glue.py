@@ -18,7 +18,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import formats, metrics, preprocessors, sources, vocabulary
+from tasks import data_sources, metrics, preprocessors, readers, vocabulary
 
 _TSV = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
 _NLI = ("entailment", "neutral", "contradiction")
@@ -113,22 +113,22 @@ CONFIGS = (
 )  # fmt: skip
 
 
-def read(paths: list[str], split: str, config: Glue) -> sources.Columns:
+def read(paths: list[str], split: str, config: Glue) -> data_sources.Columns:
     """The examples of a split's TSV file, with TFDS's features: the text, `label` and `idx` (the row, from 0).
 
-    Raises formats.BadRow for a header without the columns, a short row, an unknown label, unless such rows are skipped.
+    Raises readers.BadRow for a header without the columns, a short row, an unknown label, unless such rows are skipped.
     """
     columns: dict[str, list] = {name: [] for name in (*config.text, "label", "idx")}
     positions = config.no_header.get(split)
     needed = [*config.text.values()] + [config.label_column] * (not split.startswith("test"))
     for path in paths:
-        skipped = formats.Skipped(path)
+        skipped = readers.Skipped(path)
         number = _numbers(path, split, config)
-        for line, row in formats.tsv_rows(path, positions or needed, skipped):
+        for line, row in readers.tsv_rows(path, positions or needed, skipped):
             with skipped:
                 lacking = [c for c in needed if c not in row or (c == config.label_column and not row[c])]
                 if lacking:
-                    error = formats.bad_row(path, line, f"no {', '.join(lacking)} in this row: mend or remove it")
+                    error = readers.bad_row(path, line, f"no {', '.join(lacking)} in this row: mend or remove it")
                     if not config.drop_broken_rows:
                         raise error
                     skipped.add(error)
@@ -152,13 +152,13 @@ def _numbers(path: str, split: str, config: Glue) -> Callable[[Mapping[str, str]
     if not tf.io.gfile.exists(original):
         logging.info("%s: idx counts its own rows, for %s is not there", path, original)
         return lambda row, place: place
-    rows = formats.tsv_rows(original, key, formats.Skipped(original, "refuse"))
+    rows = readers.tsv_rows(original, key, readers.Skipped(original, "refuse"))
     places = {tuple(row.get(column) for column in key): line - 2 for line, row in rows}
 
     def number(row: Mapping[str, str], place: int) -> int:
         named = tuple(row.get(column) for column in key)
         if named not in places:
-            raise formats.bad_row(path, place + 2, f"{original} has no row {named}, by which this one is numbered")
+            raise readers.bad_row(path, place + 2, f"{original} has no row {named}, by which this one is numbered")
         return places[named]
 
     return number
@@ -175,7 +175,7 @@ def _label(value: str, config: Glue, path: str, line: int) -> float:
             return int(value)
     except ValueError:
         pass  # refused below with the rest
-    raise formats.bad_row(
+    raise readers.bad_row(
         path, line, f"unknown label {value!r}; {config.name} has {', '.join(config.labels) or 'numbers from 0 to 5'}"
     )
 
@@ -197,10 +197,10 @@ def _postprocessor(config: Glue) -> Callable:
 for _config in CONFIGS:
     seqio.TaskRegistry.add(
         f"glue_{_config.name}_v002",
-        source=sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
+        source=data_sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
             folder=f"glue/{_config.folder}",
             files=_config.files,
-            build=functools.partial(sources.MemorySource, read=functools.partial(read, config=_config)),
+            build=functools.partial(data_sources.MemorySource, read=functools.partial(read, config=_config)),
             tfds_name=f"glue/{_config.name}:2.0.0",
             tfds_splits=tuple(_config.files),
         ),
@@ -213,5 +213,5 @@ for _config in CONFIGS:
         postprocess_fn=_postprocessor(_config),
         metric_fns=_config.metric_fns,
         output_features=vocabulary.output_features(),
-        task_cls=sources.CorpusTask,
+        task_cls=data_sources.CorpusTask,
     )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import seqio
 import tensorflow as tf
 
-from tasks import bert, glue, objectives, sources, vocabulary
+from tasks import bert, data_sources, glue, objectives, vocabulary
 
 
 class Labels(seqio.PassThroughVocabulary):
@@ -91,5 +91,5 @@ for _config in glue.CONFIGS:
             "label": _label,
         },
         metric_fns=_config.metric_fns,
-        task_cls=sources.CorpusTask,
+        task_cls=data_sources.CorpusTask,
     )

@@ -28,7 +28,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import metrics, objectives, preprocessors, sources, stdlib_text
+from tasks import data_sources, metrics, objectives, preprocessors, stdlib_text
 from tasks.errors import UserFileError
 from tasks.vocabulary import trainer
 
@@ -110,18 +110,18 @@ def _column(texts: list[str]) -> np.ndarray:
     return np.array([text.encode() for text in texts], object)
 
 
-def _read_passages(paths: list[str], split: str) -> sources.Columns:
+def _read_passages(paths: list[str], split: str) -> data_sources.Columns:
     passages = stdlib_text.texts()[split].passages
     return {"inputs": _column([""] * len(passages)), "targets": _column([" ".join(p.sentences) for p in passages])}
 
 
-def _read_labelled(paths: list[str], split: str) -> sources.Columns:
+def _read_labelled(paths: list[str], split: str) -> data_sources.Columns:
     rows = stdlib_text.labelled_sentences(split)
     labels = np.array([stdlib_text.KINDS.index(kind) for _, kind in rows], np.int64)
     return {"sentence": _column([sentence for sentence, _ in rows]), "label": labels, "idx": np.arange(len(rows))}
 
 
-def _read_questions(paths: list[str], split: str) -> sources.Columns:
+def _read_questions(paths: list[str], split: str) -> data_sources.Columns:
     rows = stdlib_text.questions(split)
     answers, ends = _column([a for q in rows for a in q.answers]), np.cumsum([0] + [len(q.answers) for q in rows])
     return {
@@ -140,10 +140,10 @@ _LABELS = list(stdlib_text.KINDS)
 def _add_task(name: str, read, steps: list, **settings) -> None:
     seqio.TaskRegistry.add(
         name,
-        source=sources.MemorySource(_ORIGIN, read),
+        source=data_sources.MemorySource(_ORIGIN, read),
         preprocessors=[*steps, seqio.preprocessors.append_eos_after_trim],
         output_features={key: seqio.Feature(VOCABULARY, add_eos=True) for key in ("inputs", "targets")},
-        task_cls=sources.CorpusTask,
+        task_cls=data_sources.CorpusTask,
         **settings,
     )
 

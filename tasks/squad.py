@@ -15,12 +15,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import formats, metrics, preprocessors, sources, vocabulary
+from tasks import data_sources, metrics, preprocessors, readers, vocabulary
 
 
-def read(paths: list[str], split: str) -> sources.Columns:
+def read(paths: list[str], split: str) -> data_sources.Columns:
     """All questions of the files, with TFDS's features; `answers` are ragged."""
-    rows = [row for path in paths for row in formats.squad_rows(path, formats.Skipped(path))]
+    rows = [row for path in paths for row in readers.squad_rows(path, readers.Skipped(path))]
     texts = {
         name: np.array([row[name].encode() for row in rows], object) for name in ("id", "title", "context", "question")
     }
@@ -35,10 +35,10 @@ def read(paths: list[str], split: str) -> sources.Columns:
 
 
 def _read_files(files: dict[str, list[str]]) -> seqio.DataSource:
-    return sources.MemorySource(files, read)
+    return data_sources.MemorySource(files, read)
 
 
-source = sources.CorpusSource(
+source = data_sources.CorpusSource(
     folder="squad",
     files={"train": "train-v1.1.json", "validation": "dev-v1.1.json"},
     build=_read_files,
@@ -97,5 +97,5 @@ for _name, (_to_text, _answers, _metric) in _TASKS.items():
         postprocess_fn=_answers,
         metric_fns=[_metric],
         output_features=vocabulary.output_features(),
-        task_cls=sources.CorpusTask,
+        task_cls=data_sources.CorpusTask,
     )

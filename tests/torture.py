@@ -56,9 +56,9 @@ LEARNING_RATE = 0.1
 """
 TASKS = """
 import seqio
-from tasks import files
+from tasks import user_files
 for name in ("doubles", "words"):
-    files.register_files(name, f"{name}-train.jsonl", f"{name}-eval.jsonl")
+    user_files.register_files(name, f"{name}-train.jsonl", f"{name}-eval.jsonl")
 seqio.MixtureRegistry.add("torture", [("doubles", 3.0), ("words", 1.0)])
 """
 WALL_TIMES = {"seconds_per_step", "tokens_per_second", "mfu"}

@@ -75,7 +75,7 @@ def plant(point: str, count: int) -> None:
 
     from t5x_lite import checkpoint, report
     from t5x_lite.checkpoint import checksums, data_state, saving
-    from t5x_lite.cli import jobs
+    from t5x_lite.cli import train
     from t5x_lite.metrics import metric_logger
 
     point = point.split(" at ")[0]
@@ -90,7 +90,7 @@ def plant(point: str, count: int) -> None:
         "started": lambda: at(count, checkpoint, "choose_start", after=True),
         "restored": lambda: at(count, saving.Checkpointer, "restore", after=True),
         "metrics taken back": lambda: at(count, metric_logger.os, "fsync"),
-        "first step": lambda: at(count, jobs.loop, "train"),
+        "first step": lambda: at(count, train.loop, "train"),
         "logging": lambda: at(count, metric_logger.MetricLogger, "train", half_a_line),
         "told": lambda: at(count, metric_logger.MetricLogger, "train", after=True, end=tell),
         "scores": lambda: at(count, metric_logger.MetricLogger, "evaluation", half_the_scores),

@@ -77,11 +77,11 @@ def compare(sizes: Sizes, queries: int, keys: int, case: Case) -> dict[str, Any]
 
     def run(program: tuple[Implementation, str]) -> list[np.ndarray] | str:
         name, dtype = program
-        args, visibility, cotangent = inputs[dtype.removeprefix("reference of ")]
+        args, attention_mask, cotangent = inputs[dtype.removeprefix("reference of ")]
         if dtype.startswith("reference"):
             args = [None if x is None else x.astype(jnp.float32) for x in args]
         try:
-            return outputs_and_gradients(name, args, visibility, cotangent, case.dropout)
+            return outputs_and_gradients(name, args, attention_mask, cotangent, case.dropout)
         except Exception as error:
             return describe(error)
 
@@ -125,8 +125,8 @@ def random_inputs(
     prefix = None
     if case.prefix:
         prefix = jnp.tile((jnp.arange(keys) < keys // 4).astype(jnp.int32), (B, 1))
-    visibility = AttentionMask(jnp.asarray(query_segments), jnp.asarray(key_segments), prefix, causal=case.causal)
-    return args, visibility, jnp.asarray(cotangent * (query_segments != 0)[:, :, None, None])
+    attention_mask = AttentionMask(jnp.asarray(query_segments), jnp.asarray(key_segments), prefix, causal=case.causal)
+    return args, attention_mask, jnp.asarray(cotangent * (query_segments != 0)[:, :, None, None])
 
 
 def segments(random: np.random.Generator, rows: int, length: int) -> np.ndarray:
@@ -138,19 +138,19 @@ def segments(random: np.random.Generator, rows: int, length: int) -> np.ndarray:
 
 
 def outputs_and_gradients(
-    name: Implementation, args: list[Any], visibility: AttentionMask, cotangent: jax.Array, dropout: float
+    name: Implementation, args: list[Any], attention_mask: AttentionMask, cotangent: jax.Array, dropout: float
 ) -> list[np.ndarray] | str:
     """Returns the output and all gradients; NOT_AVAILABLE where another implementation would take its place."""
     on_cpu = jax.default_backend() == "cpu"  # where the TPU's kernel is interpreted, slowly: at toy sizes only
     if name == "flash" and jax.default_backend() != "tpu" and not on_cpu:
         return NOT_AVAILABLE
-    if attention.choose(name, args[0], args[1], args[3], visibility) != name:
+    if attention.choose(name, args[0], args[1], args[3], attention_mask) != name:
         return NOT_AVAILABLE
 
-    def loss(args: list[Any], visibility: AttentionMask, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(args: list[Any], attention_mask: AttentionMask, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         query, key, value, bias = args
         y = dot_product_attention(
-            *(query, key, value, bias, visibility),
+            *(query, key, value, bias, attention_mask),
             dropout_rate=dropout,
             dropout_key=jax.random.key(0) if dropout else None,
             implementation=name,
@@ -158,8 +158,8 @@ def outputs_and_gradients(
         return jnp.sum(y.astype(jnp.float32) * cotangent), y * (cotangent != 0)
 
     with jax.default_matmul_precision("highest"):
-        gradient = jax.jit(jax.grad(loss, has_aux=True)).lower(args, visibility, cotangent)
-    gradients, y = gradient.compile(compiler_options=kernel_checks.UNTUNED)(args, visibility, cotangent)
+        gradient = jax.jit(jax.grad(loss, has_aux=True)).lower(args, attention_mask, cotangent)
+    gradients, y = gradient.compile(compiler_options=kernel_checks.UNTUNED)(args, attention_mask, cotangent)
     return [np.asarray(x, np.float32) for x in (y, *gradients) if x is not None]
 
 

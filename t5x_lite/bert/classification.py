@@ -23,7 +23,7 @@ from t5x_lite.inference import batch_prediction
 from t5x_lite.inference.batch_prediction import Example, Source
 from t5x_lite.inference.evaluator import text_of
 from t5x_lite.inference.jsonl import write_whole
-from tasks import bert, formats
+from tasks import bert, readers
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def file_source(
     def check(number: int, row: Mapping[str, Any]) -> None:
         if not all(isinstance(text, str) for text in (*texts(row), row.get("targets", ""))):
             said = '"inputs", or "sentence1" and "sentence2", and "targets" if there, must be strings'
-            raise formats.bad_row(path, number, f"{said}; the row has {', '.join(row) or 'nothing'}")
+            raise readers.bad_row(path, number, f"{said}; the row has {', '.join(row) or 'nothing'}")
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
         first, *rest = (list(vocabulary.encode(text)) for text in texts(row))

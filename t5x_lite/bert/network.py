@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> Float[Array, "B S D"]:
         c = self.config
 
         def heads(name: str) -> Float[Array, "B S H K"]:
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         rate = c.dropout_rate if self.train else 0.0
         y_BSHK = dot_product_attention(
             heads("query") * c.head_dim**-0.5,
-            *(heads("key"), heads("value"), None, visibility),
+            *(heads("key"), heads("value"), None, attention_mask),
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=c.attention,
@@ -108,14 +108,16 @@ class BertLayer(nn.Module):
         self.mlp_norm = LayerNorm(c.compute_dtype)
         self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> tuple[Float[Array, "B S D"], None]:
-        x_BSD = self.attention_norm(x_BSD + self.dropout(self.attention(x_BSD, visibility)))
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask
+    ) -> tuple[Float[Array, "B S D"], None]:
+        x_BSD = self.attention_norm(x_BSD + self.dropout(self.attention(x_BSD, attention_mask)))
         x_BSD = self.mlp_norm(x_BSD + self.dropout(self.mlp(x_BSD)))
         return constrain(x_BSD, "batch", "length", "embed"), None
 
-    def kept(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> tuple[Array, Array]:
+    def kept(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> tuple[Array, Array]:
         """The same, and once more what comes out, for a stack to keep of every layer."""
-        x_BSD, _ = self(x_BSD, visibility)
+        x_BSD, _ = self(x_BSD, attention_mask)
         return x_BSD, x_BSD
 
 
@@ -128,11 +130,11 @@ class Encoder(nn.Module):
         axes = (nn.broadcast,)
         self.layers = stack(BertLayer, c, c.num_layers, __call__=axes, kept=axes)(c, self.train)
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "B S D"]:
-        return self.layers(x_BSD, visibility)[0]
+    def __call__(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> Float[Array, "B S D"]:
+        return self.layers(x_BSD, attention_mask)[0]
 
-    def hidden(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "L B S D"]:
-        return self.layers.kept(x_BSD, visibility)[1]
+    def hidden(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> Float[Array, "L B S D"]:
+        return self.layers.kept(x_BSD, attention_mask)[1]
 
 
 class MaskedLM(nn.Module):
@@ -205,8 +207,8 @@ class Bert(nn.Module):
         mask_BS: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "_ B S D"]:
         """The embeddings, and what comes out of every layer: L + 1 of them."""
-        x_BSD, visibility = self._embedded(tokens_BS, segments_BS, mask_BS)
-        return jnp.concatenate([x_BSD[None], self.encoder.hidden(x_BSD, visibility)])
+        x_BSD, attention_mask = self._embedded(tokens_BS, segments_BS, mask_BS)
+        return jnp.concatenate([x_BSD[None], self.encoder.hidden(x_BSD, attention_mask)])
 
     def _embedded(
         self, tokens_BS: Array, segments_BS: Array | None, mask_BS: Array | None

@@ -100,7 +100,7 @@ class LoadedBert:
 
     def hidden(self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None) -> Array:
         """The embeddings and what comes out of every layer, [L + 1, B, S, D]."""
-        with sharding.layout(self._mesh):
+        with sharding.use_mesh(self._mesh):
             return self._hidden(self.params, *_int32(tokens, segments, attention_mask))
 
     def features(
@@ -114,7 +114,7 @@ class LoadedBert:
     def _said(self, head: str, *args: Ids | None) -> Array:
         if head not in self.config.heads:
             raise UserError(f"this BERT has no {head!r} head; it has {self.config.heads or 'none'}")
-        with sharding.layout(self._mesh):
+        with sharding.use_mesh(self._mesh):
             return self._head(self.params, head, *_int32(*args))
 
 

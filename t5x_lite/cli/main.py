@@ -1,4 +1,4 @@
-"""The command: reads flags and gin files, and runs one mode of cli/jobs.py. The only file that knows gin.
+"""The command: reads flags and gin files, and runs one mode. The only file that knows gin.
 
     python run.py --gin_file=models/t5_1_1/small.gin --gin_file=runs/pretrain.gin --gin.BATCH_SIZE=64
                   --gin.MODEL_DIR="'/tmp/m'" [--mode=eval]
@@ -61,7 +61,6 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run = configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
         from t5x_lite import distributed
-        from t5x_lite.cli import jobs
         from t5x_lite.metrics import metric_logger
 
         if options.mode != "plan":
@@ -69,13 +68,29 @@ def main(argv: Sequence[str]) -> int:
         metric_logger.setup_logging(info=distributed.is_first())
         keep_compiled()
         if options.dry_run:
-            jobs.dry_run(run, options.mode)
+            from t5x_lite.cli import dry_run
+
+            dry_run.dry_run(run, options.mode)
         elif options.mode == "train":
-            jobs.train(run, gin.operative_config_str())
+            from t5x_lite.cli import train
+
+            train.train(run, gin.operative_config_str())
         elif options.mode == "plan":
-            jobs.plan(run, options.topology, options.decode, options.suggest)
+            from t5x_lite.cli import plan
+
+            plan.plan(run, options.topology, options.decode, options.suggest)
+        elif options.mode == "eval":
+            from t5x_lite.cli import evaluate
+
+            evaluate.evaluate(run)
+        elif options.mode == "inspect":
+            from t5x_lite.cli import inspect
+
+            inspect.inspect(run)
         else:
-            getattr(jobs, options.mode)(run)
+            from t5x_lite.cli import infer
+
+            {"infer": infer.infer, "score": infer.score}[options.mode](run)
     except Exception as error:
         if not isinstance(error, _user_errors()):
             _abort_all_processes(1, error)

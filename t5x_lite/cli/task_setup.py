@@ -1,7 +1,6 @@
-"""What a run works on: its task or mixture, registered and checked; its batches, its evaluation, its baselines.
+"""Register and validate the run's SeqIO task; build its batches and evaluator; choose the checkpoint to read.
 
-TensorFlow and SeqIO are imported only when one of these functions is called, for that takes seconds. This module knows
-the options, the data half and the model as functions; nothing of training, checkpoints, flags and gin.
+TensorFlow and SeqIO take seconds to import, so the functions that need them import them.
 """
 
 import contextlib
@@ -12,24 +11,27 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5x_lite.errors import UserError
+from t5x_lite import checkpoint
+from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference.predictor import Predictor, Scores
 from t5x_lite.model.feature_converter import FeatureConverter
 from t5x_lite.model.interface import model_of
 from t5x_lite.run_config import RunConfig
-from t5x_lite.storage import Folder
+from t5x_lite.storage import MirroredDirectory
+from t5x_lite.training import step
 from t5x_lite.training.partitioner import Partitioner
 
 log = logging.getLogger("t5x_lite")
 
 
-def prepare(run: RunConfig) -> str:
-    """Fills SeqIO's registries, the user's tasks included; returns the name of what to work on, checked."""
+def register_tasks(run: RunConfig) -> str:
+    """Registers all tasks, including the user's. Returns the name of the run's task or mixture, validated."""
     if not (run.mixture_or_task_name or run.train_files):
         raise UserError(
             "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
@@ -42,9 +44,9 @@ def prepare(run: RunConfig) -> str:
         if name:
             log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
         name = _register_files(run)
-    from tasks import cache, sources
+    from tasks import cache, data_sources
 
-    describe = cache.describe if run.use_cached_tasks else sources.describe
+    describe = cache.describe if run.use_cached_tasks else data_sources.describe
     for task, read in describe(pipeline.find_provider(name)).items():
         log.info("%s reads %s", task, read)
     pipeline.check_vocabulary(name, run.model.vocab_size)
@@ -54,7 +56,7 @@ def prepare(run: RunConfig) -> str:
 
 
 def with_labels(run: RunConfig, name: str) -> RunConfig:
-    """The run with a model config that has what the task says, such as the names of classes, for checkpoints."""
+    """Returns `run` with what the task adds to the model config, such as the names of classes, for checkpoints."""
     from t5x_lite.data import pipeline
 
     return dataclasses.replace(run, model=run.model.for_task(name, pipeline.find_provider(name).output_features))
@@ -97,7 +99,7 @@ def import_tasks(run: RunConfig) -> None:
         import tasks
         from t5x_lite.data import pipeline  # noqa: F401  takes TensorFlow off the accelerators before its first op
 
-    tasks.formats.set_bad_rows(run.bad_rows)
+    tasks.readers.set_bad_rows(run.bad_rows)
     modules = run.mixture_or_task_module or []
     for module in [modules] if isinstance(modules, str) else modules:
         try:
@@ -116,7 +118,7 @@ def import_tasks(run: RunConfig) -> None:
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Holds back what TensorFlow's C++ writes to stderr while it is loaded, unless that fails."""
+    """Discards what TensorFlow's C++ code writes to stderr during import, unless the import fails."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -133,11 +135,11 @@ def _without_chatter() -> Iterator[None]:
 
 
 def _register_files(run: RunConfig) -> str:
-    from tasks import files
+    from tasks import user_files
 
     assert run.train_files
     name = "files"
-    files.register_files(
+    user_files.register_files(
         name,
         run.train_files,
         run.eval_files,
@@ -149,7 +151,7 @@ def _register_files(run: RunConfig) -> str:
     return name
 
 
-def train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None) -> Any:
+def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None) -> Any:
     from t5x_lite.data import pipeline
 
     return pipeline.TrainBatches(
@@ -165,10 +167,10 @@ def train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None
     )
 
 
-def evaluation(
-    run: RunConfig, name: str, partitioner: Partitioner, predictor: Predictor, folder: Folder
+def build_evaluator(
+    run: RunConfig, name: str, partitioner: Partitioner, predictor: Predictor, folder: MirroredDirectory
 ) -> Callable[[Any, int], Scores]:
-    """A function of parameters and step: the loss and the metrics of each task that has EVAL_SPLIT."""
+    """Returns a function (params, step) -> loss and metrics of each task that has EVAL_SPLIT."""
     from t5x_lite.data import pipeline
     from t5x_lite.inference import evaluator
 
@@ -213,15 +215,37 @@ def _only_first(path: Path) -> Path | None:
     return path if jax.process_index() == 0 else None
 
 
+def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
+    """Chooses the checkpoint that eval, infer and score read; returns its path, its step and a restore function."""
+    start = checkpoint.choose_start(
+        run.model_dir, run.initial_checkpoint_path, parts=("params", "info"), strict=run.strict
+    )
+    if start.path is None:
+        raise MissingFileError(
+            f"no checkpoint to read: MODEL_DIR = {run.model_dir!r} holds none, and INITIAL_CHECKPOINT_PATH is not set"
+        )
+    why = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
+    log.info("Reading the checkpoint %s: %s.", start.path, why)
+    step_name = Path(start.path).name
+    restore = partial(checkpoint.restore_params, start.path, verified=start.kind == "resume")
+    return start.path, int(step_name) if step_name.isdecimal() else 0, restore
+
+
+def parameter_summary(run: RunConfig, partitioner: Partitioner) -> str:
+    params, trainable = partitioner.abstract.params, run.optimizer.trainable
+    count, trained = step.param_count(params), trainable.count(params)
+    return f"{count:,} parameters" + (f", of which {trained:,} train" if trained != count else "")
+
+
 def vocabulary_file(run: RunConfig, name: str) -> str | None:
-    """What VOCABULARY must be for a task of other files to have the vocabulary of `name`; None: nothing."""
+    """Returns the VOCABULARY that gives user files the vocabulary of task `name`, or None if none is needed."""
     from t5x_lite.data import pipeline
 
     return run.vocabulary or getattr(pipeline.text_vocabulary(name), "sentencepiece_model_file", None)
 
 
 def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
-    """What needs no model, to print beside the scores; the embedded default computes its own."""
+    """Returns baseline scores to print with the model's scores, by task."""
     if not name.startswith("quickstart"):
         return {}
     from tasks import quickstart
@@ -240,7 +264,7 @@ def tool(name: str) -> Any:
 
 
 def about(run: RunConfig, name: str) -> Any:
-    """What a report says of the run: a report.page.About."""
+    """Returns the report's description of the run, a `report.page.About`."""
     return tool("report").About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
 
 

@@ -1,8 +1,8 @@
 """Predictions and scores for any number of examples of a task or a file, as JSON lines in the order of the input.
 
 Examples are read and answered a window at a time: within it they are sorted by length, so that rows of similar length
-share a narrow batch, and their results are written before the next window is read. What was written outlives a kill
-(`Results`): the same call goes on behind it, with the same windows and so the same batches, to the same bytes.
+share a narrow batch, and their results are written before the next window is read. Written results survive a kill: the
+same call resumes after them, with the same windows and therefore the same batches (`ResumableJsonlWriter`).
 
 The model comes as two functions on numpy batches. This module knows SeqIO and text. It must not know the model, how it
 decodes or where it runs. Every process goes through all examples with the same calls; only the first one writes.
@@ -23,8 +23,8 @@ import tensorflow as tf
 from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference.evaluator import Score, scored, text_of
-from t5x_lite.inference.jsonl import Progress, Results
-from tasks import formats
+from t5x_lite.inference.jsonl import Progress, ResumableJsonlWriter
+from tasks import readers
 
 # encoder_input_tokens [B, S] to N results for each row: token ids [B, N, T], int32, the best first, and their
 # log-likelihoods [B, N], float32; -inf where there is no such result.
@@ -127,9 +127,9 @@ def file_source(
     def check(number: int, row: Mapping[str, Any]) -> None:
         for key in ("inputs", "targets"):
             if not isinstance(row.get(key, "" if key == "targets" else None), str):
-                raise formats.bad_row(path, number, f'"{key}" is {row.get(key)!r}, a string is due')
+                raise readers.bad_row(path, number, f'"{key}" is {row.get(key)!r}, a string is due')
         if with_targets and "targets" not in row:
-            raise formats.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
+            raise readers.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
         tokens = {k: _tokens(row[k], features[k], lengths[k]) for k in ("inputs", "targets") if k in row}
@@ -151,8 +151,8 @@ def lines_source(
     is_json = path.removesuffix(".gz").endswith(".jsonl")
 
     def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
-        for number, line in itertools.islice(formats.lines(path), num_examples):
-            yield number, line, formats.json_object(path, number, line) if is_json else {"inputs": line}
+        for number, line in itertools.islice(readers.lines(path), num_examples):
+            yield number, line, readers.json_object(path, number, line) if is_json else {"inputs": line}
 
     total, digest = 0, hashlib.sha256()
     for number, line, row in rows():
@@ -194,7 +194,7 @@ def write_predictions(
     Where `generate` gives several results, these are lists, `predictions` and `scores`, the best first.
 
     Args:
-      path: the JSON lines, there only once all are written; see `Results`.
+      path: the JSON lines, there only once all are written; see `ResumableJsonlWriter`.
       vocabulary: of the targets.
       about: what else the results follow from: the checkpoint, how it is decoded ...
 
@@ -270,7 +270,7 @@ def write(
     about: Mapping[str, Any],
 ) -> int:
     """Writes what `answer` says of the examples, a batch at a time; see the module's beginning."""
-    results = Results(path, about, packing.WINDOW * batch_size)
+    results = ResumableJsonlWriter(path, about, packing.WINDOW * batch_size)
     if results.complete:
         return results.count
     examples = source.read(results.count)

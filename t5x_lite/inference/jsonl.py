@@ -50,7 +50,7 @@ def write_whole(path: epath.Path, rows: Iterable[Row]) -> None:
         logger.warning("The predictions in %s could not be written (%s); the scores are.", path, error)
 
 
-class Results:
+class ResumableJsonlWriter:
     """JSON lines that grow at `<path>.partial` and take their name when all are there.
 
     Beside both, `.made_from.json` says what they follow from. A partial that follows from the same is gone on with,

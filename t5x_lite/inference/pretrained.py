@@ -76,7 +76,7 @@ class LoadedModel:
             decoder_causal_attention = rows["decoder_causal_attention"]
             places_BT = first_B1 + np.arange(targets_BT.shape[1])
         tokens = (encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids)
-        with sharding.layout(self._mesh):
+        with sharding.use_mesh(self._mesh):
             logits_BTV = self._logits(
                 self.params, *jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), (*tokens, decoder_causal_attention))
             )
@@ -91,7 +91,7 @@ class LoadedModel:
     ) -> Float[Array, "B S D"]:
         """The encoder's outputs, float32; what stands at padding means nothing."""
         tokens = (encoder_input_tokens, encoder_segment_ids)
-        with sharding.layout(self._mesh):
+        with sharding.use_mesh(self._mesh):
             encoded_BSD = self._encode(self.params, *jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), tokens))
         return encoded_BSD.astype(jnp.float32)
 
@@ -119,7 +119,7 @@ class LoadedModel:
         """
         num_decodes = num_decodes if num_return is None else num_return
         decoding = decode.Decoding(method, num_decodes, beam_size, alpha, temperature, top_k, top_p)
-        with sharding.layout(self._mesh):
+        with sharding.use_mesh(self._mesh):
             return self._generate(
                 *(self.params, jnp.asarray(encoder_input_tokens, jnp.int32)),
                 key=jax.random.key(seed) if isinstance(seed, int) else jax.vmap(jax.random.key)(jnp.asarray(seed)),
@@ -162,7 +162,7 @@ class LoadedModel:
             arrange = packing.joined if self.config.decoder_only else packing.unpacked
             filled = self._filled_up(rows)
             batch = arrange(_padded([inputs[i] for i in filled]), _padded([targets[i] for i in filled]))
-            with sharding.layout(self._mesh):
+            with sharding.use_mesh(self._mesh):
                 scores[rows] = self._score(self.params, jax.tree.map(jnp.asarray, batch))[: len(rows)]
         return scores
 

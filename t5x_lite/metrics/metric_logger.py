@@ -49,7 +49,7 @@ class MetricLogger:
       model_dir: a local folder; made if absent.
       total_steps: the step at which training ends.
       flops_per_step: of all devices together; gives MFU where the devices' peak is known.
-      publish: `Folder.publish`, called after evaluations, by `settle`, at the end, and once a minute.
+      publish: `MirroredDirectory.publish`, called after evaluations, by `flush`, at the end, and once a minute.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class MetricLogger:
         records = read_metrics(self._dir) if (self._dir / METRICS_FILE).exists() else []
         return any(record["step"] == step and record["split"] == "validation" for record in records)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Returns when all that was recorded is on the disk, or in the bucket. A checkpoint waits for this: what comes
         before it is not said again. May be called by another thread.
 
@@ -145,7 +145,7 @@ class MetricLogger:
         """
         for part in (self._lines, self._events):
             if part is not None:
-                part.settle()
+                part.flush()
         if self._writes:
             self._publish()
 

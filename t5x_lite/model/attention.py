@@ -50,7 +50,7 @@ class AttentionMask:
     offset: Int[Array, ""] | int | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def dense(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
+    def materialize(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
         """The mask written out, `True` where visible; with batch axis 1 if all rows agree; `None`: all visible."""
         mask = None
         if self.key_segments is not None:
@@ -90,7 +90,7 @@ def dot_product_attention(
     key_BSHK: Float[Array, "B S H K"],
     value_BSHK: Float[Array, "B S H K"],
     bias_HTS: Float[Array, "H T S"] | None,
-    visibility: AttentionMask,
+    attention_mask: AttentionMask,
     *,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
@@ -117,12 +117,12 @@ def dot_product_attention(
                 jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, (rows, heads, 1, key_BSHK.shape[1])), 3, 1
             )
             value_BSHK = value_BSHK * (kept_BSH1 / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
-        chosen = choose(implementation, query_BTHK, key_BSHK, bias_HTS, visibility)
+        chosen = choose(implementation, query_BTHK, key_BSHK, bias_HTS, attention_mask)
         if chosen in FUSED:
-            arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HTS, visibility)
-            y_BTHK = sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], visibility), arrays, AXES, SPREAD)
+            arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HTS, attention_mask)
+            y_BTHK = sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], attention_mask), arrays, AXES, SPREAD)
             return y_BTHK if chosen == "cudnn" else remat.keep(y_BTHK)  # cuDNN's are kept as its backward pass has them
-        mask_B1TS = visibility.dense(query_BTHK.shape[1], key_BSHK.shape[1])
+        mask_B1TS = attention_mask.materialize(query_BTHK.shape[1], key_BSHK.shape[1])
         arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS)
         if chosen == "batch":
             return remat.keep(_attend(bias_HTS, *arrays))
@@ -134,7 +134,7 @@ def choose(
     query_BTHK: Float[Array, "B T H K"],
     key_BSHK: Float[Array, "B S H K"],
     bias_HTS: Float[Array, "H T S"] | None,
-    visibility: AttentionMask,
+    attention_mask: AttentionMask,
 ) -> Implementation:
     """`wanted` if it can do what is asked, else "batch".
 
@@ -147,21 +147,21 @@ def choose(
     if not isinstance(rows, int):  # an export, for batches of any size on any platform
         return "batch"
     if wanted is not None:
-        able = wanted in ("batch", "rows") or _able(wanted, device, query_BTHK, key_BSHK, bias_HTS, visibility)
+        able = wanted in ("batch", "rows") or _able(wanted, device, query_BTHK, key_BSHK, bias_HTS, attention_mask)
         return wanted if able else "batch"
     fused = PLATFORM_KERNELS.get(device.platform)
     if fused is None:
         large = rows * heads * queries * keys > CACHED_LOGITS
         return "rows" if device.platform == "cpu" and jax.device_count() == 1 and large else "batch"
-    if not _able(fused, device, query_BTHK, key_BSHK, bias_HTS, visibility):
+    if not _able(fused, device, query_BTHK, key_BSHK, bias_HTS, attention_mask):
         return "batch"
     if fused == "flash" and queries * keys < FLASH_LOGITS:
         return "batch"
-    return _checked(fused, query_BTHK, key_BSHK, bias_HTS, visibility) if device in jax.devices() else fused
+    return _checked(fused, query_BTHK, key_BSHK, bias_HTS, attention_mask) if device in jax.devices() else fused
 
 
 def _able(
-    fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: AttentionMask
+    fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, attention_mask: AttentionMask
 ) -> bool:
     """Whether a fused kernel can do what is asked, by its own rules."""
     _, queries, _, width = query_BTHK.shape
@@ -170,17 +170,17 @@ def _able(
         return False
     if fused == "flash":
         return flash_attention.fits(part[2], keys, width, key_BSHK.dtype)
-    causal_only = visibility.key_prefix is None and visibility.offset is None
+    causal_only = attention_mask.key_prefix is None and attention_mask.offset is None
     capability = str(getattr(device, "compute_capability", ""))  # of AMD's, a name
     able = device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8.0
     able &= query_BTHK.dtype in (jnp.bfloat16, jnp.float16)
-    able &= width % 8 == 0 and width + 2 * _segment_bits(visibility.most_segments(keys)) <= CUDNN_HEAD_DIM
+    able &= width % 8 == 0 and width + 2 * _segment_bits(attention_mask.most_segments(keys)) <= CUDNN_HEAD_DIM
     able &= bias_HTS is None or queries % 2 == keys % 2 == 0
-    return able and (causal_only or not visibility.causal)
+    return able and (causal_only or not attention_mask.causal)
 
 
 def _checked(
-    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, visibility: AttentionMask
+    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, attention_mask: AttentionMask
 ) -> Implementation:
     """`fused` or "batch", whichever a check on this device chose at the shape of each device's part."""
     rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
@@ -188,7 +188,7 @@ def _checked(
     # No more rows, and then heads, than the reference has memory for.
     rows = max(1, min(rows, CHECKED_LOGITS // (heads * queries * keys)))
     heads = max(1, min(heads, CHECKED_LOGITS // (rows * queries * keys)))
-    padding, packed = visibility.key_segments is not None, visibility.query_segments is not None
+    padding, packed = attention_mask.key_segments is not None, attention_mask.query_segments is not None
 
     def make_arguments() -> kernel_checks.Arguments:
         random = np.random.default_rng(0)
@@ -201,9 +201,9 @@ def _checked(
 
         # Two segments where rows are packed, else padding behind one. Each query must see a key, wherever it stands,
         # since the results of one that sees none are not defined.
-        offset = 0 if visibility.offset is None else max(keys - queries, 0)
+        offset = 0 if attention_mask.offset is None else max(keys - queries, 0)
         at_queries, at_keys, middle = np.arange(queries), np.arange(keys), queries // 2
-        key_middle = min(offset + middle, keys - 1) if visibility.causal else keys // 2
+        key_middle = min(offset + middle, keys - 1) if attention_mask.causal else keys // 2
         query_segments = in_every_row(1 + (at_queries >= middle) if packed else at_queries >= 0)
         key_segments = in_every_row(1 + (at_keys >= key_middle) if packed else at_keys < keys - keys // 8)
         return (
@@ -211,7 +211,7 @@ def _checked(
             *(normal(rows, keys, heads, width).astype(key_BSHK.dtype) for _ in range(2)),
             None if bias_HTS is None else normal(heads, queries, keys).astype(bias_HTS.dtype),
             *((query_segments, key_segments) if padding else (None, None)),
-            None if visibility.key_prefix is None else in_every_row(at_keys % 3 == 0),
+            None if attention_mask.key_prefix is None else in_every_row(at_keys % 3 == 0),
             np.asarray(offset, np.int32),
         )
 
@@ -221,10 +221,10 @@ def _checked(
         "dtype": jnp.dtype(query_BTHK.dtype).name,
         "bias": bias_HTS is not None,
         "segments": "packed" if packed else "padding" if padding else None,
-        "causal": visibility.causal,
-        "prefix": visibility.key_prefix is not None,
+        "causal": attention_mask.causal,
+        "prefix": attention_mask.key_prefix is not None,
     }
-    functions = {name: _kernel(name, keys, visibility) for name in ("batch", fused)}
+    functions = {name: _kernel(name, keys, attention_mask) for name in ("batch", fused)}
     choice = kernel_checks.fastest(what, functions, make_arguments, version=_source_hash())
     return fused if choice == fused else "batch"
 
@@ -243,15 +243,15 @@ AXES = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",), (
 
 
 def _arrays(
-    query: Array, key: Array, value: Array, bias: Array | None, visibility: AttentionMask
+    query: Array, key: Array, value: Array, bias: Array | None, attention_mask: AttentionMask
 ) -> tuple[Array | None, ...]:
-    prefix = visibility.key_prefix if visibility.causal else None
-    offset = jnp.asarray(0 if visibility.offset is None else visibility.offset, jnp.int32)
-    return query, key, value, bias, *visibility.segments(query.shape[1]), prefix, offset
+    prefix = attention_mask.key_prefix if attention_mask.causal else None
+    offset = jnp.asarray(0 if attention_mask.offset is None else attention_mask.offset, jnp.int32)
+    return query, key, value, bias, *attention_mask.segments(query.shape[1]), prefix, offset
 
 
-def _kernel(name: str, key_length: int, visibility: AttentionMask) -> Callable[..., Array]:
-    options = {"causal": visibility.causal, "most_segments": visibility.most_segments(key_length)}
+def _kernel(name: str, key_length: int, attention_mask: AttentionMask) -> Callable[..., Array]:
+    options = {"causal": attention_mask.causal, "most_segments": attention_mask.most_segments(key_length)}
     return functools.partial({"batch": _batch, **FUSED}[name], **options)
 
 
@@ -259,8 +259,8 @@ def _batch(
     query: Array, key: Array, value: Array, bias: Array | None, *masks: Any, causal: bool, most_segments: int
 ) -> Array:
     del most_segments
-    visibility = AttentionMask(*masks, causal=causal)
-    return _attend(bias, query, key, value, visibility.dense(query.shape[1], key.shape[1]))
+    attention_mask = AttentionMask(*masks, causal=causal)
+    return _attend(bias, query, key, value, attention_mask.materialize(query.shape[1], key.shape[1]))
 
 
 def _flash(*arrays: Any, causal: bool, most_segments: int) -> Array:

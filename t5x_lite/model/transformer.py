@@ -35,7 +35,7 @@ class Cache:
     cross_value: Float[Array, "L _ H K S"] | None = None
 
 
-def _extended(
+def _append_to_cache(
     x_LBHKT: Float[Array, "L B H K T"],
     new_BTHK: Float[Array, "B _ H K"],
     layer: Int[Array, ""],
@@ -46,12 +46,12 @@ def _extended(
     new_BHKT = jnp.moveaxis(new_BTHK, 1, -1)
     if parents_B is None:
         x_LBHKT = jax.lax.dynamic_update_slice(x_LBHKT, new_BHKT[None], (layer, 0, 0, 0, index))
-        return x_LBHKT, _of_layer(x_LBHKT, layer)
+        return x_LBHKT, _layer_slice(x_LBHKT, layer)
     x_BHKT = jax.lax.dynamic_update_slice(x_LBHKT[layer][parents_B], new_BHKT, (0, 0, 0, index))
     return jax.lax.dynamic_update_slice(x_LBHKT, x_BHKT[None], (layer, 0, 0, 0, 0)), jnp.moveaxis(x_BHKT, -1, 1)
 
 
-def _of_layer(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> Float[Array, "B T H K"]:
+def _layer_slice(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> Float[Array, "B T H K"]:
     return jnp.moveaxis(x_LBHKT[layer], -1, 1)
 
 
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         key_BSHK: Float[Array, "B S H K"],
         value_BSHK: Float[Array, "B S H K"],
         bias_HTS: Float[Array, "H T S"] | None,
-        visibility: AttentionMask,
+        attention_mask: AttentionMask,
     ) -> Float[Array, "B T D"]:
         rate = self.config.dropout_rate if self.train else 0.0
         query = self.query(x_BTD)
@@ -104,7 +104,7 @@ class Attention(nn.Module):
             key_BSHK,
             value_BSHK,
             bias_HTS,
-            visibility,
+            attention_mask,
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=self.config.attention,
@@ -124,7 +124,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, visibility: AttentionMask
+        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, attention_mask: AttentionMask
     ) -> tuple[Float[Array, "B S D"], None]:
         c = self.config
         if bias_HSS is None:
@@ -133,7 +133,7 @@ class EncoderLayer(nn.Module):
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_attention_layer_norm")(x_BSD)
         attention = Attention(c, self.train, name="attention")
-        h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HSS, visibility)
+        h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HSS, attention_mask)
         x_BSD += dropout(h_BSD)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_mlp_layer_norm")(x_BSD)
         mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, name="mlp")
@@ -174,23 +174,23 @@ class DecoderLayer(nn.Module):
         layer: Int[Array, ""],
         encoded_BSD: Float[Array, "B S D"] | None,
         bias_HTS: Float[Array, "H T _"] | None,
-        self_visibility: AttentionMask,
-        cross_visibility: AttentionMask,
+        self_attention_mask: AttentionMask,
+        cross_attention_mask: AttentionMask,
         parents_B: Int[Array, " B"] | None,
     ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
         x_BTD, cache = state
         h_BTD = self.pre_self_attention_layer_norm(x_BTD)
         key, value = self.self_attention.keys_values(h_BTD)
         if cache is not None:
-            assert self_visibility.offset is not None
-            where = (layer, self_visibility.offset, parents_B)
-            self_key, key = _extended(cache.self_key, key, *where)
-            self_value, value = _extended(cache.self_value, value, *where)
+            assert self_attention_mask.offset is not None
+            where = (layer, self_attention_mask.offset, parents_B)
+            self_key, key = _append_to_cache(cache.self_key, key, *where)
+            self_value, value = _append_to_cache(cache.self_value, value, *where)
             cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
         if bias_HTS is None:
-            positions_T = self_visibility.query_positions(x_BTD.shape[1])
+            positions_T = self_attention_mask.query_positions(x_BTD.shape[1])
             bias_HTS = self.relpos_bias(positions_T, jnp.arange(key.shape[1]))
-        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_visibility))
+        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_attention_mask))
 
         if not self.config.decoder_only:
             h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
@@ -199,9 +199,9 @@ class DecoderLayer(nn.Module):
                 key, value = cross.keys_values(encoded_BSD)
             else:
                 assert cache is not None and cache.cross_key is not None and cache.cross_value is not None
-                key, value = _of_layer(cache.cross_key, layer), _of_layer(cache.cross_value, layer)
+                key, value = _layer_slice(cache.cross_key, layer), _layer_slice(cache.cross_value, layer)
             # Rows that are decoded from the same inputs, one behind the other, are queries of one row: all see all.
-            h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_visibility)
+            h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_attention_mask)
             x_BTD += self.dropout(h_BTD.reshape(x_BTD.shape))
 
         h_BTD = self.mlp(self.pre_mlp_layer_norm(x_BTD))
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BSD: Float[Array, "B S D"], visibility: AttentionMask) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> Float[Array, "B S D"]:
         c = self.config
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
         bias_HSS = None
@@ -249,7 +249,7 @@ class Encoder(nn.Module):
             bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
         layers = stack(EncoderLayer, c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
         x_BSD = dropout(constrain(x_BSD, "batch", "length", "embed"))
-        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias_HSS, visibility)
+        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias_HSS, attention_mask)
         return dropout(RMSNorm(c.compute_dtype, name="encoder_norm")(x_BSD))
 
 
@@ -283,8 +283,8 @@ class Decoder(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         encoded_BSD: Float[Array, "B S D"] | None,
-        self_visibility: AttentionMask,
-        cross_visibility: AttentionMask,
+        self_attention_mask: AttentionMask,
+        cross_attention_mask: AttentionMask,
         cache: Cache | None = None,
         parents_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -292,11 +292,11 @@ class Decoder(nn.Module):
         if self.config.relative_bias == "shared":
             length = x_BTD.shape[1]
             keys = length if cache is None else cache.self_key.shape[-1]
-            bias_HTS = self.relpos_bias(self_visibility.query_positions(length), jnp.arange(keys))
+            bias_HTS = self.relpos_bias(self_attention_mask.query_positions(length), jnp.arange(keys))
         x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
         layers = jnp.arange(self.config.num_decoder_layers)
         (x_BTD, cache), _ = self.layers(
-            (x_BTD, cache), layers, encoded_BSD, bias_HTS, self_visibility, cross_visibility, parents_B
+            (x_BTD, cache), layers, encoded_BSD, bias_HTS, self_attention_mask, cross_attention_mask, parents_B
         )
         return self.dropout(self.decoder_norm(x_BTD)), cache
 

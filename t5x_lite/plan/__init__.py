@@ -182,7 +182,7 @@ def least_memory(
     model = model_of(config)
 
     def saved(params: Any, part: Any) -> Any:
-        with sharding.layout(compiler.mesh, compiler.rules):
+        with sharding.use_mesh(compiler.mesh, compiler.rules):
             return jax.vjp(lambda params: model.logits(params, part, jax.random.key(0)), params)
 
     leaves = jax.tree.leaves(jax.eval_shape(saved, abstract.params, part))

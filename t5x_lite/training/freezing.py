@@ -1,7 +1,7 @@
 """Which parameters train: rules over their names, and gradual unfreezing over the steps.
 
-A name is a parameter's path, such as ``encoder/layers/mlp/wo/kernel``. What is frozen has no gradient and no state in
-the optimizer; the training step, the checkpoints and the log all ask the one `Trainable` that the optimizer carries.
+A name is a parameter's path, such as ``encoder/layers/mlp/wo/kernel``. Frozen parameters have no gradient and no
+optimizer state; the training step, the checkpoints and the log all use the `ParameterFilter` of the optimizer.
 This module knows names, arrays and steps; it must not know the model, the optimizer or the mesh.
 """
 
@@ -22,7 +22,7 @@ Rules = Sequence[tuple[str, bool]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainable:
+class ParameterFilter:
     """The parameters that train.
 
     Attributes:
@@ -44,7 +44,7 @@ class Trainable:
             except re.error as error:
                 raise UserError(f"TRAINABLE: {pattern!r} is no regular expression: {error}") from None
 
-    def split(self, params: Any) -> tuple[Any, Any]:
+    def partition(self, params: Any) -> tuple[Any, Any]:
         """Two trees like `params`: with the leaves that train, and with those that do not.
 
         Raises ValueError: a rule is found in no name, or nothing trains.
@@ -68,7 +68,7 @@ class Trainable:
     def _trains(self, name: str) -> bool:
         return next((trains for pattern, trains in self.rules or () if re.search(pattern, name)), False)
 
-    def hold(self, step: Any, new: Any, old: Any) -> Any:
+    def apply_mask(self, step: Any, new: Any, old: Any) -> Any:
         """`new`, the trained parameters after an update, with the layers that do not train at `step` as in `old`."""
         if self.layers is None:
             return new
@@ -86,7 +86,7 @@ class Trainable:
 
     def count(self, params: Any, step: Any = None) -> Float[Array, ""] | int:
         """How many numbers of `params` train; at `step`, if it is given and layers thaw one by one."""
-        leaves, _ = jax.tree_util.tree_flatten_with_path(self.split(params)[0])
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.partition(params)[0])
         if self.layers is None or step is None:
             return sum(leaf.size for _, leaf in leaves)
         parts = (
@@ -96,17 +96,17 @@ class Trainable:
         return jnp.asarray(sum(parts), jnp.float32)
 
 
-ALL = Trainable()
+ALL_PARAMETERS = ParameterFilter()
 
 
-def merged(trained: Any, frozen: Any) -> Any:
-    """The whole tree again, of what `Trainable.split` makes."""
+def combine(trained: Any, frozen: Any) -> Any:
+    """The whole tree again, of what `ParameterFilter.partition` makes."""
     if not frozen:
         return trained
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trained))
 
 
-def gradual_unfreezing(total_steps: int, episodes: int = 12) -> Trainable:
+def gradual_unfreezing(total_steps: int, episodes: int = 12) -> ParameterFilter:
     """Thaws encoder and decoder in parallel, from the top, in `episodes` equal parts of the run (T5 paper 3.5.1).
 
     In part k = 0, 1, ... the top k+1 blocks train where there are as many blocks as parts, as in T5 base; of L blocks,
@@ -126,7 +126,7 @@ def gradual_unfreezing(total_steps: int, episodes: int = 12) -> Trainable:
         thawed = jnp.minimum(-(-(episode + 1) * count // episodes), count)
         return jnp.arange(count) >= count - thawed
 
-    return Trainable(layers=layers)
+    return ParameterFilter(layers=layers)
 
 
 def is_layer_stack(path: Sequence[Any]) -> bool:

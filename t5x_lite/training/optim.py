@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from t5x_lite.errors import UserError
-from t5x_lite.training.freezing import ALL, Rules, Trainable, is_layer_stack
+from t5x_lite.training.freezing import ALL_PARAMETERS, ParameterFilter, Rules, is_layer_stack
 
 Schedule = Callable[[Any], Float[Array, ""]]
 
@@ -43,14 +43,14 @@ class Optimizer:
 
     transform: GradientTransformation
     schedule: Schedule
-    trainable: Trainable = ALL
+    trainable: ParameterFilter = ALL_PARAMETERS
 
 
 def make_optimizer(
     transform: GradientTransformation,
     schedule: Schedule,
     clip_norm: float | None = None,
-    trainable: Trainable | Rules | None = None,
+    trainable: ParameterFilter | Rules | None = None,
 ) -> Optimizer:
     """An `Optimizer`; with `clip_norm`, gradients whose global norm is above it are scaled down to it first.
 
@@ -60,7 +60,9 @@ def make_optimizer(
     if clip_norm is not None:
         _require(clip_norm > 0, "clip_norm must be > 0 or None", clip_norm)
         transform = optax.chain(optax.clip_by_global_norm(clip_norm), transform)
-    return Optimizer(transform, schedule, trainable if isinstance(trainable, Trainable) else Trainable(trainable))
+    return Optimizer(
+        transform, schedule, trainable if isinstance(trainable, ParameterFilter) else ParameterFilter(trainable)
+    )
 
 
 # Adafactor

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
 from t5x_lite.model.interface import Batch, ModelConfig, model_of
-from t5x_lite.training.freezing import ALL, merged
+from t5x_lite.training.freezing import ALL_PARAMETERS, combine
 from t5x_lite.training.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
 from t5x_lite.training.optim import Optimizer
 
@@ -40,7 +40,9 @@ class TrainState:
 
 def _new_state(config: ModelConfig, optimizer: Optimizer, key: Key[Array, ""], params: Any = None) -> TrainState:
     params = nn.unbox(model_of(config).init(key)) if params is None else params
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.split(params)[0]))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.partition(params)[0])
+    )
 
 
 @functools.lru_cache(maxsize=32)  # tracing a model takes a second
@@ -133,7 +135,7 @@ def train_step(
       Where not everything trains, `trainable_params`, the number of those that did; `grad_norm` is of what has
       gradients.
     """
-    trained, frozen = optimizer.trainable.split(state.params)
+    trained, frozen = optimizer.trainable.partition(state.params)
     model = model_of(config)
     targets = model.targets(batch)
     normalized = {
@@ -142,7 +144,7 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
 
     def loss_sums(trained: Any, part: dict[str, Any], index: Int[Array, ""]) -> tuple[Array, dict[str, Metrics]]:
-        logits = model.logits(merged(trained, frozen), part["batch"], jax.random.fold_in(key, index))
+        logits = model.logits(combine(trained, frozen), part["batch"], jax.random.fold_in(key, index))
         with jax.named_scope("loss"):
             sums = _sums(logits, part["targets"], loss)
         return sum((sums[head]["loss"] / normalized[head][1] for head in sums), jnp.float32(0.0)), sums
@@ -177,7 +179,7 @@ def train_step(
             grads, state.opt_state, trained, learning_rate=learning_rate
         )
         moved = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), trained, direction)
-        moved = optimizer.trainable.hold(state.step, moved, trained)
+        moved = optimizer.trainable.apply_mask(state.step, moved, trained)
         found = means(sums)
         grad_norm = optax.tree.norm(grads)
         sound = jnp.isfinite(found["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
@@ -196,9 +198,9 @@ def train_step(
         "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
         "skipped": 1.0 - sound,
     }
-    if optimizer.trainable != ALL:
+    if optimizer.trainable != ALL_PARAMETERS:
         metrics["trainable_params"] = jnp.asarray(optimizer.trainable.count(state.params, state.step), jnp.float32)
-    return TrainState(state.step + 1, merged(moved, frozen), opt_state), metrics
+    return TrainState(state.step + 1, combine(moved, frozen), opt_state), metrics
 
 
 def means(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -254,7 +256,7 @@ class Compiler:
 
     def _traced(self, function: Callable, **options: Any) -> Callable:
         def traced(*args: Any) -> Any:
-            with sharding.layout(self.mesh, self.rules):
+            with sharding.use_mesh(self.mesh, self.rules):
                 return function(*args, **options)
 
         return traced

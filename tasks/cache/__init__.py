@@ -14,7 +14,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import formats, vocabulary
+from tasks import readers, vocabulary
 from tasks.errors import MissingFileError, UserError
 
 COMPLETED = "COMPLETED"
@@ -109,9 +109,9 @@ def _anew(task: seqio.Task, folder: str) -> str:
     return f"To make it anew: make cache TASK={task.name} CACHE_DIR={root} CACHE_FLAGS=--overwrite"
 
 
-def prepare_worker(environment: Mapping[str, str], vocabulary_name: str | None, bad_rows: formats.Action) -> None:
+def prepare_worker(environment: Mapping[str, str], vocabulary_name: str | None, bad_rows: readers.Action) -> None:
     """Makes a worker's process read the data, with the vocabulary, that the command was given."""
     os.environ.update(environment)
-    formats.set_bad_rows(bad_rows)
+    readers.set_bad_rows(bad_rows)
     if vocabulary_name:
         vocabulary.set_default(vocabulary_name)

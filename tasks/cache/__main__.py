@@ -23,10 +23,10 @@ import seqio
 import tensorflow as tf
 from absl import app, flags, logging
 
-from tasks import cache, formats, vocabulary
+from tasks import cache, readers, vocabulary
 from tasks.errors import UserError
 
-_ENVIRONMENT = (formats.DATA_DIR_VARIABLE, "TFDS_DATA_DIR")  # what says where examples come from
+_ENVIRONMENT = (readers.DATA_DIR_VARIABLE, "TFDS_DATA_DIR")  # what says where examples come from
 
 
 def main(_: Sequence[str]) -> int:

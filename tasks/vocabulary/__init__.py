@@ -14,7 +14,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import formats
+from tasks import readers
 from tasks.errors import MissingFileError, UserError
 from tasks.vocabulary.trainer import train as train
 from tasks.vocabulary.wordpiece import WordPieceVocabulary as WordPieceVocabulary
@@ -32,7 +32,7 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
     if not tf.io.gfile.exists(model_file):
         raise MissingFileError(
             f"no SentencePiece model at {model_file}: give the path of a .model file, or put T5's at "
-            f"${formats.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}"
+            f"${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}"
         )
     vocabulary = seqio.SentencePieceVocabulary(model_file, extra_ids)
     try:
@@ -48,7 +48,7 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
 
 
 def _load_t5() -> seqio.SentencePieceVocabulary:
-    data_dir = formats.data_dir()
+    data_dir = readers.data_dir()
     local = data_dir and os.path.join(data_dir, _MODEL_IN_DATA_DIR)
     if local and tf.io.gfile.exists(local):
         path = local
@@ -60,10 +60,10 @@ def _load_t5() -> seqio.SentencePieceVocabulary:
         except tf.errors.OpError as error:
             found, reason = False, str(error.message).splitlines()[0]
         if not found:
-            tried = f"{local} is not there" if local else f"{formats.DATA_DIR_VARIABLE} is not set"
+            tried = f"{local} is not there" if local else f"{readers.DATA_DIR_VARIABLE} is not set"
             raise MissingFileError(
                 f"T5's vocabulary was not found: {tried}, and {path} cannot be read ({reason}). Put "
-                f"sentencepiece.model at ${formats.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}, or name another vocabulary "
+                f"sentencepiece.model at ${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}, or name another vocabulary "
                 "(gin macro VOCABULARY, or tasks.vocabulary.set_default)"
             )
     logging.info("vocabulary: T5's, from %s", path)
@@ -99,8 +99,8 @@ def default_vocabulary() -> seqio.Vocabulary:
     global _t5
     if _chosen is not None:
         return _chosen
-    if _t5 is None or _t5[0] != formats.data_dir():
-        _t5 = (formats.data_dir(), _load_t5())
+    if _t5 is None or _t5[0] != readers.data_dir():
+        _t5 = (readers.data_dir(), _load_t5())
     return _t5[1]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import files
+from tasks import user_files
 from tasks.errors import UserError
 
 _FILES_TASK = "vocabulary_files"
@@ -59,6 +59,6 @@ def _bytes_as_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
 
 
 def of_files(patterns: Sequence[str], template: str = "{text}") -> Iterator[str]:
-    """The rows of files, read and refused as `tasks.files` does, each as the template says."""
-    files.register_files(_FILES_TASK, patterns, objective="span_corruption", text_template=template)
+    """The rows of files, read and refused as `tasks.user_files` does, each as the template says."""
+    user_files.register_files(_FILES_TASK, patterns, objective="span_corruption", text_template=template)
     return of_task(_FILES_TASK)

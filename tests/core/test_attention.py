@@ -48,20 +48,20 @@ CASES = {
 
 def program(case, implementation, inputs, mesh=None):
     """(outputs and gradients of query, key, value and bias) of them. Queries that are padding are read by nothing."""
-    visibility, with_bias, rate = case
-    segments = visibility.query_segments
+    attention_mask, with_bias, rate = case
+    segments = attention_mask.query_segments
     real = 1.0 if segments is None else (segments != 0)[:, :, None, None]
 
     def loss(query, key, value, bias):
         out = dot_product_attention(
-            *(query, key, value, bias if with_bias else None, visibility),
+            *(query, key, value, bias if with_bias else None, attention_mask),
             dropout_rate=rate,
             dropout_key=jax.random.key(1) if rate else None,
             implementation=implementation,
         ).astype(jnp.float32)
         return jnp.sum((out * real) ** 2), out * real
 
-    with sharding.layout(mesh) if mesh else contextlib.nullcontext():
+    with sharding.use_mesh(mesh) if mesh else contextlib.nullcontext():
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)).lower(*inputs)
 
 
@@ -83,14 +83,14 @@ def test_outputs_and_gradients_are_those_of_batch(case, implementation):
 @pytest.mark.parametrize("case", [CASES["prefix"], (SEGMENTS, False, 0.0)], ids=["prefix", "no bias"])
 def test_flash_in_blocks_of_queries_and_groups_of_heads(case, monkeypatch):
     # Queries: two blocks of 16 and an incomplete one. Heads: two groups of two, 128 lanes each.
-    visibility, with_bias, rate = case
+    attention_mask, with_bias, rate = case
     queries, keys, heads, width = 37, 40, 4, 64
     segments = [jnp.sort(jax.random.randint(jax.random.key(n), (B, n), 1, 4)) for n in (queries, keys)]
-    prefix = None if visibility.key_prefix is None else jax.random.randint(jax.random.key(2), (B, keys), 0, 2)
-    visibility = dataclasses.replace(
-        visibility, query_segments=segments[0], key_segments=segments[1], key_prefix=prefix
+    prefix = None if attention_mask.key_prefix is None else jax.random.randint(jax.random.key(2), (B, keys), 0, 2)
+    attention_mask = dataclasses.replace(
+        attention_mask, query_segments=segments[0], key_segments=segments[1], key_prefix=prefix
     )
-    case = visibility, with_bias, rate
+    case = attention_mask, with_bias, rate
     inputs = arrays(queries=queries, keys=keys, heads=heads, width=width)
     whole = program(case, "flash", inputs)
     monkeypatch.setattr(flash_attention, "BLOCK_LOGITS", 2 * 16 * keys)
@@ -172,7 +172,7 @@ LONG = {"queries": 512, "keys": 512, "width": 64}
 
 
 @pytest.mark.parametrize(
-    "on, shape, options, visibility, expected",
+    "on, shape, options, attention_mask, expected",
     [
         (TPU, LONG, {}, AttentionMask(), "flash"),
         (TPU, {**LONG, "queries": 114}, {}, AttentionMask(), "flash"),
@@ -196,13 +196,13 @@ LONG = {"queries": 512, "keys": 512, "width": 64}
         (device("cpu"), LONG, {"wanted": "flash"}, AttentionMask(), "flash"),
     ],
 )
-def test_implementation_is_chosen_by_platform_and_shape(on, shape, options, visibility, expected, monkeypatch):
+def test_implementation_is_chosen_by_platform_and_shape(on, shape, options, attention_mask, expected, monkeypatch):
     monkeypatch.setattr(sharding, "device", lambda: on)
     chosen = []
 
     def trace():
         query, key, _, bias = arrays(options.get("dtype", jnp.bfloat16), **shape)
-        chosen.append(attention.choose(options.get("wanted"), query, key, bias, visibility))
+        chosen.append(attention.choose(options.get("wanted"), query, key, bias, attention_mask))
 
     jax.eval_shape(trace)
     assert chosen == [expected]
@@ -212,7 +212,7 @@ def test_heads_that_do_not_divide_over_the_mesh_fall_to_batch():
     mesh = sharding.make_mesh(data=1, tensor=4, devices=jax.devices()[:4])
     query, key, _, bias = arrays(heads=6)
     assert attention.choose("flash", query, key, bias, AttentionMask()) == "flash"
-    with sharding.layout(mesh):
+    with sharding.use_mesh(mesh):
         assert attention.choose("flash", query, key, bias, AttentionMask()) == "batch"
 
 
@@ -235,10 +235,10 @@ for queries, keys, causal, segments, with_bias in (
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(topology.devices[0]))
 
     def loss(query, key, value, bias, query_segments, key_segments, implementation):
-        visibility = AttentionMask(query_segments, key_segments, causal=causal)
-        with sharding.layout(mesh):
-            chosen.append(choose(implementation, query, key, bias, visibility))
-            y = dot_product_attention(query, key, value, bias, visibility, implementation=implementation)
+        attention_mask = AttentionMask(query_segments, key_segments, causal=causal)
+        with sharding.use_mesh(mesh):
+            chosen.append(choose(implementation, query, key, bias, attention_mask))
+            y = dot_product_attention(query, key, value, bias, attention_mask, implementation=implementation)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     arrays = [
@@ -286,19 +286,21 @@ def test_compiled_for_a_chip_the_fused_form_has_no_array_of_the_logits(topology,
 @pytest.mark.parametrize("case", ["everything visible", "causal", "segments", "padding", "no bias", "dropout"])
 def test_on_a_gpu_cudnn_is_as_near_to_float32_as_batch_is(case):
     query_segments, key_segments = (jnp.pad(s, ((0, 0), (0, 1)), mode="edge") for s in (OF_QUERIES, OF_KEYS))
-    visibility, with_bias, rate = CASES[case]
-    if visibility.key_segments is not None:
-        visibility = AttentionMask(query_segments if visibility.query_segments is not None else None, key_segments)
+    attention_mask, with_bias, rate = CASES[case]
+    if attention_mask.key_segments is not None:
+        attention_mask = AttentionMask(
+            query_segments if attention_mask.query_segments is not None else None, key_segments
+        )
     shape = {"queries": 6, "keys": 8, "width": 64}
     in_float32, inputs = arrays(**shape), arrays(jnp.bfloat16, **shape)
-    fused = program((visibility, with_bias, rate), "cudnn", inputs)
+    fused = program((attention_mask, with_bias, rate), "cudnn", inputs)
     assert "cudnn$fmha" in fused.as_text()
     exact, found, of_batch = (
         jax.tree.leaves(p.compile()(*x))
         for p, x in (
-            (program((visibility, with_bias, rate), "batch", in_float32), in_float32),
+            (program((attention_mask, with_bias, rate), "batch", in_float32), in_float32),
             (fused, inputs),
-            (program((visibility, with_bias, rate), "batch", inputs), inputs),
+            (program((attention_mask, with_bias, rate), "batch", inputs), inputs),
         )
     )
     for a, b, c in zip(exact, found, of_batch, strict=True):
@@ -311,4 +313,6 @@ def test_attention_is_softmax_of_unscaled_products_and_bias():
     logits = np.einsum("bthk,bshk->bhts", query, key) + bias
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshk->bthk", weights, value)
-    np.testing.assert_allclose(dot_product_attention(*arrays()[:4], visibility=AttentionMask()), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        dot_product_attention(*arrays()[:4], attention_mask=AttentionMask()), expected, atol=1e-5
+    )

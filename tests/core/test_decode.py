@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core.test_model import DECODER_INPUT, ENCODER_INPUT, TINY, init, logits
+import tiny
+from core.test_model import DECODER_INPUT, ENCODER_INPUT, init, logits
 from repeats import fast
 
 from t5x_lite.data import packing
@@ -27,8 +28,8 @@ def compiled(config, decoding):
 
 @pytest.mark.parametrize("chunk", fast([1, 2], "1"))
 def test_cached_decoding_equals_the_full_forward_on_every_prefix(chunk):
-    params = init(TINY)
-    model = T5(TINY)
+    params = init(tiny.CONFIG)
+    model = T5(tiny.CONFIG)
 
     @jax.jit
     def start():
@@ -40,21 +41,23 @@ def test_cached_decoding_equals_the_full_forward_on_every_prefix(chunk):
         return model.apply({"params": params}, tokens, index, cache, ENCODER_INPUT, method=T5.decode_step)
 
     cache = start()
-    full = logits(TINY, params, ENCODER_INPUT, DECODER_INPUT)
+    full = logits(tiny.CONFIG, params, ENCODER_INPUT, DECODER_INPUT)
     for index in range(0, 4, chunk):
         got, cache = next_logits(DECODER_INPUT[:, index : index + chunk], index, cache)
         np.testing.assert_allclose(got, full[:, index : index + chunk], atol=1e-4)
 
 
 def test_greedy_follows_the_argmax_of_the_full_forward_and_stops_at_the_end_token():
-    params = init(TINY, seed=3)
-    tokens, scores = jax.jit(functools.partial(decode.generate, config=TINY, max_length=9))(params, ENCODER_INPUT)
+    params = init(tiny.CONFIG, seed=3)
+    tokens, scores = jax.jit(functools.partial(decode.generate, config=tiny.CONFIG, max_length=9))(
+        params, ENCODER_INPUT
+    )
     assert tokens.shape == (2, 1, 9) and scores.shape == (2, 1)
     for row in range(2):
         prefix, log_likelihood = [0], 0.0
         while len(prefix) < 10 and prefix[-1] != 1:
             padded = np.tile(np.pad(prefix, (0, 10 - len(prefix))), (2, 1))
-            last = logits(TINY, params, ENCODER_INPUT, padded)[row, len(prefix) - 1]
+            last = logits(tiny.CONFIG, params, ENCODER_INPUT, padded)[row, len(prefix) - 1]
             log_likelihood += float(jax.nn.log_softmax(last).max())
             prefix.append(int(last.argmax()))
         expected = np.pad(prefix[1:], (0, 10 - len(prefix)))
@@ -204,4 +207,4 @@ def test_of_beams_that_never_ended_there_is_no_log_likelihood():
 def test_settings_out_of_range_are_refused(settings, says, unchecked_types):
     with pytest.raises(ValueError, match=says):
         decoding = decode.Decoding(**settings)
-        decode.generate({}, np.ones((1, 2), np.int32), config=TINY, max_length=3, decoding=decoding)
+        decode.generate({}, np.ones((1, 2), np.int32), config=tiny.CONFIG, max_length=3, decoding=decoding)

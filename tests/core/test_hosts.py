@@ -161,7 +161,7 @@ def test_a_slurm_job_of_several_tasks_without_srun_is_an_error(environment, call
 def test_without_srun_the_command_says_one_line(environment, calls, capsys, monkeypatch):
     environment(BATCH_STEP)
     monkeypatch.setattr(run, "configure", lambda *_: None)
-    for module in ("cli.jobs", "metrics.metric_logger"):  # slow to import, and not reached
+    for module in ("cli.train", "metrics.metric_logger"):  # slow to import, and not reached
         monkeypatch.setitem(sys.modules, f"t5x_lite.{module}", types.ModuleType(module))
     assert run.main(["run.py"]) == 2
     error = capsys.readouterr().err

@@ -240,27 +240,27 @@ CASES = [
 ]
 
 
-def named(visibility):
-    return ",".join(name for name, x in vars(visibility).items() if x is not None)
+def named(attention_mask):
+    return ",".join(name for name, x in vars(attention_mask).items() if x is not None)
 
 
 @pytest.mark.parametrize(
-    "visibility",
+    "attention_mask",
     [pytest.param(case, id=named(case), marks=[] if i == 5 else [pytest.mark.slow]) for i, case in enumerate(CASES)],
 )
-def test_a_sound_kernel_passes_the_check_at_every_mask(visibility, flash_on_cpu, monkeypatch, caplog):
+def test_a_sound_kernel_passes_the_check_at_every_mask(attention_mask, flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(kernel_checks, "FASTER", 1e6)  # though interpreted
     query, key, _, bias = shapes()
-    assert attention.choose(None, query, key, bias, visibility) == "flash"
+    assert attention.choose(None, query, key, bias, attention_mask) == "flash"
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_broken_kernel_leaves_attention_to_xla_inside_a_traced_step(flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setitem(attention.FUSED, "flash", lambda *args, **options: raising())
-    arrays, visibility = shapes(), AttentionMask(SEGMENTS, SEGMENTS)
+    arrays, attention_mask = shapes(), AttentionMask(SEGMENTS, SEGMENTS)
 
     def loss(query, *others, implementation=None):
-        y = dot_product_attention(query, *others, visibility, implementation=implementation)
+        y = dot_product_attention(query, *others, attention_mask, implementation=implementation)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     gradient = jax.jit(jax.grad(lambda *args: loss(*args)))

@@ -126,14 +126,14 @@ def test_a_full_disk_costs_no_line(tmp_path, caplog):
         for step in (2, 3, 4):
             logger.train(step, STEP, seconds=0.5)
         with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(.*File too large.*make room"):
-            logger.settle()
+            logger.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert 0 < len(metric_logger.read_metrics(tmp_path)) < 4, "a torn last line does not count"
     said = [record.message for record in caplog.records if record.name == "t5x_lite.storage"]
     assert [message.count("cannot be written") for message in said] == [1, 1], "once for each file"
     logger.train(5, STEP, seconds=0.5)
-    logger.settle()
+    logger.flush()
     logger.close()
     assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
     assert [step for step, _ in torture.events(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5]
@@ -143,7 +143,7 @@ def test_what_a_full_disk_never_takes_is_said_to_be_lost(caplog):
     file = storage.AppendOnlyFile(pathlib.Path("/dev/full"))
     file.write(b"a line\n")
     with pytest.raises(OSError, match=r"/dev/full cannot be written .*No space left"):
-        file.settle()
+        file.flush()
     file.close()
     assert "The last 7 bytes of /dev/full are lost" in caplog.text
 
@@ -228,7 +228,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 def test_a_bucket_gets_what_is_written_and_gives_it_back(tmp_path, monkeypatch):
     # The bucket is a folder: only the way there is not the real one.
     monkeypatch.setattr(storage.epath, "Path", lambda url: pathlib.Path(str(url).replace("gs://", f"{tmp_path}/")))
-    first = storage.Folder("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
+    first = storage.MirroredDirectory("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
     logger = metric_logger.MetricLogger(first.path, 3, publish=first.publish)
     logger.train(1, STEP, 0.0)
     assert not (tmp_path / "bucket").exists(), "once a minute, and not at each step"
@@ -236,15 +236,15 @@ def test_a_bucket_gets_what_is_written_and_gives_it_back(tmp_path, monkeypatch):
     assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 2
     logger.train(2, STEP, 0.5)
     assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 2
-    logger.settle()
+    logger.flush()
     assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 3, "before a checkpoint counts"
     logger.close()
     events = sorted(path.name for path in (tmp_path / "bucket/run").glob("events*"))
     assert len(metric_logger.read_metrics(tmp_path / "bucket/run")) == 3 and len(events) == 1
 
-    second = storage.Folder("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
+    second = storage.MirroredDirectory("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
     assert second.path != first.path and str(second) != str(second.path)
-    other = storage.Folder("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
+    other = storage.MirroredDirectory("gs://bucket/run", bring=(metric_logger.METRICS_FILE,))
     (other.path / "batch-3.1.npz").touch()  # of another host, which has an old metrics.jsonl and adds nothing to it
     (tmp_path / "bucket/run/metrics.jsonl").write_text("newer")
     other.publish()
@@ -254,7 +254,7 @@ def test_a_bucket_gets_what_is_written_and_gives_it_back(tmp_path, monkeypatch):
     logger.resume(1)
     logger.close()
     assert [record["step"] for record in metric_logger.read_metrics(tmp_path / "bucket/run")] == [1, 1]
-    assert storage.Folder(tmp_path / "local").path == tmp_path / "local"
+    assert storage.MirroredDirectory(tmp_path / "local").path == tmp_path / "local"
 
 
 def test_plain_lines_come_at_intervals(tmp_path, monkeypatch, caplog):

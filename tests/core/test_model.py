@@ -223,9 +223,9 @@ def test_masks_agree_with_t5x(golden_json):
         "encoder_packed": AttentionMask(input_segments, input_segments),
         "cross_packed": AttentionMask(target_segments, input_segments),
     }
-    for name, visibility in cases.items():
+    for name, attention_mask in cases.items():
         expected = np.asarray(masks[name])
-        np.testing.assert_array_equal(visibility.dense(*expected.shape[-2:]), expected, err_msg=name)
+        np.testing.assert_array_equal(attention_mask.materialize(*expected.shape[-2:]), expected, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from core.test_run import configured, refused
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite import plan, sharding
-from t5x_lite.cli import jobs, task_setup
 from t5x_lite.cli import main as command
+from t5x_lite.cli import plan as plan_mode
+from t5x_lite.cli import task_setup
 from t5x_lite.metrics import hardware
 from t5x_lite.model.interface import model_of
 from t5x_lite.plan import hlo, suggest, topologies
@@ -48,7 +49,7 @@ DECODER = [*TINY, "--gin.T5Config.num_encoder_layers=0"]
 @pytest.fixture(scope="module")
 def tiny_plan():
     """Of a decoder alone, which compiles in half of the time."""
-    return jobs.step_plan(configured(*DECODER), cpus())
+    return plan_mode.step_plan(configured(*DECODER), cpus())
 
 
 def cpus(memory: float = 0.0) -> Topology:
@@ -57,10 +58,10 @@ def cpus(memory: float = 0.0) -> Topology:
 
 @pytest.mark.slow
 def test_bytes_are_those_of_the_step_that_a_run_compiles_and_of_its_arrays(tiny):
-    found = jobs.step_plan(tiny, cpus())
+    found = plan_mode.step_plan(tiny, cpus())
     machine = task_setup.partitioner(tiny)
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), machine.abstract)
-    rows = {name: np.ones(x.shape, np.int32) for name, x in jobs.abstract_batch(tiny, machine).items()}
+    rows = {name: np.ones(x.shape, np.int32) for name, x in plan_mode.abstract_batch(tiny, machine).items()}
     batch = sharding.shard_batch(rows, machine.batch_sharding)
     train_step = machine.compiler.train_step(
         machine.abstract, config=tiny.model, optimizer=tiny.optimizer, loss=tiny.loss, num_microbatches=1
@@ -93,7 +94,7 @@ def test_flops_of_closed_form_are_those_of_the_program_and_about_those_that_xla_
         config = dataclasses.replace(model, remat=remat, **options)
         train_step = machine.compiler.train_step(machine.abstract, config=config, optimizer=run.optimizer)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return train_step.trace(machine.abstract, jobs.abstract_batch(run, machine), key)
+        return train_step.trace(machine.abstract, plan_mode.abstract_batch(run, machine), key)
 
     assert plan.matmul_flops(traced("none").jaxpr) == closed
     counted = traced("none").lower().cost_analysis()["flops"]  # elementwise operations as well
@@ -112,7 +113,7 @@ def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tin
         abstract = step.abstract_state(config, tiny.optimizer, machine.mesh)
         train_step = machine.compiler.train_step(abstract, config=config, optimizer=tiny.optimizer)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return plan.matmul_flops(train_step.trace(abstract, jobs.abstract_batch(tiny, machine), key).jaxpr)
+        return plan.matmul_flops(train_step.trace(abstract, plan_mode.abstract_batch(tiny, machine), key).jaxpr)
 
     # Two layers of the encoder on 12 inputs; one of the decoder on 10 targets, alone and with the inputs.
     once = 2 * 16 * 4 * 6 * (2 * 12 * 12 + 10 * 10 + 10 * 12)
@@ -312,7 +313,7 @@ def test_without_libtpu_the_command_that_installs_it_is_said(capsys):
 
 def test_a_mesh_that_does_not_fit_is_refused_as_a_run_refuses_it(tiny):
     with pytest.raises(ValueError, match=r"fsdp=3.*does not fit 8"):
-        jobs.step_plan(dataclasses.replace(tiny, mesh={"fsdp": 3}), cpus())
+        plan_mode.step_plan(dataclasses.replace(tiny, mesh={"fsdp": 3}), cpus())
 
 
 def test_chips_are_known_by_what_jax_calls_them():
@@ -381,7 +382,7 @@ def test_the_quickest_of_what_fits_is_suggested(tiny_plan, capsys):
 @pytest.mark.slow
 def test_nothing_is_compiled_that_cannot_fit_on_paper(tiny, monkeypatch):
     monkeypatch.setattr(plan, "compile_within", None)
-    found = jobs.step_plan(tiny, cpus(1e3), on_paper=True)
+    found = plan_mode.step_plan(tiny, cpus(1e3), on_paper=True)
     assert found.fits is False and found.compile_seconds == 0.0
     with pytest.raises(ValueError, match="nothing fits cpu:8"):
         suggest.best(lambda setting: found, 16, cpus(1e3))
@@ -393,8 +394,8 @@ def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
     model = dataclasses.replace(tiny.model, remat=remat, vocab_size=2048)
     run = dataclasses.replace(tiny, model=model, task_feature_lengths={"inputs": 64, "targets": 48})
     machine = task_setup.partitioner(run)
-    least = plan.least_memory(run.model, machine.compiler, machine.abstract, jobs.abstract_batch(run, machine))
-    really = jobs.step_plan(run, cpus()).memory.needed
+    least = plan.least_memory(run.model, machine.compiler, machine.abstract, plan_mode.abstract_batch(run, machine))
+    really = plan_mode.step_plan(run, cpus()).memory.needed
     assert 0.2 * really < least < really
 
 

@@ -108,7 +108,7 @@ def test_activations_are_constrained_only_where_a_layout_is_in_force():
     x = jnp.zeros((8, 6))
     assert sharding.constrain(x, "batch", "mlp") is x
     mesh = sharding.make_mesh(2, 2, 2)
-    with sharding.layout(mesh):
+    with sharding.use_mesh(mesh):
         assert jax.jit(lambda x: sharding.constrain(x, "batch", "mlp"))(x).sharding.spec == PartitionSpec(
             ("data", "fsdp"), "tensor"
         )

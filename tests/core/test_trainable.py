@@ -22,7 +22,7 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.model.config import ADAPTER_PARAMS
 from t5x_lite.model.t5 import T5, T5Config, forward
 from t5x_lite.training import optim, step
-from t5x_lite.training.freezing import Trainable, gradual_unfreezing
+from t5x_lite.training.freezing import ParameterFilter, gradual_unfreezing
 
 slow = pytest.mark.slow
 ADAPTERS = (("/adapter/|norm/scale", True),)
@@ -60,7 +60,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_optimizer_state(change, 
     config, optimizer = dataclasses.replace(CONFIG, **change), trained_by(rules, transform())
     before = tiny.random_state(optimizer, program(config, mesh, optimizer, step.T5_LOSS, 1)[1])
     after, metrics, compilations = run(config, mesh=mesh, steps=2, optimizer=optimizer)
-    trained, frozen = (set(flat(part)) for part in optimizer.trainable.split(before.params))
+    trained, frozen = (set(flat(part)) for part in optimizer.trainable.partition(before.params))
     assert trained and frozen and compilations == 1
     # Of two matrices, of which the second is 0 at first, the first moves in the second step only.
     assert changed(before.params, after.params) == {n: n in trained for n in trained | frozen}
@@ -106,10 +106,10 @@ def test_rules_that_mean_nothing_are_refused_with_the_nearest_names():
         ((("", False), ("decoder", True)), "trains nothing"),
     ]:
         with pytest.raises(ValueError, match=said):
-            Trainable(rules).split(params)
+            ParameterFilter(rules).partition(params)
     with pytest.raises(ValueError, match="no regular expression"):
         optim.make_optimizer(optim.adafactor(), optim.constant(1e-3), trainable=(("(", True),))
-    trained, frozen = Trainable((("mlp/wo", False), ("decoder/layers/mlp", True))).split(params)
+    trained, frozen = ParameterFilter((("mlp/wo", False), ("decoder/layers/mlp", True))).partition(params)
     assert set(flat(trained)) == {"decoder/layers/mlp/wi_0/kernel", "decoder/layers/mlp/wi_1/kernel"}  # the first wins
     assert len(flat(trained)) + len(flat(frozen)) == len(flat(params))
 
@@ -167,8 +167,8 @@ def test_adapters_have_the_papers_parameter_counts(d):
     config = dataclasses.replace(BASE, adapter_size=d)
     adapters = {32: 1_179_648, 128: 4_718_592, 512: 18_874_368, 2048: 75_497_472}[d]
     assert step.param_count(shapes(config)) == 222_903_552 + adapters
-    assert Trainable(ADAPTERS).count(shapes(config)) == adapters + 47_616
-    assert Trainable((("norm/scale", True),)).count(shapes(BASE)) == 47_616
+    assert ParameterFilter(ADAPTERS).count(shapes(config)) == adapters + 47_616
+    assert ParameterFilter((("norm/scale", True),)).count(shapes(BASE)) == 47_616
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def adapted(tmp_path_factory) -> Saved:
     optimizer = trained_by(LORA, optim.adafactor(multiply_by_parameter_scale=False))
     state, _, _ = run(config, steps=2, optimizer=optimizer)
     info = {"model": dataclasses.asdict(config), "base": checkpoint.base_of(folder / "base")}
-    trained = flat(optimizer.trainable.split(state.params)[0])
+    trained = flat(optimizer.trainable.partition(state.params)[0])
     with saving.Checkpointer(folder / "run", info=info, trained=trained) as saver:
         saver.save(2, state)
     return Saved(base, folder / "base", config, optimizer, state, folder / "run")

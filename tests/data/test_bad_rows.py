@@ -7,8 +7,8 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from tasks import c4, files, formats, squad
-from tests.data.test_sources import raw, task, write
+from tasks import c4, readers, squad, user_files
+from tests.data.test_data_sources import raw, task, write
 
 LONG = "x" * (10 * 2**20)
 GLUE_HEADER = "question\tsentence\tlabel\n"
@@ -17,9 +17,9 @@ GOOD = "q\ts\tentailment\n"
 
 @pytest.fixture
 def skip():
-    formats.set_bad_rows("skip")
+    readers.set_bad_rows("skip")
     yield
-    formats.set_bad_rows("refuse")
+    readers.set_bad_rows("refuse")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def log(caplog):
 
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="'ignore' is neither of 'refuse', 'skip'"):
-        formats.set_bad_rows("ignore")  # type: ignore[arg-type]
+        readers.set_bad_rows("ignore")  # type: ignore[arg-type]
 
 
 GLUE = {
@@ -48,7 +48,7 @@ GLUE = {
 def test_glue_refuses(corpus, kind):
     bad, says = GLUE[kind]
     write(corpus, "glue/QNLI/train.tsv", "").write_bytes((GLUE_HEADER + GOOD).encode() + bad + GOOD.encode())
-    with pytest.raises(formats.BadRow, match=rf"train\.tsv:3: {says}"):
+    with pytest.raises(readers.BadRow, match=rf"train\.tsv:3: {says}"):
         raw(task("qnli").source)
 
 
@@ -129,8 +129,8 @@ CSV = {
 def test_csv_refuses(mine, kind):
     bad, says = CSV[kind]
     (mine / "a.csv").write_bytes(b'inputs,targets\n"two\nlines",y\n' + bad + b"last,y\n")
-    files.register_files("mine", f"{mine}/a.csv")
-    with pytest.raises(formats.BadRow, match=rf"a\.csv:4: .*{says}"):
+    user_files.register_files("mine", f"{mine}/a.csv")
+    with pytest.raises(readers.BadRow, match=rf"a\.csv:4: .*{says}"):
         inputs()
 
 
@@ -139,7 +139,7 @@ def test_csv_skips_counts_and_keeps_the_rest(mine, skip, log):
     (mine / "a.csv").write_bytes(rows)
     (mine / "b.csv").write_text("question,answer\nq,a\n")  # a wrong header: no row of this file can be used
     (mine / "c.csv.gz").write_bytes(gzip.compress(b"inputs,targets\n" + b"many,y\n" * 10 + b"cut off,y\n")[:-12])
-    files.register_files("mine", f"{mine}/*")
+    user_files.register_files("mine", f"{mine}/*")
     found = inputs()
     assert found[:3] == ["two\nlines", "last", "many"]
     assert "cut off" not in found
@@ -151,32 +151,32 @@ def test_csv_skips_counts_and_keeps_the_rest(mine, skip, log):
 def test_files_without_a_good_row_are_refused_whatever_is_set(mine, skip):
     (mine / "a.jsonl").write_text('{"txt": "a"}\n\n')
     with pytest.raises(ValueError, match=r"a\.jsonl: not one good row for train"):
-        files.register_files("mine", f"{mine}/a.jsonl")
+        user_files.register_files("mine", f"{mine}/a.jsonl")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_jsonl_in_memory_and_streamed(mine, log, monkeypatch, streamed):
     if streamed:
-        monkeypatch.setattr(files, "MEMORY_LIMIT", 1)
+        monkeypatch.setattr(user_files, "MEMORY_LIMIT", 1)
     good = '{"inputs": "a", "targets": "b"}\n'
     (mine / "a.jsonl").write_text(good + "\n" + good + '{"inputs": "a"}\n')
-    files.register_files("mine", f"{mine}/a.jsonl")
-    with pytest.raises((formats.BadRow, tf.errors.InvalidArgumentError), match=r"a\.jsonl:2: an empty line.*BAD_ROWS"):
+    user_files.register_files("mine", f"{mine}/a.jsonl")
+    with pytest.raises((readers.BadRow, tf.errors.InvalidArgumentError), match=r"a\.jsonl:2: an empty line.*BAD_ROWS"):
         inputs()
-    formats.set_bad_rows("skip")
+    readers.set_bad_rows("skip")
     try:
         assert inputs() == ["a", "a"]
     finally:
-        formats.set_bad_rows("refuse")
+        readers.set_bad_rows("refuse")
     assert "a.jsonl: 2 bad rows skipped" in log()
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_blank_lines_between_paragraphs_are_not_bad_but_counted(mine, log, monkeypatch, streamed):
     if streamed:
-        monkeypatch.setattr(files, "MEMORY_LIMIT", 1)
+        monkeypatch.setattr(user_files, "MEMORY_LIMIT", 1)
     (mine / "a.txt").write_text("one\n\n\ntwo\n")
-    source = files.register_files("mine", f"{mine}/a.txt", objective="span_corruption").source
+    source = user_files.register_files("mine", f"{mine}/a.txt", objective="span_corruption").source
     assert [x["targets"] for x in raw(source)] == [b"one", b"two"]
     assert "a.txt: 2 blank lines" in log()
 
@@ -186,11 +186,11 @@ def test_a_bad_question_of_squad(corpus, log):
     rows = [question % ("x", '{"text": "A", "answer_start": 0}'), question % ("y", ""), '{"id": "z"}']
     text = '{"data": [{"title": "T", "paragraphs": [{"context": "A B", "qas": [' + ", ".join(rows) + "]}]}]}"
     write(corpus, "squad/train-v1.1.json", text)
-    with pytest.raises(formats.BadRow, match=r"train-v1\.1\.json: question y has no answer"):
+    with pytest.raises(readers.BadRow, match=r"train-v1\.1\.json: question y has no answer"):
         raw(squad.source)
-    formats.set_bad_rows("skip")
+    readers.set_bad_rows("skip")
     try:
         assert [x["id"] for x in raw(squad.source)] == [b"x"]
     finally:
-        formats.set_bad_rows("refuse")
+        readers.set_bad_rows("refuse")
     assert "train-v1.1.json: 2 bad rows skipped" in log()

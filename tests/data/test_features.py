@@ -11,7 +11,7 @@ import tiny
 from t5x_lite import linear_probe
 from t5x_lite.inference.pretrained import LoadedModel
 from t5x_lite.model.t5 import T5Config
-from tasks import files
+from tasks import user_files
 
 CONFIG = T5Config(16, 24, 2, 8, 1, 1, vocab_size=384, mlp_activations=("relu",), dtype="float32", dropout_rate=0.0)
 
@@ -29,7 +29,7 @@ def task(tmp_path, bytes_vocabulary):
         rows = ["".join(random.choice(list("ab"), 9)) for _ in range(count)]
         lines = (json.dumps({"inputs": row, "targets": "many" if row.count("a") > 4 else "few"}) for row in rows)
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    return files.register_files("letters", str(tmp_path / "train.jsonl"), str(tmp_path / "validation.jsonl"))
+    return user_files.register_files("letters", str(tmp_path / "train.jsonl"), str(tmp_path / "validation.jsonl"))
 
 
 def test_features_are_the_mean_over_the_tokens_of_a_row_alone():

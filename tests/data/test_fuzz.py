@@ -7,7 +7,7 @@ import json
 import pytest
 import seqio
 
-from tasks import c4, cnn_dailymail, files, formats, glue, squad
+from tasks import c4, cnn_dailymail, glue, readers, squad, user_files
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -65,14 +65,14 @@ def damaged(contents):
 
 
 def answers_or_says(path, action, read):
-    formats.set_bad_rows(action)
+    readers.set_bad_rows(action)
     try:
         read()
     except (ValueError, OSError) as error:
         assert str(path) in str(error), repr(error)
         str(error).encode()
     finally:
-        formats.set_bad_rows("refuse")
+        readers.set_bad_rows("refuse")
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_ones_own_files(mine, ending, data):
     objective = "span_corruption" if ending == ".txt" else "text_to_text"
 
     def read():
-        task = files.register_files("fuzzed", str(path), objective=objective)
+        task = user_files.register_files("fuzzed", str(path), objective=objective)
         assert task.num_input_examples("train")
 
     answers_or_says(path, data.draw(actions), read)
@@ -135,8 +135,8 @@ def test_c4(tmp_path, content, action):
 
     def read():
         for number, line in enumerate(content.split(b"\n"), start=1):
-            with formats.Skipped(path):
-                parsed = c4._document(path, number, formats.decode_line(path, number, line))
+            with readers.Skipped(path):
+                parsed = c4._document(path, number, readers.decode_line(path, number, line))
                 assert [text.encode() for text in parsed]
 
     answers_or_says(path, action, read)

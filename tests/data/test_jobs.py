@@ -159,14 +159,14 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
 
 @pytest.mark.slow
 def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_on(command, monkeypatch):
-    settled, settle = [], metric_logger.MetricLogger.settle
+    flushed, flush = [], metric_logger.MetricLogger.flush
     monkeypatch.setattr(
         metric_logger.MetricLogger,
-        "settle",
-        lambda self: settled.append(threading.current_thread().name) or settle(self),
+        "flush",
+        lambda self: flushed.append(threading.current_thread().name) or flush(self),
     )
     command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='whole'")
-    assert len([name for name in settled if name != "MainThread"]) == 2, "before each checkpoint counts"
+    assert len([name for name in flushed if name != "MainThread"]) == 2, "before each checkpoint counts"
     with monkeypatch.context() as told:
         told.setattr(monitors.PreemptionSignal, "__call__", lambda self, step: step == 3)
         with pytest.raises(SystemExit) as stopped:

@@ -15,7 +15,7 @@ import pytest
 import seqio
 import tensorflow_datasets as tfds
 
-from tasks import glue, sources
+from tasks import data_sources, glue
 
 pytest.importorskip("importlib_resources", reason="TFDS's builders use it without asking for it")
 
@@ -95,7 +95,7 @@ def plain(value):
 def read_both(task, split, key, tmp_path, monkeypatch):
     """A split read from the files and from TFDS; that it is so is asked of the source."""
     source = seqio.TaskRegistry.get(task).source
-    assert isinstance(source, sources.CorpusSource)
+    assert isinstance(source, data_sources.CorpusSource)
     monkeypatch.setenv("T5X_LITE_DATA_DIR", str(tmp_path / "files"))
     assert source.describe().startswith("the files in")
     splits, from_files = set(source.splits), examples(task, split, key)

@@ -25,7 +25,7 @@ import tensorflow as tf
 from absl import logging
 from seqio import dataset_providers
 
-from tasks import cache, formats
+from tasks import cache, readers
 from tasks.errors import MissingFileError, UserError
 
 # A column holds one value per example: an array, or a ragged tensor where an example holds a list; nested as the
@@ -165,7 +165,7 @@ class LinesSource(_FilesSource):
       features: the names of the strings that `parse` gives.
 
     A line that `parse` refuses, text that is not UTF-8 and a .gz that ends early stop the iterator with
-    tf.errors.InvalidArgumentError naming file and line, unless `formats.set_bad_rows` has them skipped; their number is
+    tf.errors.InvalidArgumentError naming file and line, unless `readers.set_bad_rows` has them skipped; their number is
     logged at the end of the file. (tf.data alone takes a truncated .gz for a short one.)
     """
 
@@ -177,7 +177,7 @@ class LinesSource(_FilesSource):
     ):
         self._parse = parse
         self._features = tuple(features)
-        self._skipped: dict[str, formats.Skipped] = {}  # of the files being read; for the log alone
+        self._skipped: dict[str, readers.Skipped] = {}  # of the files being read; for the log alone
         super().__init__(read_file_fn=self._read_lines, split_to_filepattern=files)
 
     def _read_lines(self, path: tf.Tensor) -> tf.data.Dataset:
@@ -196,16 +196,16 @@ class LinesSource(_FilesSource):
     def _parse_batch(self, path: bytes, seen: np.ndarray, batch: np.ndarray) -> list[np.ndarray]:
         name, lines_before, bytes_before = path.decode(), int(seen[0]), int(seen[1])
         if not lines_before or name not in self._skipped:
-            self._skipped[name] = formats.Skipped(name)
+            self._skipped[name] = readers.Skipped(name)
         skipped = self._skipped[name]
         if not len(batch):
             with skipped:
-                formats.check_gzip_end(name, bytes_before)
+                readers.check_gzip_end(name, bytes_before)
             skipped.log()
         rows = []
         for number, line in enumerate(batch, start=lines_before + 1):
             with skipped:
-                row = self._parse(name, number, formats.decode_line(name, number, line))
+                row = self._parse(name, number, readers.decode_line(name, number, line))
                 if row is None:
                     skipped.blank += 1
                 else:
@@ -256,7 +256,7 @@ class CorpusSource(seqio.DataSource):
         self._choices: dict[tuple[str | None, str | None], _Choice] = {}
 
     def _choice(self) -> _Choice:
-        root, tfds_folder = place = formats.data_dir(), os.environ.get("TFDS_DATA_DIR")
+        root, tfds_folder = place = readers.data_dir(), os.environ.get("TFDS_DATA_DIR")
         if place not in self._choices:
             folder = root and os.path.join(root, self._folder)
             if folder and tf.io.gfile.isdir(folder):
@@ -330,7 +330,7 @@ class CorpusSource(seqio.DataSource):
             raise MissingFileError(
                 f"TFDS could not give {self._tfds_name}: {reason}. "
                 f"Prepare it (tfds build) and point TFDS_DATA_DIR at it, or put the corpus's official files in "
-                f"${formats.DATA_DIR_VARIABLE}/{self._folder}/ ({', '.join(self._files.values())})"
+                f"${readers.DATA_DIR_VARIABLE}/{self._folder}/ ({', '.join(self._files.values())})"
             ) from error
 
 

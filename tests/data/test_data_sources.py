@@ -11,7 +11,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from tasks import c4, preprocessors, sources, squad
+from tasks import c4, data_sources, preprocessors, squad
 
 
 def write(folder, name, text):
@@ -54,7 +54,7 @@ def test_only_splits_with_files_are_there_and_a_mixture_passes_over_the_rest(cor
     assert task("mnli_matched").splits == ()
     with pytest.raises(ValueError, match=r"no split 'validation' in the files in .*MNLI.*dev_matched\.tsv"):
         task("mnli_matched").source.get_dataset("validation")
-    assert "the files in" in sources.describe(task("mnli"))["glue_mnli_v002"]
+    assert "the files in" in data_sources.describe(task("mnli"))["glue_mnli_v002"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_bad_line_of_c4_is_refused_with_its_number(corpus):
 
 
 def memory(count):
-    return sources.MemorySource({"train": ["none"]}, lambda paths, split: {"x": np.arange(count)})
+    return data_sources.MemorySource({"train": ["none"]}, lambda paths, split: {"x": np.arange(count)})
 
 
 def order(dataset):

@@ -18,7 +18,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import formats, metrics, objectives, sources, vocabulary
+from tasks import data_sources, metrics, objectives, readers, vocabulary
 from tasks.errors import MissingFileError, UserError
 
 MEMORY_LIMIT = 256 * 2**20
@@ -55,7 +55,7 @@ def register_files(
       FileNotFoundError: no file matches.
       ValueError: an ending it does not know, a template without a column, a column missing from a file's first row.
         Later rows are checked as they are read (those of files held in memory: when the dataset is made). Bad rows may
-        be skipped instead: formats.set_bad_rows.
+        be skipped instead: readers.set_bad_rows.
     """
     if objective == "text_to_text":
         templates = {"inputs": inputs_template, "targets": targets_template}
@@ -76,7 +76,7 @@ def register_files(
     everything = [path for found in paths.values() for path in found]
     size = sum(tf.io.gfile.stat(path).length * (4 if path.endswith(".gz") else 1) for path in everything)
     if size <= MEMORY_LIMIT:
-        source: seqio.DataSource = sources.MemorySource(paths, functools.partial(_read, templates=templates))
+        source: seqio.DataSource = data_sources.MemorySource(paths, functools.partial(_read, templates=templates))
         window = seqio.SHUFFLE_BUFFER_SIZE
     else:
         delimited = [path for path in everything if _ending(path) in _DELIMITERS]
@@ -85,7 +85,7 @@ def register_files(
                 f"{delimited[0]} and the other files come to about {size >> 20} MB; beyond {MEMORY_LIMIT >> 20} MB "
                 "only .txt and .jsonl can be streamed: convert to .jsonl"
             )
-        source = sources.LinesSource(paths, functools.partial(_fill_line, templates=templates), list(templates))
+        source = data_sources.LinesSource(paths, functools.partial(_fill_line, templates=templates), list(templates))
         window = _SHUFFLE_WINDOW
     if isinstance(seqio.TaskRegistry._REGISTRY.get(name), FilesTask):
         seqio.TaskRegistry.remove(name)
@@ -107,7 +107,7 @@ def register_files(
     )
 
 
-class FilesTask(sources.CorpusTask):
+class FilesTask(data_sources.CorpusTask):
     """A task made by `register_files`."""
 
 
@@ -133,12 +133,12 @@ def _ending(path: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _rows(path: str, skipped: formats.Skipped) -> Iterator[tuple[int, dict]]:
+def _rows(path: str, skipped: readers.Skipped) -> Iterator[tuple[int, dict]]:
     """The rows of a file of any known format, with their line numbers; blank lines of plain text hold none."""
     if _ending(path) in _DELIMITERS:
-        yield from formats.csv_rows(path, _DELIMITERS[_ending(path)], skipped)
+        yield from readers.csv_rows(path, _DELIMITERS[_ending(path)], skipped)
         return
-    for number, line in formats.lines(path, skipped):
+    for number, line in readers.lines(path, skipped):
         with skipped:
             row = _line_row(path, number, line)
             if row is None:
@@ -150,13 +150,13 @@ def _rows(path: str, skipped: formats.Skipped) -> Iterator[tuple[int, dict]]:
 def _line_row(path: str, number: int, line: str) -> dict | None:
     if _ending(path) == ".txt":
         return {"text": line} if line.strip() else None
-    return formats.json_object(path, number, line)
+    return readers.json_object(path, number, line)
 
 
-def _read(paths: list[str], split: str, templates: Templates) -> sources.Columns:
+def _read(paths: list[str], split: str, templates: Templates) -> data_sources.Columns:
     values: dict[str, list[bytes]] = {feature: [] for feature in templates}
     for path in paths:
-        skipped = formats.Skipped(path)
+        skipped = readers.Skipped(path)
         for number, row in _rows(path, skipped):
             with skipped:
                 for feature, text in zip(templates, _fill(path, number, row, templates), strict=True):
@@ -176,13 +176,13 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
             f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
             "'span_corruption'"
         )
-    skipped = formats.Skipped(path)
+    skipped = readers.Skipped(path)
     for number, row in _rows(path, skipped):
         with skipped:
             _fill(path, number, row, templates)
             return True
     with skipped:
-        raise formats.BadRow(f"{path}: holds no {'good ' if skipped.count else ''}rows")
+        raise readers.BadRow(f"{path}: holds no {'good ' if skipped.count else ''}rows")
     return False
 
 
@@ -210,7 +210,7 @@ def _fill(path: str, number: int, row: dict, templates: Templates) -> list[str]:
     filled = []
     for feature, template in templates.items():
         columns = _columns(feature, template)
-        formats.check_columns(path, number, columns, list(row))
+        readers.check_columns(path, number, columns, list(row))
         filled.append(_substitute(path, number, row, template))
     return filled
 
@@ -220,5 +220,5 @@ def _substitute(path: str, number: int, row: dict, template: str) -> str:
     for literal, column, _, _ in string.Formatter().parse(template):
         pieces.append(literal)
         if column is not None:
-            pieces.append(formats.as_text(f"{path}:{number}", column, row[column]))
+            pieces.append(readers.as_text(f"{path}:{number}", column, row[column]))
     return "".join(pieces)

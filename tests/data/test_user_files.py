@@ -6,7 +6,7 @@ import json
 import pytest
 import seqio
 
-from tasks import files
+from tasks import user_files
 
 LENGTHS = {"inputs": 64, "targets": 32}
 
@@ -31,7 +31,7 @@ def pairs(split="train", name="mine"):
 
 
 def test_jsonl_through_templates(folder):
-    task = files.register_files(
+    task = user_files.register_files(
         "mine", f"{folder}/*.jsonl", inputs_template="q{{{n}}}: {question}", targets_template="{answer}"
     )
     assert pairs() == [("q{3}: Who?", "A"), ("q{4}: Où?", "B")]
@@ -42,14 +42,14 @@ def test_jsonl_through_templates(folder):
 
 
 def test_csv_with_quotes_and_default_columns_of_tsv(folder):
-    files.register_files("mine", f"{folder}/c.tsv.gz")
+    user_files.register_files("mine", f"{folder}/c.tsv.gz")
     assert pairs() == [("x", "y")]
-    files.register_files("mine", [f"{folder}/b.csv"], inputs_template="{question}", targets_template="{answer}")
+    user_files.register_files("mine", [f"{folder}/b.csv"], inputs_template="{question}", targets_template="{answer}")
     assert pairs() == [("Why, then?", 'so "it" is'), ("two\nlines", "yes")]
 
 
 def test_span_corruption_of_text(folder):
-    task = files.register_files("mine", f"{folder}/d.txt", f"{folder}/d.txt", objective="span_corruption")
+    task = user_files.register_files("mine", f"{folder}/d.txt", f"{folder}/d.txt", objective="span_corruption")
     (x,) = task.get_dataset(LENGTHS, "validation", shuffle=False, seed=0).as_numpy_iterator()
     assert set(task.splits) == {"train", "validation"}
     assert x["inputs"][-1] == x["targets"][-1] == 1
@@ -58,14 +58,14 @@ def test_span_corruption_of_text(folder):
 
 def test_large_files_are_streamed_with_the_same_examples(folder, monkeypatch):
     templates = {"inputs_template": "{question}", "targets_template": "{answer}"}
-    files.register_files("mine", f"{folder}/a.jsonl", **templates)
+    user_files.register_files("mine", f"{folder}/a.jsonl", **templates)
     in_memory = pairs()
-    monkeypatch.setattr(files, "MEMORY_LIMIT", 10)
-    task = files.register_files("mine", f"{folder}/a.jsonl", **templates)
+    monkeypatch.setattr(user_files, "MEMORY_LIMIT", 10)
+    task = user_files.register_files("mine", f"{folder}/a.jsonl", **templates)
     assert isinstance(task.source, seqio.FileDataSource)
     assert pairs() == in_memory
     with pytest.raises(ValueError, match=r"convert to \.jsonl"):
-        files.register_files("mine", f"{folder}/b.csv", **templates)
+        user_files.register_files("mine", f"{folder}/b.csv", **templates)
 
 
 @pytest.mark.parametrize(
@@ -82,23 +82,23 @@ def test_large_files_are_streamed_with_the_same_examples(folder, monkeypatch):
 def test_what_is_wrong_is_said_at_once(folder, arguments, error, says):
     arguments = {k: v.replace("{folder}", str(folder)) for k, v in arguments.items()}
     with pytest.raises(error, match=says):
-        files.register_files("mine", **arguments)
+        user_files.register_files("mine", **arguments)
 
 
 def test_bad_lines_are_named(folder):
     (folder / "bad.jsonl").write_text('{"inputs": "a", "targets": "b"}\n{"inputs": "a"}\n')
-    files.register_files("mine", f"{folder}/bad.jsonl")
+    user_files.register_files("mine", f"{folder}/bad.jsonl")
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: no column targets"):
         pairs()
     (folder / "bad.csv").write_text("inputs,targets\na,b\na,b,c\n")
-    files.register_files("mine", f"{folder}/bad.csv")
+    user_files.register_files("mine", f"{folder}/bad.csv")
     with pytest.raises(ValueError, match=r"bad\.csv:3: 3 fields, the header has 2"):
         pairs()
     (folder / "list.jsonl").write_text(json.dumps({"inputs": ["a"], "targets": "b"}) + "\n")
     with pytest.raises(ValueError, match=r"list\.jsonl:1: column inputs holds list"):
-        files.register_files("mine", f"{folder}/list.jsonl")
+        user_files.register_files("mine", f"{folder}/list.jsonl")
 
 
 def test_the_name_of_another_task_is_not_taken(folder):
     with pytest.raises(ValueError, match="duplicate"):
-        files.register_files("glue_cola_v002", f"{folder}/c.tsv.gz")
+        user_files.register_files("glue_cola_v002", f"{folder}/c.tsv.gz")

@@ -1,0 +1,188 @@
+"""`--mode=train`: train to the last step, with evaluation and checkpoints on the way, then write the report.
+
+TensorFlow and SeqIO take seconds to import, so they are imported after every check that does not need them.
+"""
+
+import contextlib
+import errno
+import logging
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite import checkpoint, convert
+from t5x_lite.checkpoint import saving
+from t5x_lite.cli import run_lock, task_setup
+from t5x_lite.errors import UserFileError
+from t5x_lite.metrics import metric_logger
+from t5x_lite.model.config import ADAPTER_PARAMS
+from t5x_lite.model.interface import model_of
+from t5x_lite.run_config import RunConfig, last_step
+from t5x_lite.storage import MirroredDirectory
+from t5x_lite.training import loop, monitors, step
+from t5x_lite.training.partitioner import Partitioner
+
+log = logging.getLogger("t5x_lite")
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+Scores = loop.Scores
+
+
+def train(run: RunConfig, config: str) -> None:
+    """Trains from the newest checkpoint, or from the start, to the last step, and writes the report.
+
+    Args:
+      config: the operative gin config, which is written to MODEL_DIR/config.gin.
+    """
+    last_step(run)  # raises UserError if TRAIN_STEPS is not set
+    partitioner = task_setup.partitioner(run)
+    try:
+        with run_lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+            _train(run, config, partitioner)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserFileError(
+            f"{error}. The checkpoints in MODEL_DIR = {run.model_dir!r} are as they were: put that right and start the "
+            "same command again, and the run resumes from the newest one."
+        ) from error
+
+
+def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
+    last = last_step(run)
+    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
+    name = task_setup.register_tasks(run)
+    from t5x_lite.data import pipeline
+
+    run = task_setup.with_labels(run, name)
+    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in task_setup.rates(name).items()))
+    log.info("%s on %s", task_setup.parameter_summary(run, partitioner), partitioner)
+    batches = task_setup.build_train_batches(run, name, partitioner.local_rows(run.batch_size))
+    folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE,))
+    predictor = task_setup.predictor(run, partitioner)
+    evaluation = task_setup.build_evaluator(run, name, partitioner, predictor, folder)
+    with (
+        contextlib.closing(
+            metric_logger.MetricLogger(folder.path, last, _flops(run, partitioner), folder.publish)
+        ) as logger,
+        _checkpointer(run, start, partitioner, logger.flush) as saver,
+        monitors.PreemptionSignal().listening() as stop,
+    ):
+        if jax.process_index() == 0:
+            (folder.path / "config.gin").write_text(config)
+            pipeline.keep_tokenizer(name, folder.path)
+
+        log.info(start.reason)
+        keys = jax.jit(  # compiled, so that they lie on all hosts
+            lambda: jax.random.split(jax.random.key(run.random_seed, impl=run.rng_impl)),
+            out_shardings=partitioner.compiler.replicated(),
+        )
+        parameter_key, dropout_key = keys()
+        if start.step is not None:
+            state = saver.restore(start.step, partitioner.abstract, batches)
+        else:
+            state = _first_state(run, start, partitioner, parameter_key)
+        schedule = loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period)
+        evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
+        evaluated = evaluated or not schedule.due(schedule.evaluate, int(state.step))
+        logger.resume(start.step or 0, evaluated)
+        scores: Scores = {}
+
+        def evaluate(state: step.TrainState) -> Scores:
+            scores.update(evaluation(state.params, int(state.step)))
+            return scores
+
+        done = int(state.step) >= last
+        if done:
+            log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
+        if done or not evaluated:  # it was told to stop when an evaluation was due
+            evaluate(state)
+            if not logger.has_evaluation(int(state.step)):
+                logger.evaluation(int(state.step), scores)
+        state = loop.train(
+            state,
+            partitioner.train_step(
+                config=run.model,
+                optimizer=run.optimizer,
+                loss=run.loss,
+                num_microbatches=run.num_microbatches,
+            ),
+            batches,
+            dropout_key,
+            rows=partitioner.batch_sharding,
+            schedule=schedule,
+            logger=logger,
+            saver=saver,
+            evaluate=evaluate,
+            stop=stop,
+            max_skipped_steps=run.max_skipped_steps,
+            dump=partial(_dump, folder),
+        )
+        logger.flush()
+    if jax.process_index() == 0 and (report := task_setup.tool("report")):
+        at = folder.path
+        start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
+        command = f"python run.py --gin_file={at / 'config.gin'}"
+        next_steps = predictor.next_steps(command, start_from, task_setup.vocabulary_file(run, name))
+        report.after_training(at, scores, int(state.step), task_setup.about(run, name), next_steps)
+        folder.publish()
+
+
+def _first_state(run: RunConfig, start: checkpoint.Start, partitioner: Partitioner, key: jax.Array) -> step.TrainState:
+    """Parameters from INITIAL_CHECKPOINT_PATH, random where it has none; the optimizer state is new."""
+    params = None
+    if start.path is not None:
+        heads = model_of(run.model).head_params
+        may_be_new = re.compile(f"{ADAPTER_PARAMS}|{heads}")
+        names = [name for name in checkpoint.flat(partitioner.abstract.params) if may_be_new.search(name)]
+        added = step.init_params(run.model, key, partitioner.abstract, names)
+        params = checkpoint.restore_params(start.path, partitioner.abstract.params, fresh=added, left_out=heads)
+    return step.init_state(run.model, run.optimizer, key, partitioner.abstract, params)
+
+
+def _flops(run: RunConfig, partitioner: Partitioner) -> float | None:
+    """FLOPs per step, or None if some parameters are frozen (MFU would be wrong)."""
+    if run.optimizer.trainable.partition(partitioner.abstract.params)[1]:
+        return None
+    return model_of(run.model).flops(run.batch_size, run.task_feature_lengths)
+
+
+def _dump(folder: MirroredDirectory, step_number: int, batch: Mapping[str, Any]) -> str:
+    """Writes this host's rows of a step's batch to MODEL_DIR, and returns a sentence that says where."""
+    name = f"batch-{step_number}.{jax.process_index()}.npz"
+    try:
+        np.savez(folder.path / name, **batch)
+        folder.publish()
+    except OSError as error:  # the run ends for another reason, and that is the error to raise
+        return f"Its batch could not be kept ({error})."
+    return f"Its batch is in {folder}/{name}: --mode=inspect shows it."
+
+
+def _checkpointer(
+    run: RunConfig, start: checkpoint.Start, partitioner: Partitioner, before_commit: Callable[[], None]
+) -> saving.Checkpointer:
+    info: dict[str, Any] = convert.info(run.model)
+    trained, frozen = map(checkpoint.flat, run.optimizer.trainable.partition(partitioner.abstract.params))
+    base = None
+    stored = checkpoint.parameter_names(start.path) if frozen and start.path is not None else set()
+    if start.path is not None and frozen and frozen.keys() <= stored <= frozen.keys() | trained.keys():
+        resumed = start.kind == "resume"
+        base = checkpoint.read_info(start.path).get("base") if resumed else checkpoint.base_of(start.path)
+    if base:
+        info["base"] = base
+        log.info("Checkpoints hold what is trained; the other parameters stay in %s.", base["path"])
+    return saving.Checkpointer(
+        run.model_dir,
+        keep_last=run.keep_last,
+        keep_best_metric=run.keep_best_metric,
+        keep_best=run.keep_best,
+        best_mode=run.keep_best_mode,
+        info=info,
+        trained=trained if "base" in info else None,
+        damaged=start.damaged,
+        before_commit=before_commit,
+    )
