@@ -1,0 +1,29 @@
+"""`--dry_run`: check all that a mode needs before it computes anything."""
+
+from t5x_lite import checkpoint
+from t5x_lite.cli import task_setup
+from t5x_lite.run_config import RunConfig, last_step
+
+
+def dry_run(run: RunConfig, mode: str) -> None:
+    """Builds what `mode` starts from and prints a summary; computes and writes nothing."""
+    partitioner = task_setup.partitioner(run)
+    if mode == "train":
+        steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
+        reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict).reason
+    print(f"model       {task_setup.parameter_summary(run, partitioner)}: {run.model}")
+    print(f"mesh        {partitioner}")
+    if mode == "train":
+        print(f"steps       {steps}\nstart       {reason}")
+    elif mode != "inspect":
+        print(f"checkpoint  {task_setup.checkpoint_to_read(run)[0]}")
+    name = task_setup.register_tasks(run)
+    if mode in ("train", "inspect"):
+        print(f"data        {name}, this host's batches:")
+        for feature, shape in task_setup.build_train_batches(
+            run, name, partitioner.local_rows(run.batch_size)
+        ).shapes.items():
+            print(f"            {feature} {list(shape)}")
+    for task, rate in task_setup.rates(name).items():
+        print(f"            {rate:7.3%} {task}")
+    print("Dry run: nothing was computed or written.")

@@ -1,0 +1,37 @@
+"""`--mode=eval`: evaluate a checkpoint, and add its scores to MODEL_DIR/metrics.jsonl."""
+
+import json
+
+import jax
+
+from t5x_lite.cli import task_setup
+from t5x_lite.metrics import metric_logger
+from t5x_lite.metrics.metric_logger import MetricLogger
+from t5x_lite.run_config import RunConfig
+from t5x_lite.storage import MirroredDirectory
+
+
+def evaluate(run: RunConfig) -> None:
+    """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
+    _, at_step, restore = task_setup.checkpoint_to_read(run)
+    partitioner = task_setup.partitioner(run)
+    name = task_setup.register_tasks(run)
+    folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE,))
+    predictor = task_setup.predictor(run, partitioner)
+    evaluation = task_setup.build_evaluator(run, name, partitioner, predictor, folder)
+    scores = evaluation(restore(partitioner.abstract.params), at_step)
+    logger = MetricLogger(folder.path, at_step, publish=folder.publish)
+    logger.evaluation(at_step, scores)
+    logger.flush()
+    logger.close()
+    if jax.process_index() == 0 and not (report := task_setup.tool("report")):
+        print(json.dumps(scores, indent=1))
+    elif jax.process_index() == 0:
+        about = task_setup.about(run, name)
+        print(report.table(scores, about.baselines))
+        if confusions := report.confusions(folder.path, at_step):
+            print(f"\n{confusions}\n")
+        if scores:
+            written = report.write_page(folder.path, about)
+            folder.publish()
+            print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{written.name}")

@@ -1,0 +1,80 @@
+"""`--mode=infer` and `--mode=score`: write predictions or log-likelihoods as JSON lines."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from t5x_lite.cli import task_setup
+from t5x_lite.errors import UserError
+from t5x_lite.inference.predictor import Mode
+from t5x_lite.run_config import RunConfig
+from t5x_lite.storage import MirroredDirectory
+
+log = logging.getLogger("t5x_lite")
+
+
+def infer(run: RunConfig) -> None:
+    """Writes a prediction for each line of INFER_INPUT, or for each example of the tasks, as JSON lines."""
+    _write_results(run, "infer")
+
+
+def score(run: RunConfig) -> None:
+    """Writes the log-likelihood of the targets of each line of INFER_INPUT, or of each example, as JSON lines."""
+    _write_results(run, "score")
+
+
+def _write_results(run: RunConfig, mode: Mode) -> None:
+    partitioner = task_setup.partitioner(run)
+    predictor = task_setup.predictor(run, partitioner)
+    predictor.check(mode, has_task=bool(run.mixture_or_task_name))
+    path, at_step, restore = task_setup.checkpoint_to_read(run)
+    named = run.mixture_or_task_name or run.train_files or run.infer_input is None
+    name = task_setup.register_tasks(run) if named else task_setup.import_tasks(run)
+    from t5x_lite.data import pipeline
+    from tasks import vocabulary
+
+    lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
+    features = pipeline.find_provider(name).output_features if name else vocabulary.output_features()
+    tasks = pipeline.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
+    if run.infer_output is not None and run.infer_input is None and len(tasks) != 1:
+        raise UserError(
+            f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(tasks)} tasks with the split "
+            f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or name one task"
+        )
+    if run.infer_input is not None:
+        source = predictor.file_source(run.infer_input, features, lengths, mode, num_examples=count)
+        sources = {Path(run.infer_input.removesuffix(".gz")).stem: source}
+    else:
+        options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
+        sources = {task: predictor.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
+    params = restore(partitioner.abstract.params)
+    about = _provenance(run, path, features) | predictor.settings(mode)
+    folder = MirroredDirectory(run.model_dir)
+    for task, source in sources.items():
+        output = run.infer_output or folder.path / mode / f"{task}-{at_step}.jsonl"
+        written = predictor.write(mode, params, source, output, features, lengths=lengths, batch_size=size, about=about)
+        log.info("%d lines in %s", written, run.infer_output or f"{folder}/{mode}/{task}-{at_step}.jsonl")
+    if jax.process_index() == 0:
+        folder.publish()
+
+
+def _provenance(run: RunConfig, path: str, features: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that the results depend on. An interrupted run resumes only if these are unchanged."""
+    metadata = Path(path, "_CHECKPOINT_METADATA")
+    saved = json.loads(metadata.read_text()).get("commit_timestamp_nsecs") if metadata.exists() else None
+    return {
+        "checkpoint": path,
+        "checkpoint_saved_ns": saved,
+        "model": str(run.model),
+        "vocabulary": {
+            name: [
+                *(type(feature.vocabulary).__name__, feature.vocabulary.vocab_size),
+                getattr(feature.vocabulary, "sentencepiece_model_file", None),
+            ]
+            for name, feature in features.items()
+        },
+    }

@@ -1,0 +1,94 @@
+"""`--mode=plan`: compile the training step for hardware that you do not have, and print what it needs."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from t5x_lite.cli import task_setup
+from t5x_lite.errors import UserError
+from t5x_lite.run_config import RunConfig
+from t5x_lite.storage import MirroredDirectory
+from t5x_lite.training.partitioner import Partitioner
+
+if TYPE_CHECKING:
+    from t5x_lite.plan import Memory, Plan
+    from t5x_lite.plan.topologies import Topology
+
+
+def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
+    """Prints memory and time of a step on `topology` and writes them to MODEL_DIR/plan.json. Uses no devices or data.
+
+    Args:
+      decode: also compile decoding.
+      suggest: first find a mesh, REMAT and NUM_MICROBATCHES that fit, and plan with these.
+    """
+    if not (planning := task_setup.tool("plan")):
+        raise UserError("--mode=plan: the package t5x_lite.plan has been removed")
+    from t5x_lite.plan import topologies
+
+    place = topologies.find(topology)
+    if suggest:
+        run, step = _suggested(run, place)
+    else:
+        step = step_plan(run, place)
+    if decode:
+        step.decode_memory = decode_memory(run, place)
+    print(planning.table(step))
+    folder = MirroredDirectory(run.model_dir)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    values = dataclasses.asdict(step) | {"fits": step.fits}
+    (folder.path / "plan.json").write_text(json.dumps(values, indent=1) + "\n")
+    folder.publish()
+    print(f"as JSON: {folder}/plan.json")
+
+
+def step_plan(run: RunConfig, place: "Topology", on_paper: bool = False) -> "Plan":
+    """The plan of a run's training step. Args: those of plan.of_step."""
+    from t5x_lite import plan as planning
+
+    partitioner = task_setup.partitioner(run, place.devices)
+    return planning.of_step(
+        place,
+        partitioner.compiler,
+        partitioner.abstract,
+        abstract_batch(run, partitioner),
+        config=run.model,
+        optimizer=run.optimizer,
+        loss=run.loss,
+        lengths=dict(run.task_feature_lengths),
+        num_microbatches=run.num_microbatches,
+        rng_impl=run.rng_impl,
+        on_paper=on_paper,
+    )
+
+
+def abstract_batch(run: RunConfig, partitioner: Partitioner) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a global training batch."""
+    shapes = task_setup.feature_converter(run).batch(run.task_feature_lengths, run.batch_size)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.batch_sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def decode_memory(run: RunConfig, place: "Topology") -> "Memory":
+    """The memory that each device needs to predict for a batch of EVAL_BATCH_SIZE rows."""
+    from t5x_lite import plan as planning
+
+    predictor = task_setup.predictor(run, task_setup.partitioner(run, place.devices))
+    return planning.compile_within(predictor.lower(run.eval_batch_size, run.task_feature_lengths), place)[0]
+
+
+def _suggested(run: RunConfig, place: "Topology") -> tuple[RunConfig, "Plan"]:
+    from t5x_lite.plan import suggest
+
+    def with_setting(setting: suggest.Setting) -> RunConfig:
+        model: Any = dataclasses.replace(run.model, remat=setting.remat)  # pyright: ignore[reportArgumentType]
+        return dataclasses.replace(run, model=model, mesh=setting.mesh, num_microbatches=setting.num_microbatches)
+
+    setting, step = suggest.best(
+        lambda setting: step_plan(with_setting(setting), place, on_paper=True), run.batch_size, place
+    )
+    return with_setting(setting), step
