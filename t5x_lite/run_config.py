@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from t5x_lite import checkpoint, sharding
+from t5x_lite import sharding
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference import decode
 from t5x_lite.model import interface
@@ -254,6 +254,14 @@ class CheckpointOptions:
     keep_best_mode: Literal["max", "min"] = option("max", "whether the largest or smallest value is best")
     strict: bool = option(False, "an error if the newest checkpoint is damaged, instead of using the one before it")
     log_period: int = option(10, "steps between training records in metrics.jsonl", at_least(1))
+    wandb_project: str | None = option(
+        None, "also log to this project of Weights & Biases; needs `pip install wandb`. None: do not"
+    )
+    profile_steps: tuple[int, int] | None = option(
+        None,
+        "first and last training step of a JAX profiler trace in MODEL_DIR/profile, such as (10, 15)",
+        Check(lambda steps: 1 <= steps[0] <= steps[1], "must be a first and a last step, 1 <= first <= last"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -401,6 +409,8 @@ def last_step(config: RunConfig) -> int:
         raise UserError("TRAIN_STEPS is not set: say how many steps to train, --gin.TRAIN_STEPS=1000")
     if config.initial_checkpoint_path is None:
         return config.total_train_steps
+    from t5x_lite import checkpoint  # imports Orbax, which --help does not need
+
     folder = checkpoint.find_checkpoint(config.initial_checkpoint_path)
     if folder is None:
         raise MissingFileError(

@@ -4,11 +4,13 @@ TensorFlow and SeqIO take seconds to import, so they are imported after every ch
 """
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from t5x_lite import checkpoint, convert
 from t5x_lite.checkpoint import saving
 from t5x_lite.cli import run_lock, task_setup
 from t5x_lite.errors import UserFileError
-from t5x_lite.metrics import metric_logger
+from t5x_lite.metrics import metric_logger, wandb_run
 from t5x_lite.model.config import ADAPTER_PARAMS
 from t5x_lite.model.interface import model_of
 from t5x_lite.run_config import RunConfig, last_step
@@ -39,6 +41,8 @@ def train(run: RunConfig, config: str) -> None:
       config: the operative gin config, which is written to MODEL_DIR/config.gin.
     """
     last_step(run)  # raises UserError if TRAIN_STEPS is not set
+    if run.wandb_project is not None:
+        wandb_run.check_installed(run.wandb_project)
     partitioner = task_setup.partitioner(run)
     try:
         with run_lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
@@ -62,12 +66,14 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in task_setup.rates(name).items()))
     log.info("%s on %s", task_setup.parameter_summary(run, partitioner), partitioner)
     batches = task_setup.build_train_batches(run, name, partitioner.local_rows(run.batch_size))
-    folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE,))
+    folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE, wandb_run.RUN_ID_FILE))
     predictor = task_setup.predictor(run, partitioner)
     evaluation = task_setup.build_evaluator(run, name, partitioner, predictor, folder)
     with (
         contextlib.closing(
-            metric_logger.MetricLogger(folder.path, last, _flops(run, partitioner), folder.publish)
+            metric_logger.MetricLogger(
+                folder.path, last, _flops(run, partitioner), folder.publish, _tracker(run, folder.path)
+            )
         ) as logger,
         _checkpointer(run, start, partitioner, logger.flush) as saver,
         monitors.PreemptionSignal().listening() as stop,
@@ -121,6 +127,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
             stop=stop,
             max_skipped_steps=run.max_skipped_steps,
             dump=partial(_dump, folder),
+            profiler=_profiler(run, folder.path),
         )
         logger.flush()
     if jax.process_index() == 0 and (report := task_setup.tool("report")):
@@ -142,6 +149,21 @@ def _first_state(run: RunConfig, start: checkpoint.Start, partitioner: Partition
         added = step.init_params(run.model, key, partitioner.abstract, names)
         params = checkpoint.restore_params(start.path, partitioner.abstract.params, fresh=added, left_out=heads)
     return step.init_state(run.model, run.optimizer, key, partitioner.abstract, params)
+
+
+def _tracker(run: RunConfig, model_dir: Path) -> Callable[[], metric_logger.Tracker] | None:
+    if run.wandb_project is None:
+        return None
+    options = {field.name.upper(): getattr(run, field.name) for field in dataclasses.fields(run)}
+    return partial(wandb_run.WandbRun, run.wandb_project, model_dir, {name: str(value) for name, value in options.items()})
+
+
+def _profiler(run: RunConfig, model_dir: Path) -> loop.Profiler | None:
+    if run.profile_steps is None or jax.process_index() > 0:
+        return None
+    from t5x_lite.metrics.profiler import StepProfiler
+
+    return StepProfiler(*run.profile_steps, model_dir)
 
 
 def _flops(run: RunConfig, partitioner: Partitioner) -> float | None:

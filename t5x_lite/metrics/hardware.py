@@ -1,6 +1,6 @@
-"""What the makers say of their chips: memory, peak FLOP/s, bandwidths, and which sets of them can be had.
+"""Published specs of TPUs and GPUs: memory, peak FLOP/s, bandwidth, slice shapes.
 
-A chip is one JAX device. This module knows no models and touches no devices.
+A chip is one JAX device. This module does not depend on models and does not access devices.
 """
 
 import dataclasses
@@ -11,19 +11,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Rates are peaks, a second, as published.
+    """Published peak rates and memory of one chip.
 
-    name: as in a topology's name, "v5e" in "v5e:4x4".
-    kinds: how `device_kind` of its JAX device begins.
-    memory: bytes of HBM that a program can have.
+    name: name in a topology, "v5e" in "v5e:4x4".
+    kinds: prefixes of `device_kind` of its JAX device.
+    memory: bytes of HBM available to a program.
     flops: dense bfloat16 FLOP/s.
-    memory_bandwidth: bytes/s to and from HBM.
-    link_bandwidth: bytes/s that it can send over all its links (ICI, NVLink) together: half of what is published as
-      bidirectional.
-    network_bandwidth: bytes/s that it can send to another slice or host: its share of the host's network; None: not
-      published.
-    shapes: of TPU slices.
-    cores: of a GPU, its streaming multiprocessors.
+    memory_bandwidth: HBM bytes/s.
+    link_bandwidth: bytes/s sent over all links (ICI, NVLink): half of the published bidirectional bandwidth.
+    network_bandwidth: bytes/s sent to other slices or hosts: its share of the host's network; None if not published.
+    shapes: shapes of TPU slices.
+    cores: streaming multiprocessors of a GPU.
     """
 
     name: str
@@ -40,16 +38,32 @@ class Chip:
 
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES_3D = (
-    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
-    *("4x4x12", "4x4x16", "4x8x12", "8x8x12", "12x12x12", "12x16x16", "16x16x16", "16x16x24"),
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+    "4x4x12",
+    "4x4x16",
+    "4x8x12",
+    "8x8x12",
+    "12x12x12",
+    "12x16x16",
+    "16x16x16",
+    "16x16x24",
 )
 
-# Memory: of a TPU what libtpu 0.0.42 allows (its compiler names it when it refuses a program), a little less than is
-# published; of a GPU three quarters, which is what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (per chip; shapes are those of the tables there). v4's links are
-# six of 50 GB/s each way: Jouppi et al., "TPU v4" (2023), table 4. Network: v5p has it per chip, v5e and v6e per host
-# of eight. GPU: NVIDIA's data sheets of the A100, H100 and H200, and for networks those of DGX A100 and DGX H100 (a 200
-# or 400 Gb/s adapter for each GPU).
+# Memory of TPUs: the limit of libtpu 0.0.42 (reported in its out-of-memory errors), slightly below the published size.
+# Memory of GPUs: three quarters, JAX's default unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+# TPU specs and slice shapes: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, per chip. A v4 has six links of 50 GB/s
+# each way: Jouppi et al., "TPU v4" (2023), table 4. Network bandwidth is published per chip for v5p, and per host of
+# eight chips for v5e and v6e. GPU specs: NVIDIA's data sheets of A100, H100 and H200; networks: DGX A100 and DGX H100
+# (a 200 or 400 Gb/s adapter per GPU).
 CHIPS = (
     Chip("v4", "tpu", ("TPU v4",), 30.75 * GIB, 275e12, 1200e9, 300e9, None, SHAPES_3D),
     Chip("v5e", "tpu", ("TPU v5 lite", "TPU v5e"), 15.75 * GIB, 197e12, 819e9, 200e9, 2 * 12.5e9 / 8, SHAPES_2D),
@@ -67,6 +81,6 @@ GPUS_PER_HOST = 8
 
 
 def of_device(device: Any) -> Chip | None:
-    """The chip of a `jax.Device`; None if it is not in the table. Of several kinds that fit, the longest counts."""
-    fitting = [(len(k), chip) for chip in CHIPS for k in chip.kinds if device.device_kind.startswith(k)]
-    return max(fitting, key=lambda found: found[0])[1] if fitting else None
+    """Return the chip of a `jax.Device`, by the longest matching prefix in `kinds`; None if it is not in the table."""
+    matches = [(len(k), chip) for chip in CHIPS for k in chip.kinds if device.device_kind.startswith(k)]
+    return max(matches, key=lambda match: match[0])[1] if matches else None

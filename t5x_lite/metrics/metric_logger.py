@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +29,15 @@ SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal to draw a progress ba
 SECONDS_BETWEEN_COPIES = 60.0  # of metrics to a bucket
 
 Record = dict[str, Any]
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    def scalars(self, records: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def peak_flops(device: Any) -> float | None:
@@ -50,6 +59,7 @@ class MetricLogger:
       total_steps: the step at which training ends.
       flops_per_step: of all devices together; gives MFU where the devices' peak is known.
       publish: `MirroredDirectory.publish`, called after evaluations, by `flush`, at the end, and once a minute.
+      open_tracker: called on process 0 with the first record; returns another place for the records (`Tracker`).
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class MetricLogger:
         total_steps: int,
         flops_per_step: float | None = None,
         publish: Callable[..., None] = lambda every=0.0: None,
+        open_tracker: Callable[[], Tracker] | None = None,
     ):
         self._dir = Path(model_dir)
         self._publish = publish
@@ -68,7 +79,8 @@ class MetricLogger:
         self._drop_from: int | None = None  # the step from which on TensorBoard is to drop what it has
         self._again: list[Record] = []  # records that it drops and gets once more
         self._writes = jax.process_index() == 0
-        self._lines = self._events = self._bar = None
+        self._lines = self._events = self._tracker = self._bar = None
+        self._open_tracker = open_tracker
         self._seconds = math.nan  # a step takes, smoothed
         self._line_due = 0.0
 
@@ -143,17 +155,17 @@ class MetricLogger:
 
         Raises OSError: something cannot be written. What the bucket's library raises.
         """
-        for part in (self._lines, self._events):
+        for part in (self._lines, self._events, self._tracker):
             if part is not None:
                 part.flush()
         if self._writes:
             self._publish()
 
     def close(self) -> None:
-        for part in (self._bar, self._lines, self._events):
+        for part in (self._bar, self._lines, self._events, self._tracker):
             if part is not None:
                 part.close()
-        self._lines = self._events = self._bar = None
+        self._lines = self._events = self._tracker = self._bar = None
         if self._writes:
             self._try_to_publish()
 
@@ -170,9 +182,12 @@ class MetricLogger:
             self._events = tensorboard_events.open_events(self._dir, self._drop_from)
             if self._events is not None:
                 self._events.scalars(self._again)
+            if self._open_tracker is not None:
+                self._tracker = self._open_tracker()
         self._lines.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
-        if self._events is not None:
-            self._events.scalars(records)
+        for part in (self._events, self._tracker):
+            if part is not None:
+                part.scalars(records)
 
     def _show(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
         said = [f"loss {metrics['loss']:.4f}"]

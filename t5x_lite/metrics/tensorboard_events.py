@@ -1,6 +1,6 @@
-"""Scalars as TensorBoard reads them, through the tensorboard package's own record writer.
+"""Write scalars as TensorBoard events, by the tensorboard package's record writer.
 
-Its `summary.Writer` would do, were it not to load TensorFlow where it is installed: 10 s, and what this must not do.
+Its `summary.Writer` is not used, because it imports TensorFlow (10 s) if that is installed.
 """
 
 import logging
@@ -17,19 +17,19 @@ log = logging.getLogger("t5x_lite")
 
 
 class EventFile(AppendOnlyFile):
-    """A new file of events in `folder`.
+    """A new event file in `folder`.
 
     Args:
-      drop_from: the step from which on TensorBoard drops what earlier files hold.
+      drop_from: TensorBoard drops the events of earlier files from this step on.
 
-    Raises ModuleNotFoundError: tensorboard is not installed.
+    Raises ModuleNotFoundError if tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, drop_from: int | None):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        super().__init__(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")  # read in this order
+        super().__init__(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")  # TensorBoard reads files in name order
         self._proto: Any = event_pb2
         self._records = RecordWriter(self)
         self._add(file_version="brain.Event:2")
@@ -37,13 +37,13 @@ class EventFile(AppendOnlyFile):
             self._add(step=drop_from, session_log=self._proto.SessionLog(status=self._proto.SessionLog.START))
 
     def scalars(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Adds records of one step, as those of metrics.jsonl, in one piece. Tags are split/[task/]name."""
+        """Add the records of one step, in the form of metrics.jsonl, as one event. Tags are split/[task/]name."""
         values = []
         for record in records:
-            under = "/".join(str(record[key]) for key in ("split", "task") if key in record)
+            prefix = "/".join(str(record[key]) for key in ("split", "task") if key in record)
             for name in record.keys() - {"step", "split", "task"}:
                 number = math.nan if record[name] is None else record[name]
-                values.append({"tag": f"{under}/{name}", "simple_value": number})
+                values.append({"tag": f"{prefix}/{name}", "simple_value": number})
         if records:
             self._add(step=records[0]["step"], summary={"value": values})
 
@@ -52,7 +52,7 @@ class EventFile(AppendOnlyFile):
 
 
 def open_events(folder: Path, drop_from: int | None) -> EventFile | None:
-    """None, and a line in the log, where tensorboard is not installed."""
+    """Open a new event file; return None and log a warning if tensorboard is not installed."""
     try:
         return EventFile(folder, drop_from)
     except ModuleNotFoundError as error:

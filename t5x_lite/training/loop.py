@@ -38,6 +38,15 @@ class Saver(Protocol):
     def latest_step(self) -> int | None: ...
 
 
+@runtime_checkable
+class Profiler(Protocol):
+    def due(self, steps_done: int) -> bool: ...
+
+    def __call__(self, steps_done: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """When the loop stops, logs, evaluates and saves, in steps. A period of 0 means only after the last step."""
@@ -65,6 +74,7 @@ def train(
     stop: Callable[[int], bool] = lambda step: False,
     max_skipped_steps: int = 0,
     dump: Callable[[int, Mapping[str, np.ndarray]], str] | None = None,
+    profiler: Profiler | None = None,
 ) -> TrainState:
     """Runs from `state.step` to `schedule.last_step`, or until the data ends.
 
@@ -78,6 +88,7 @@ def train(
         left to the run that goes on (the saver is given None for metrics).
       max_skipped_steps: how many steps in a row may be skipped because they were not finite.
       dump: keeps the batch of a step somewhere; returns the sentence that says where.
+      profiler: called after the steps at which it is due, once these are done on the device.
 
     Raises:
       FloatingPointError: one step more has been skipped.
@@ -121,6 +132,9 @@ def train(
 
     with monitors.HangDetector().watched() as progress:
         while step < schedule.last_step:
+            if profiler is not None and profiler.due(step):
+                report()
+                profiler(step)
             batch = next(batches, None)
             if batch is None:
                 log.warning("The data ended after step %d of %d.", step, schedule.last_step)
@@ -151,4 +165,6 @@ def train(
             if launched is None:
                 clock = time.perf_counter()  # what evaluating and saving took is not the steps'
         report()
+        if profiler is not None:
+            profiler.close()
     return state
