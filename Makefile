@@ -5,6 +5,7 @@
 # make torture      kill a small run at KILLS=50 moments and start it again each time; PROCESSES=2: one of two hosts
 # make study        pre-train a small T5 on T5X_LITE_DATA_DIR, adapt it in every way, compare: benchmarks/study.py
 # make lint         ruff and pyright
+# make docs         build the pages under docs/ into site/; a broken link or a page outside the navigation is an error
 # make venv         only set up .venv: nothing is done when it is up to date
 # make cache TASK=c4_v220_span_corruption CACHE_DIR=/data/cache
 #                   write a task's tokens, once for all runs, with Apache Beam (in .venv-cache); TASK may be a mixture,
@@ -19,7 +20,7 @@ CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 
-.PHONY: venv quickstart test test-core test-slow test-exhaustive torture study lint cache clean
+.PHONY: venv quickstart test test-core test-slow test-exhaustive torture study lint docs cache clean
 
 venv: $(VENV)/installed
 
@@ -48,6 +49,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
 cache: $(if $(and $(TASK),$(CACHE_DIR)),$(CACHE_VENV)/installed)
 	@if [ -z "$(and $(TASK),$(CACHE_DIR))" ]; then \

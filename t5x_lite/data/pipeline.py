@@ -1,13 +1,13 @@
-"""From a SeqIO task or mixture to numpy batches of this host's share, in an order that one seed fixes.
+"""Build numpy batches of this host's rows from a SeqIO task or mixture, in an order determined by one seed.
 
-`TrainBatches` is endless, packed and shuffled, and can save its position and go on from it. `EvalBatches` is one task's
-split in its fixed order, its last batch filled up with rows of weight 0.
+`TrainBatches` is endless, packed and shuffled; it saves and restores its position. `EvalBatches` reads one task's split
+in its fixed order and pads the last batch with rows of weight 0.
 
-This module knows SeqIO and TensorFlow, which it keeps off the accelerators. It must not know JAX, the model (beyond the
-size of its vocabulary) or gin. SeqIO is pinned down as follows [seqio 0.0.20]: one seed goes to the source (order of
+This module uses SeqIO and TensorFlow, which it keeps off the accelerators. It must not depend on JAX, the model (except
+the size of its vocabulary) or gin. SeqIO's order is deterministic [seqio 0.0.20]: one seed goes to the source (order of
 files), to `map_seed_manager` (the seeds of random preprocessors), to each task's shuffle buffer and to the sampling of
-the mixture, so the order is a function of the seed, the number of hosts and the data. A preprocessor that draws from
-`tf.random` without a seed of its own, and a FunctionDataSource whose function ignores `seed`, stand outside of that.
+the mixture, so the order is a function of the seed, the number of hosts and the data. Exceptions are a preprocessor
+that draws from `tf.random` without its own seed, and a FunctionDataSource whose function ignores `seed`.
 """
 
 import difflib
@@ -29,13 +29,13 @@ from tasks import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
 
-for _kind in ("GPU", "TPU"):  # before TensorFlow's first op: it would take the whole accelerator's memory
+for _kind in ("GPU", "TPU"):  # before TensorFlow's first op, which would take all of the accelerator's memory
     if tf.config.get_visible_devices(_kind):
         tf.config.set_visible_devices([], _kind)
 
 
 class _WithoutSeqioAdvice(logging.Filter):
-    """Drops warnings of SeqIO, made at every start, about what is meant here or said better here."""
+    """Drops SeqIO's warnings about intended settings and about errors that this module reports itself."""
 
     advice = ("has no '%s' split, skipping", "'logger_cls' is empty", "Given sequence lengths ")
 
@@ -50,52 +50,54 @@ PACKED, UNPACKED = EncDecFeatureConverter(pack=True), EncDecFeatureConverter(pac
 Provider = seqio.Task | seqio.Mixture
 
 
-# What can be wrong with the data, said before any of it is read.
+# Checks before any data is read.
 
 
 def find_provider(name: str) -> Provider:
-    """The registered task or mixture (the mixture where both bear the name). ValueError names the nearest ones."""
+    """Return the registered mixture or task, preferring the mixture. ValueError lists the nearest names."""
     if name in seqio.MixtureRegistry.names():
         return seqio.MixtureRegistry.get(name)
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
-    known = sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
+    names = sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     raise UserError(
-        f"MIXTURE_OR_TASK_NAME={name!r} is no registered task or mixture. Nearest of {len(known)}: {', '.join(near)}. "
-        "A task of your own is registered by a module that MIXTURE_OR_TASK_MODULE names."
+        f"MIXTURE_OR_TASK_NAME={name!r} is not a registered task or mixture. Nearest of {len(names)}: "
+        f"{', '.join(near)}. To register your own task, set MIXTURE_OR_TASK_MODULE to its module."
     )
 
 
 def text_vocabulary(name: str) -> seqio.Vocabulary:
-    """That of the targets, or of the inputs where the targets are classes."""
+    """Return the vocabulary of the targets, or of the inputs if the targets are classes."""
     features = find_provider(name).output_features
     return features["targets" if "targets" in features else "inputs"].vocabulary
 
 
 def keep_tokenizer(name: str, folder: Path) -> None:
-    """Puts the tokenizer's files of a task or mixture into `folder`, where `t5x_lite.load` looks for them."""
+    """Copy the tokenizer files of a task or mixture into `folder`, where `t5x_lite.load` looks for them."""
     vocabulary = vocabularies.resolved(text_vocabulary(name))
-    kept = {"sentencepiece_model_file": "spiece.model", "file": "vocab.txt"}  # of SentencePiece; of WordPiece
-    for attribute, as_name in kept.items():
+    file_names = {"sentencepiece_model_file": "spiece.model", "file": "vocab.txt"}  # SentencePiece; WordPiece
+    for attribute, file_name in file_names.items():
         if path := getattr(vocabulary, attribute, None):
-            tf.io.gfile.copy(path, str(folder / as_name), overwrite=True)
-            beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")  # says a WordPiece tokenizer's case
-            if attribute == "file" and tf.io.gfile.exists(beside):
-                tf.io.gfile.copy(beside, str(folder / "tokenizer_config.json"), overwrite=True)
+            tf.io.gfile.copy(path, str(folder / file_name), overwrite=True)
+            config = os.path.join(os.path.dirname(path), "tokenizer_config.json")  # whether WordPiece lower-cases
+            if attribute == "file" and tf.io.gfile.exists(config):
+                tf.io.gfile.copy(config, str(folder / "tokenizer_config.json"), overwrite=True)
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}\n')
 
 
 def tasks_with_split(name: str, split: str) -> list[str]:
-    """The tasks of a mixture (or the task itself) that have `split`; the log says which are left out."""
+    """Return the tasks of a mixture (or the task itself) that have `split`; the others are logged."""
     tasks = seqio.get_subtasks(find_provider(name))
     without = [t.name for t in tasks if split not in t.splits]
     if without:
-        logger.info("Left out, for they have no split %r: %s.", split, ", ".join(without))
+        logger.info("Skipping tasks without the split %r: %s.", split, ", ".join(without))
     return [t.name for t in tasks if t.name not in without]
 
 
 def check_vocabulary(name: str, model_vocab_size: int) -> None:
-    """Raises ValueError where a feature of the task or mixture has ids that the model's embedding has not."""
+    """Raise ValueError if a feature of the task or mixture has ids beyond the model's embedding."""
     features = find_provider(name).output_features
     for feature, spec in ((k, features[k]) for k in ("inputs", "targets") if k in features):
         size = spec.vocabulary.vocab_size
@@ -103,30 +105,33 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
         if size > model_vocab_size:
             which = getattr(spec.vocabulary, "sentencepiece_model_file", type(spec.vocabulary).__name__)
             raise UserError(
-                f"{name} writes ids up to {size - 1} in {feature!r} (vocabulary of {size}: {which}), the model has "
+                f"{name} has ids up to {size - 1} in {feature!r} (vocabulary of {size}: {which}), the model has "
                 f"vocab_size={model_vocab_size}. Give the model vocab_size={padded} or the task the "
                 "vocabulary that the model was trained with (VOCABULARY)."
             )
         if padded < model_vocab_size:
             logger.warning(
-                "%s uses %d ids in %r, the model has vocab_size=%d: is it the vocabulary that the model was made for?",
-                *(name, size, feature, model_vocab_size),
+                "%s uses %d ids in %r, the model has vocab_size=%d: check that it is the model's vocabulary.",
+                name,
+                size,
+                feature,
+                model_vocab_size,
             )
 
 
 def check_lengths(name: str, lengths: Mapping[str, int], converter: FeatureConverter = PACKED) -> None:
-    """Raises ValueError where TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
+    """Raise ValueError if TASK_FEATURE_LENGTHS, the features of the task or mixture and the model do not match."""
     features = find_provider(name).output_features
     if missing := [feature for feature in converter.features if feature not in features]:
         raise UserError(
             f"{name} has the features {', '.join(features)}; this model also needs {', '.join(missing)}: see "
-            "models/*.gin for which tasks go with which model."
+            "models/*.gin for the tasks that fit each model."
         )
     converter.check_lengths(lengths)
 
 
 def check_split(name: str, split: str) -> None:
-    """Raises ValueError where no task of `name` has `split`, or those that do are all mixed at rate 0."""
+    """Raise ValueError if no task of `name` has `split`, or all that have it are mixed at rate 0."""
     provider = find_provider(name)
     if split not in provider.splits:
         raise UserError(f"{name} has no split {split!r}, only {sorted(provider.splits)}.")
@@ -149,23 +154,24 @@ def _shard_size(batch_size: int, shards: int) -> int:
 
 
 class TrainBatches:
-    """Endless iterator of one host's rows of global batches, int32 arrays named as by seqio.EncDecFeatureConverter.
+    """An endless iterator over one host's rows of global batches, as int32 arrays with SeqIO's names.
 
-    encoder_input_tokens [B, S], decoder_input_tokens, decoder_target_tokens, decoder_loss_weights [B, T] and, if
-    packed, encoder_segment_ids, encoder_positions [B, S], decoder_segment_ids, decoder_positions [B, T]. 0 is padding.
+    These are encoder_input_tokens [B, S], decoder_input_tokens, decoder_target_tokens, decoder_loss_weights [B, T] and,
+    if packed, encoder_segment_ids, encoder_positions [B, S], decoder_segment_ids, decoder_positions [B, T]. 0 is
+    padding.
 
-    The data is cut into `shards`, each of which gives its share of every batch's rows and has a position of its own. A
-    host reads the shards that its rows come from, so the same global batches come on any number of hosts.
+    The data is split into `shards`, each of which supplies a fixed part of every batch's rows and has its own position.
+    A host reads the shards that its rows come from, so the global batches are the same on any number of hosts.
 
     Args:
       name: task or mixture.
-      lengths: {"inputs": S, "targets": T} in tokens; longer examples are cut.
-      batch_size: of all hosts together.
-      seed: fixes the order, for the same number of shards.
-      converter: the model's; another than T5's makes other arrays.
+      lengths: {"inputs": S, "targets": T} in tokens; longer examples are truncated.
+      batch_size: rows of the global batch, over all hosts.
+      seed: determines the order, for a given number of shards.
+      converter: the model's feature converter; one other than T5's makes other arrays.
       use_cached: read SeqIO's offline cache.
-      rows: first and last + 1 of this host's rows in the global batch; None: all.
-      shards: None: as many as there are hosts with other rows; after `restore`, as many as there were.
+      rows: first and last + 1 of this host's rows in the global batch; None means all.
+      shards: number of shards; None means one for each host with different rows or, after `restore`, the saved number.
     """
 
     def __init__(
@@ -185,7 +191,7 @@ class TrainBatches:
         check_lengths(name, lengths, converter)
         check_split(name, split)
         self._name = name
-        # All that the position depends on: a position is only worth something to the same stream.
+        # All settings that the position depends on: it is valid only for the same stream.
         self._stream = {
             "MIXTURE_OR_TASK_NAME": name,
             "tasks": [t.name for t in seqio.get_subtasks(find_provider(name))],
@@ -199,22 +205,22 @@ class TrainBatches:
         }
         self._converter = converter
         self._range = rows or (0, batch_size)
-        self._asked = shards
+        self._requested_shards = shards
         self._open(shards or max(batch_size // (self._range[1] - self._range[0]), 1))
         spec: Any = self._datasets[0].element_spec
         count = self._range[1] - self._range[0]
         self.shapes = {k: (count, *v.shape[1:]) for k, v in spec.items()}
 
     def _open(self, shards: int) -> None:
-        """The datasets of the shards that this host's rows come from; of each, where its rows are in a batch."""
+        """Create the datasets of the shards that hold this host's rows, and record each shard's rows in a batch."""
         self.shards = shards
         size = _shard_size(self._stream["BATCH_SIZE"], shards)
         first, last = self._range
-        self._mine = {
+        self._shard_rows = {
             i: (i * size, (i + 1) * size) for i in range(shards) if i * size < last and first < (i + 1) * size
         }
-        self._datasets = [self._dataset(shard, size) for shard in self._mine]
-        self._iterators: list[Any] | None = None  # opened when first asked: opening starts to read ahead
+        self._datasets = [self._dataset(shard, size) for shard in self._shard_rows]
+        self._iterators: list[Any] | None = None  # opened on first use, because that starts prefetching
 
     def _dataset(self, shard: int, size: int) -> tf.data.Dataset:
         lengths, options = self._stream["TASK_FEATURE_LENGTHS"], tf.data.Options()
@@ -226,11 +232,11 @@ class TrainBatches:
             seed=self._stream["seed"],
             shard_info=seqio.ShardInfo(shard, self.shards),
             num_epochs=None,
-            try_in_mem_cache=False,  # the cache would be written into every position saved
-            trim_output_features=False,  # done below
+            try_in_mem_cache=False,  # the cache would be written into every saved position
+            trim_output_features=False,  # _rows trims
         )
         options.deterministic = True
-        # Maps that are meant to be sequential stay so: handing each example to another thread costs more than they do.
+        # Keep sequential maps sequential: passing each example to another thread costs more than the map.
         options.experimental_optimization.map_parallelization = False
         dataset = _rows(self._name, examples, lengths, self._converter)
         return dataset.rebatch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
@@ -245,52 +251,52 @@ class TrainBatches:
 
     def __next__(self) -> Batch:
         parts, (first, last) = [], self._range
-        for iterator, (start, end) in zip(self._opened(), self._mine.values(), strict=True):
+        for iterator, (start, end) in zip(self._opened(), self._shard_rows.values(), strict=True):
             batch = next(iterator, None)
             if batch is None:
                 raise UserError(
-                    f"{self._name} ran out of examples although it repeats: a task of it has none in the split "
-                    f"{self._stream['split']!r}, or its preprocessors leave none. Look at it with --mode=inspect."
+                    f"{self._name} ran out of examples although it repeats: one of its tasks has none in the split "
+                    f"{self._stream['split']!r}, or its preprocessors drop all. Look at it with --mode=inspect."
                 )
-            wanted = slice(max(first - start, 0), min(last, end) - start)
-            parts.append({k: v.numpy()[wanted] for k, v in batch.items()})
+            row_slice = slice(max(first - start, 0), min(last, end) - start)
+            parts.append({k: v.numpy()[row_slice] for k, v in batch.items()})
         return parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     def save(self, path: str) -> None:
-        """Writes the position after the last batch handed out (what is prefetched is written with it) into `path`.
+        """Write the position after the last returned batch, with the prefetched batches, into `path`.
 
-        Of each shard only the host with its first row writes; all of them write into the same folder in the end.
+        Only the host with a shard's first row writes that shard; the files of all hosts end up in the same folder.
         """
-        for iterator, (shard, (start, _)) in zip(self._opened(), self._mine.items(), strict=True):
+        for iterator, (shard, (start, _)) in zip(self._opened(), self._shard_rows.items(), strict=True):
             if start >= self._range[0]:
                 tf.train.Checkpoint(iterator=iterator).write(os.path.join(path, f"shard_{shard}"))
         if self._range[0] == 0:
             Path(path, "stream.json").write_text(json.dumps({**self._stream, "DATA_SHARDS": self.shards}))
 
     def restore(self, path: str) -> None:
-        """Goes to the position saved in `path`, a folder or gs://..., by as many hosts or any other number of them.
+        """Restore the position saved in `path`, a folder or gs://..., by any number of hosts.
 
         Raises:
-          ValueError: it is the position in another stream; the differing settings are listed.
+          ValueError: the position belongs to another stream; the differing settings are listed.
         """
         saved = json.loads(tf.io.gfile.GFile(os.path.join(path, "stream.json")).read())
-        asked = self._stream | ({"DATA_SHARDS": self._asked} if self._asked else {})
-        differing = [f"{k}: was {saved.get(k)!r}, is {v!r}" for k, v in asked.items() if saved.get(k) != v]
+        current = self._stream | ({"DATA_SHARDS": self._requested_shards} if self._requested_shards else {})
+        differing = [f"{k}: was {saved.get(k)!r}, is {v!r}" for k, v in current.items() if saved.get(k) != v]
         if differing:
             raise UserError(
                 "The saved data position belongs to other data:\n  "
                 + "\n  ".join(differing)
-                + "\nSet these back, or begin a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
+                + "\nRestore these settings, or start a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
             )
         self._open(saved["DATA_SHARDS"])
-        for iterator, shard in zip(self._opened(), self._mine, strict=True):
+        for iterator, shard in zip(self._opened(), self._shard_rows, strict=True):
             tf.train.Checkpoint(iterator=iterator).read(os.path.join(path, f"shard_{shard}")).assert_consumed()
 
 
 def _rows(
     name: str, examples: tf.data.Dataset, lengths: Mapping[str, int], converter: FeatureConverter
 ) -> tf.data.Dataset:
-    """Blocks of rows as the converter makes them. The number of examples packed together is SeqIO's."""
+    """Convert examples to blocks of rows. As many examples are packed together as in SeqIO."""
     spec: Any = examples.element_spec
     try:
         widths = converter.widths(lengths, set(spec))
@@ -299,9 +305,9 @@ def _rows(
     cut = examples.map(lambda x: {k: tf.cast(x[k][:width], converter.dtype(k)) for k, width in widths.items()})
     blocks = cut.padded_batch(converter.block(widths), converter.padded_to(widths))
     if type(converter).convert is FeatureConverter.convert:
-        return blocks  # as they are, without a call of Python for each
-    nothing = {k: np.zeros((1, width), converter.dtype(k)) for k, width in widths.items()}
-    row = {k: (x.shape[1], x.dtype) for k, x in converter.convert(nothing, widths).items()}
+        return blocks  # unchanged, without a Python call for each block
+    empty = {k: np.zeros((1, width), converter.dtype(k)) for k, width in widths.items()}
+    row = {k: (x.shape[1], x.dtype) for k, x in converter.convert(empty, widths).items()}
 
     def convert(*arrays: np.ndarray) -> list[np.ndarray]:
         return list(converter.convert(dict(zip(widths, arrays, strict=True)), widths).values())
@@ -318,14 +324,14 @@ def _rows(
 
 
 class EvalBatches:
-    """One task's split, in its order, as batches of one host; can be gone through again and again.
+    """One task's split, in order, as batches of one host's rows. It can be iterated repeatedly.
 
-    Every host reads the whole split and takes its rows of each batch, so all hosts have the same number of batches.
-    Arrays as in `TrainBatches`. Rows that only fill up the last batch are all 0, weights too.
+    Every host reads the whole split and takes its rows of each batch, so all hosts have the same number of batches. The
+    arrays are those of `TrainBatches`. Rows that pad the last batch are all 0, including their weights.
 
     Args:
-      num_batches: stop after so many; they are then kept in memory, for evaluation comes back to them.
-      rows: of this host, as in `TrainBatches`.
+      num_batches: maximum number of batches. If given, they are cached in memory for later evaluations.
+      rows: this host's rows, as in `TrainBatches`.
     """
 
     def __init__(
@@ -345,8 +351,8 @@ class EvalBatches:
         check_split(task_name, split)
         self._rows = slice(*(rows or (0, batch_size)))
         self._batch_size = batch_size
-        self._kept: list[Batch] | None = None
-        self._keep = num_batches is not None
+        self._cached: list[Batch] | None = None
+        self._cache = num_batches is not None
         examples = find_provider(task_name).get_dataset(
             sequence_length=lengths, split=split, use_cached=use_cached, shuffle=False, num_epochs=1, seed=seed
         )
@@ -354,9 +360,9 @@ class EvalBatches:
         self._dataset = dataset.take(-1 if num_batches is None else num_batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._keep and self._kept is None:
-            self._kept = list(self._read())
-        return iter(self._kept) if self._kept is not None else self._read()
+        if self._cache and self._cached is None:
+            self._cached = list(self._read())
+        return iter(self._cached) if self._cached is not None else self._read()
 
     def _read(self) -> Iterator[Batch]:
         batches: Any = self._dataset.prefetch(1).as_numpy_iterator()
@@ -365,5 +371,5 @@ class EvalBatches:
 
 
 def fill_up(batch: Mapping[str, np.ndarray], rows: int) -> Batch:
-    """`batch` with rows of 0 added to make `rows`."""
+    """Pad `batch` with rows of 0 to `rows` rows."""
     return {k: np.pad(v, [(0, rows - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}

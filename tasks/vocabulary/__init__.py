@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import seqio
 import tensorflow as tf
 from absl import logging
+from sentencepiece import sentencepiece_model_pb2
 
 from tasks import readers
 from tasks.errors import MissingFileError, UserError
@@ -25,17 +26,19 @@ _MODEL_IN_DATA_DIR = "vocab/sentencepiece.model"
 
 
 def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVocabulary:
-    """A SentencePiece model with `extra_ids` sentinels put after its own pieces, checked for T5's special ids.
+    """Loads a SentencePiece model and puts `extra_ids` sentinels after its pieces, unless it has its own, as mT5's has.
 
-    Raises FileNotFoundError when the file is not there, ValueError when its pad or end-of-sequence id cannot serve.
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a SentencePiece model, or its padding or end-of-sequence id is not one that T5 can use.
     """
     if not tf.io.gfile.exists(model_file):
         raise MissingFileError(
             f"no SentencePiece model at {model_file}: give the path of a .model file, or put T5's at "
             f"${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}"
         )
-    vocabulary = seqio.SentencePieceVocabulary(model_file, extra_ids)
     try:
+        vocabulary = seqio.SentencePieceVocabulary(model_file, 0 if _has_sentinels(model_file) else extra_ids)
         pad, end = vocabulary.tokenizer.pad_id(), vocabulary.eos_id
     except Exception as error:
         raise UserError(f"{model_file} is not a SentencePiece model: {error}") from error
@@ -45,6 +48,13 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
             "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
     return vocabulary
+
+
+def _has_sentinels(model_file: str) -> bool:
+    with tf.io.gfile.GFile(model_file, "rb") as file:
+        content = file.read()
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+    return any(piece.piece.endswith("<extra_id_0>") for piece in model.pieces)
 
 
 def _load_t5() -> seqio.SentencePieceVocabulary:

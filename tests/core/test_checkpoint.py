@@ -382,7 +382,7 @@ def test_what_cannot_be_read_is_not_read(two, tmp_path):
     assert identical(checkpoint.restore_params(tmp_path / "run/checkpoints/10"), make_state(seed=10).params)
     assert checkpoint.choose_start(tmp_path / "run", parts=("optimizer",)).step == 20
     shutil.rmtree(tmp_path / "run/checkpoints/10/params")
-    with pytest.raises(ValueError, match=r"All checkpoints .* are damaged: 20, 10; of the last, .* and 8 more"):
+    with pytest.raises(ValueError, match=r"All checkpoints .* are damaged: 20, 10.* and 8 more"):
         checkpoint.choose_start(tmp_path / "run")
 
 

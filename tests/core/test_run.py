@@ -82,7 +82,7 @@ def refused(capsys, *arguments: str) -> str:
         ([SMALL, "--gin.TRAIN_STEPS=1", "--gin.MESH={'fsdp': 2, 'tensor': 4}"], ["'heads' of size 6", "tensor = 4"]),
         (
             [SMALL, "--gin.TRAIN_STEPS=1", "--gin.TRAINABLE=(('encoder/layer/mlp', True),)"],
-            ["'encoder/layer/mlp'", "near it: encoder/layers/mlp"],
+            ["'encoder/layer/mlp'", "nearest: encoder/layers/mlp"],
         ),
         ([SMALL, "--gin.TRAINABLE=(('encoder', 1),)"], ["TRAINABLE", "not of its type"]),
         ([SMALL, "--gin_file=runs/finetune.gin"], ["INITIAL_CHECKPOINT_PATH", "required"]),

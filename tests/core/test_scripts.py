@@ -235,7 +235,7 @@ def test_slurm_starts_one_process_a_gpu(cloud):
 
 
 def test_the_commands_of_the_guide_are_sound_from_nothing_to_a_trained_model(cloud):
-    text = (SCRIPTS.parent / "docs" / "tpu.md").read_text()
+    text = (SCRIPTS.parent / "docs" / "scaling" / "tpu-vm.md").read_text()
     commands = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     (cloud.folder / "scripts").symlink_to(SCRIPTS)
     (cloud.folder / ".venv" / "bin").mkdir(parents=True)

@@ -85,7 +85,7 @@ def test_an_axis_that_does_not_divide_is_refused_by_leaf_axis_and_cure():
 
 def test_a_large_leaf_that_no_rule_splits_is_refused_by_name():
     rules = tuple(rule for rule in sharding.RULES if rule[0] not in ("vocab", "embed"))
-    with pytest.raises(ValueError, match=r"logits_dense/kernel .*lie whole on every device.*\('embed', 'vocab'\)"):
+    with pytest.raises(ValueError, match=r"logits_dense/kernel .*replicated on every device.*\('embed', 'vocab'\)"):
         step.abstract_state(model_config("t5_1_1/small"), ADAFACTOR, abstract_mesh(1, 1, 2), rules)
 
 

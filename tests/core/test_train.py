@@ -77,7 +77,7 @@ def test_too_many_such_steps_stop_the_run_and_keep_the_batch():
         dumped[number] = rows
         return "It is in batch.npz."
 
-    with pytest.raises(FloatingPointError, match=r"step 4 is not finite .*last checkpoint is of step 3.*in batch.npz"):
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite .*newest checkpoint is step 3.*in batch.npz"):
         run([4, BAD, BAD, BAD, 5], max_skipped_steps=2, dump=dump)
     assert list(dumped) == [4] and BAD in dumped[4]["decoder_target_tokens"]
     run([BAD, BAD, 4, BAD, BAD, 4], max_skipped_steps=2)  # in a row is what counts

@@ -113,7 +113,7 @@ def test_a_restored_position_goes_on_with_the_same_batches(tmp_path, reference, 
 
 def test_a_position_in_other_data_is_refused(tmp_path):
     batches().save(str(tmp_path))
-    with pytest.raises(ValueError, match=r"(?s)BATCH_SIZE: was 4, is 8\n  seed: was 5, is 6\n.*Set these back"):
+    with pytest.raises(ValueError, match=r"(?s)BATCH_SIZE: was 4, is 8\n  seed: was 5, is 6\n.*new MODEL_DIR"):
         batches(seed=6, batch_size=8).restore(str(tmp_path))
 
 
@@ -331,7 +331,7 @@ def test_rows_are_seqios(converter, with_inputs, pack):
 
 def test_examples_without_inputs_are_for_a_decoder_alone():
     dataset = tf.data.Dataset.from_tensors({"targets": tf.constant([1, 2])})
-    with pytest.raises(ValueError, match="no inputs: they are for a decoder alone"):
+    with pytest.raises(ValueError, match=r"no inputs: .*decoder-only"):
         pipeline._rows("a task", dataset, LENGTHS, EncDecFeatureConverter())
 
 

@@ -93,8 +93,8 @@ def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     evaluation = evaluator.Evaluation("eval_test_mix", LENGTHS, batch_size=2, predictions=tmp_path / "predictions")
     assert evaluation.tasks == ["eval_test_all", "eval_test_first"]
-    assert "no split 'validation': eval_test_train_only" in caplog.text
-    assert "No metrics beside the loss: eval_test_unmeasured" in caplog.text
+    assert "without the split 'validation': eval_test_train_only" in caplog.text
+    assert "without metrics other than the loss: eval_test_unmeasured" in caplog.text
     model = Model()
     with jax.transfer_guard("disallow"):
         results = evaluation.run(model.predict, model.score, step=7)
@@ -109,7 +109,7 @@ def test_every_metric_of_every_task_that_has_the_split(tmp_path, caplog):
         },
         "eval_test_first": {"accuracy": 100.0},  # T of TEN is the T of THREE
     }
-    assert "not numbers are left out: note" in caplog.text
+    assert "not numbers are dropped: note" in caplog.text
     written = lines(tmp_path / "predictions" / "eval_test_all-7.jsonl")
     assert written[2] == {"inputs": "three", "targets": "THREE", "prediction": "TEN", "score": -6.0}
     assert [row["inputs"] for row in written] == WORDS
@@ -144,9 +144,9 @@ def test_a_limit_and_a_task_that_cannot_be_evaluated():
 def test_a_function_that_answers_in_the_wrong_shape_is_named():
     evaluation = evaluator.Evaluation("eval_test_all", LENGTHS, batch_size=2)
     model = Model()
-    with pytest.raises(ValueError, match=r"predict gave tokens of shape \(2, 1, 8\) for 2 rows: \[B, T\] is due"):
+    with pytest.raises(ValueError, match=r"predict gave tokens of shape \(2, 1, 8\), expected \[B, T\], B = 2"):
         evaluation.run(lambda tokens: model.predict(tokens)[:, None], model.score, step=0)
-    with pytest.raises(ValueError, match=r"score gave an array of shape \(2, 1\) for 2 rows: \[B\] is due"):
+    with pytest.raises(ValueError, match=r"score gave an array of shape \(2, 1\), expected \[B\], B = 2"):
         evaluation.run(model.predict, lambda batch: model.score(batch)[:, None], step=0)
 
 
@@ -177,7 +177,7 @@ def test_the_glue_average_stands_beside_its_tasks_or_the_log_says_what_it_lacks(
     del scores["glue_rte_v002"]
     caplog.set_level("INFO")
     assert evaluator.averages(scores) == {}
-    assert "No GLUE average, for want of glue_rte_v002/accuracy." in caplog.text
+    assert "No GLUE average: glue_rte_v002/accuracy missing." in caplog.text
     caplog.clear()
     assert evaluator.averages({"glue_cola_v002": {"matthews_corrcoef": 1.0}}) == {}
     assert not caplog.text

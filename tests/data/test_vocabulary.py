@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import seqio
 import tensorflow as tf
+from sentencepiece import sentencepiece_model_pb2
 
 from tasks import vocabulary
 from tasks.vocabulary import __main__ as command
@@ -68,6 +69,20 @@ def test_what_is_not_a_model_is_refused(tmp_path):
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(ValueError, match=r"text\.model is not a SentencePiece model"):
         vocabulary.set_default(str(tmp_path / "text.model"))
+
+
+def test_a_model_that_has_its_own_sentinels_gets_no_others(golden, tmp_path):
+    """As mT5's file, and T5X's cc_all.32000.100extra: the ids are those of a model that gets them here."""
+    plain = golden("spm/unigram.model")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(plain.read_bytes())
+    for number in reversed(range(100)):
+        proto.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+    (tmp_path / "own.model").write_bytes(proto.SerializeToString())
+    own, added = vocabulary.load(str(tmp_path / "own.model")), vocabulary.load(str(plain))
+    assert own.vocab_size == added.vocab_size
+    text = "some text <extra_id_0>"
+    assert own.encode(text)[-1] == own.vocab_size - 1 == added.vocab_size - 1
+    assert own.encode("some text") == added.encode("some text")
 
 
 def test_ids_of_the_public_vocabulary(data_dir):
