@@ -1,9 +1,9 @@
-"""The processes of one run: how they find one another, share a value, and stop when one of them is lost.
+"""Initialise JAX distributed, share values between processes, and exit cleanly when a process is lost.
 
-On Cloud TPUs, under Slurm's srun, under Open MPI and in Kubernetes jobs nothing has to be set: the launcher's variables
-or JAX's own search say who the others are. Elsewhere three flags do. The flags always win. A process that finds no
-others trains alone; one that should have others and cannot find them stops, because several runs would then write to
-one MODEL_DIR. Must not know: models, data, runs.
+On Cloud TPUs, under Slurm's srun, under Open MPI and in Kubernetes jobs no setting is needed: the launcher's variables
+or JAX's cluster detection identify the processes. Elsewhere three flags do; the flags always take precedence. A process
+that detects no others trains alone. If the environment implies several processes and they are not found, the process
+stops, because several runs would otherwise write to one MODEL_DIR. Must not depend on models, data or runs.
 """
 
 import dataclasses
@@ -24,15 +24,14 @@ from t5x_lite.errors import UserError
 
 log = logging.getLogger("t5x_lite")
 
-# A process that is not heard of for so long is taken for dead, and JAX then ends the others.
+# A process without a heartbeat for so long counts as dead, and JAX then ends the others.
 HEARTBEAT_SECONDS = 60
-# A server that does not accept a connection within so long, so many times, is taken for absent. JAX's own requests wait
-# for minutes.
+# Connection timeout and attempts, after which a server counts as absent. JAX's own requests wait for minutes.
 SERVER_SECONDS, SERVER_ATTEMPTS = 3.0, 3
-# What JAX says where it finds no cluster, and where it has been started already (in a notebook, say).
+# Texts of JAX's errors if it detects no cluster, and if it is already initialised (for example in a notebook).
 _NO_CLUSTER = "coordinator_address should be defined"
-_STARTED = "must be called before any JAX"
-# Slurm's step ids from here on are not steps of srun: the batch script, an interactive shell, ssh into a job.
+_INITIALIZED = "must be called before any JAX"
+# Slurm's reserved step ids, from here on, are not steps of srun: the batch script, an interactive shell, ssh.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 _VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _ALONE = "--process_count=1 trains in this process alone"
@@ -41,18 +40,18 @@ _ALONE = "--process_count=1 trains in this process alone"
 def connect(
     coordinator_address: str | None = None, process_count: int | None = None, process_index: int | None = None
 ) -> None:
-    """Joins the processes of this run; does nothing where there is one. To be called before JAX's first computation.
+    """Initialise JAX distributed if this run has several processes. Call it before JAX's first computation.
 
     Args:
-      coordinator_address: HOST:PORT of process 0. With the two others it replaces every search.
-      process_count: number of processes; 1 alone means that there are no others, whatever the environment says.
-      process_index: of this process, from 0.
+      coordinator_address: HOST:PORT of process 0. The three arguments together replace cluster detection.
+      process_count: number of processes; 1 without the other arguments ignores the environment and trains alone.
+      process_index: index of this process, from 0.
 
     Raises:
-      ValueError: only some of the three are given, or they make no sense; or the environment says that there are
-        several processes, and they cannot find one another.
-      JaxRuntimeError: the others are known, and the connection to them fails. JAX itself ends a process that has waited
-        for them for five minutes.
+      ValueError: only some of the three arguments are given, or they are inconsistent; or the environment implies
+        several processes, and they are not found.
+      JaxRuntimeError: the connection to the other processes fails. JAX itself ends a process that has waited for them
+        for five minutes.
     """
     if process_count == 1 and process_index in (None, 0):
         return
@@ -69,30 +68,30 @@ def connect(
                 f"at least 0 and below --process_count={process_count}"
             )
         step = _slurm_step()
-        # Only a step that agrees with the flags says which GPUs are this process's.
+        # Only a step that agrees with the flags determines this process's GPUs.
         agrees = step is not None and (step.tasks, step.index) == (process_count, process_index)
         gpus = step.gpus if step and agrees else None
         if (_number("OMPI_COMM_WORLD_SIZE"), _number("OMPI_COMM_WORLD_RANK")) == (process_count, process_index):
             gpus = _gpus(_number("OMPI_COMM_WORLD_LOCAL_RANK"), _number("OMPI_COMM_WORLD_LOCAL_SIZE"))
         _initialize(coordinator_address, process_count, process_index, gpus)
     elif _number("OMPI_COMM_WORLD_SIZE") > 1:
-        # Before Slurm, which starts only Open MPI's daemons: its variables count them.
-        _search("ompi", _gpus(_number("OMPI_COMM_WORLD_LOCAL_RANK"), _number("OMPI_COMM_WORLD_LOCAL_SIZE")))
+        # Checked before Slurm: there srun starts only Open MPI's daemons, and its variables count those.
+        _detect("ompi", _gpus(_number("OMPI_COMM_WORLD_LOCAL_RANK"), _number("OMPI_COMM_WORLD_LOCAL_SIZE")))
     elif "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return  # JAX would leave a single process one GPU
+        return  # JAX would give a single process only one GPU
     elif step := _slurm_step():
         if step.tasks > 1:
             _initialize(step.coordinator_address, step.tasks, step.index, step.gpus)
     elif "SLURM_JOB_ID" in os.environ:
         _check_srun_is_not_needed()
     else:
-        _search()
+        _detect()
     if proxies and jax.distributed.is_initialized() and is_first():
         log.warning("The processes connect to one another directly, not through %s.", ", ".join(proxies))
 
 
 def _initialize(address: str, count: int, index: int, gpus: list[int] | None) -> None:
-    """Joins without any search of JAX's, which would leave each task of Slurm one GPU, whatever the node has."""
+    """Initialise without JAX's cluster detection, which would give each Slurm task one GPU, whatever the node has."""
     jax.distributed.initialize(
         address,
         count,
@@ -103,16 +102,16 @@ def _initialize(address: str, count: int, index: int, gpus: list[int] | None) ->
     )
 
 
-def _search(method: str | None = None, gpus: list[int] | None = None) -> None:
-    """Joins the processes that JAX finds: by `method`, or by the first of its methods that fits the environment.
+def _detect(method: str | None = None, gpus: list[int] | None = None) -> None:
+    """Initialise with JAX's cluster detection: with `method`, or with the first that fits the environment.
 
-    Raises ValueError: the environment says that there are several processes, and JAX does not find them.
+    Raises ValueError if the environment implies several processes and JAX does not find them.
     """
     try:
         if method is None:
             _check_servers()
         with warnings.catch_warnings():
-            # Six lines on every pod without the package; said below where it matters.
+            # JAX prints six lines on every pod without the package; the error below covers the case that matters.
             warnings.filterwarnings("ignore", r"\s*Kubernetes environment detected", UserWarning)
             jax.distributed.initialize(
                 local_device_ids=gpus,
@@ -120,57 +119,57 @@ def _search(method: str | None = None, gpus: list[int] | None = None) -> None:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         if method is not None and gpus is None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-            for platform in ("cuda", "rocm"):  # JAX has taken one, by the process's index on its node
+            for platform in ("cuda", "rocm"):  # JAX has selected one, by the process's local index
                 jax.config.update(f"jax_{platform}_visible_devices", "all")
         return
-    except Exception as error:  # each cluster's library has errors of its own
+    except Exception as error:  # each cluster's library has its own error classes
         if isinstance(error, jax.errors.JaxRuntimeError) or jax.distributed.is_initialized():
-            raise  # the others were found, and are not reached
+            raise  # the processes were found but not reached
         failure = error
     reason = " ".join(str(failure).split())[:300] or type(failure).__name__
     if _NO_CLUSTER in reason:
-        reason = "JAX knows no cluster with these variables"
-    if several := _signs_of_several():
-        sign, cure = several
+        reason = "JAX detects no cluster from these variables"
+    if evidence := _evidence_of_several():
+        sign, cure = evidence
         raise UserError(f"{sign}, but the other processes are not found: {reason}. {cure}; {_ALONE}") from failure
-    if _NO_CLUSTER not in str(failure) and _STARTED not in str(failure):
+    if _NO_CLUSTER not in str(failure) and _INITIALIZED not in str(failure):
         log.warning(
-            "No other processes are found, and this one trains alone (%s: %s). If several are meant, %s.",
+            "No other processes are found, so this one trains alone (%s: %s). If the run has several, %s.",
             type(failure).__name__,
             reason,
-            _give("N", "I").replace("Give", "give"),
+            _flags_cure("N", "I").replace("Give", "give"),
         )
 
 
-def _signs_of_several() -> tuple[str, str] | None:
-    """Returns what in the environment says that there are several processes, and what to do; None if nothing does."""
+def _evidence_of_several() -> tuple[str, str] | None:
+    """Return which variable implies several processes and the cure to suggest; None if no variable does."""
     for count, index in (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")):
         if _number(count) > 1:
-            return f"{count}={os.environ[count]}", _give(f"${count}", f"${index}")
+            return f"{count}={os.environ[count]}", _flags_cure(f"${count}", f"${index}")
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if "," in os.environ.get(name, ""):
             hosts = len(os.environ[name].split(","))
-            return f"{name} has {hosts} hosts", _give(str(hosts), "$TPU_WORKER_ID")
+            return f"{name} has {hosts} hosts", _flags_cure(str(hosts), "$TPU_WORKER_ID")
     if _number("MEGASCALE_NUM_SLICES") > 1:
-        return f"MEGASCALE_NUM_SLICES={os.environ['MEGASCALE_NUM_SLICES']}", _give("N", "I")
+        return f"MEGASCALE_NUM_SLICES={os.environ['MEGASCALE_NUM_SLICES']}", _flags_cure("N", "I")
     if _has_tpu_workers():
-        return None  # one host of one slice, also in a Kubernetes job
+        return None  # a slice with one host, possibly in a Kubernetes job
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        return "JAX_COORDINATOR_ADDRESS is set", _give("N", "I")
+        return "JAX_COORDINATOR_ADDRESS is set", _flags_cure("N", "I")
     if "JOB_COMPLETION_INDEX" in os.environ:
         rights = "Install the kubernetes package and let the pod's service account read pods, jobs and services; or "
-        return "JOB_COMPLETION_INDEX is set (an indexed Kubernetes job)", rights + _give(
+        return "JOB_COMPLETION_INDEX is set (an indexed Kubernetes job)", rights + _flags_cure(
             "N", "$JOB_COMPLETION_INDEX"
         ).replace("Give", "give")
     return None
 
 
-def _give(count: str, index: str) -> str:
+def _flags_cure(count: str, index: str) -> str:
     return f"Give each process --coordinator_address=HOST:PORT --process_count={count} --process_index={index}"
 
 
 def _number(name: str, default: int = 0) -> int:
-    """The whole number that the environment variable `name` has; `default` if it is unset or anything else."""
+    """Return the environment variable `name` as an integer; `default` if it is unset or not a number."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
 
@@ -180,7 +179,7 @@ def _number(name: str, default: int = 0) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _SlurmStep:
-    """What srun says to one of its tasks."""
+    """srun's settings for one of its tasks."""
 
     tasks: int
     index: int
@@ -189,20 +188,20 @@ class _SlurmStep:
 
 
 def _slurm_step() -> _SlurmStep | None:
-    """Reads the step of srun that started this process; None if srun did not.
+    """Return the srun step that started this process, or None if srun did not.
 
-    SLURM_NTASKS, which JAX reads, is what sbatch was asked for; the step's own number is what srun has started. An
-    interactive shell has variables of a step, too, but is one process, whatever number they give.
+    SLURM_NTASKS, which JAX reads, is the number that sbatch requested; the step's own number counts the tasks that srun
+    has started. An interactive shell also has a step's variables, but is one process, whatever number they give.
     """
     names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if any(name not in os.environ for name in names) or _number("SLURM_STEP_ID") >= _FIRST_RESERVED_STEP:
         return None
     tasks = _number("SLURM_STEP_NUM_TASKS")
     if tasks == 1 and _number("SLURM_NTASKS") > 1:
-        return None  # of a shell that was started with srun's --preserve-env
-    # "gpu[03-05,9],login1" and "rack[0-1]n[2-3]": the first name takes the first number in each bracket.
+        return None  # the variables of a shell started with srun's --preserve-env
+    # In "gpu[03-05,9],login1" or "rack[0-1]n[2-3]", the first host has the first number in each bracket.
     first = re.sub(r"\[([^],-]+)[^]]*]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[0]
-    # One port a job, as JAX chooses it: the highest 4096 are the least likely to be taken.
+    # One port for each job, as JAX chooses it: the highest 4096 are the least likely to be in use.
     port = os.environ.get("JAX_COORDINATOR_PORT") or 65535 - 2**12 + 1 + _number("SLURM_JOB_ID") % 2**12
     return _SlurmStep(
         tasks=tasks,
@@ -213,7 +212,7 @@ def _slurm_step() -> _SlurmStep | None:
 
 
 def _tasks_on_this_node() -> int:
-    """Of the step; "2(x3),1" means three nodes with two tasks each, and one with one."""
+    """Return the step's tasks on this node. "2(x3),1" means two tasks on each of three nodes, then one on a fourth."""
     counts: list[int] = []
     for tasks, _, nodes in re.findall(r"(\d+)(\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(tasks)] * int(nodes or 1)
@@ -222,10 +221,10 @@ def _tasks_on_this_node() -> int:
 
 
 def _gpus(index: int, count: int) -> list[int] | None:
-    """Chooses the GPUs of process `index` of `count` on one node.
+    """Choose the GPUs of process `index` of `count` on one node.
 
-    Returns positions among the GPUs that the process sees; None means all of them: there is one process on the node, or
-    the launcher lets each see only its own.
+    Returns indices among the visible GPUs. None means all of them: the node has one process, or the launcher makes only
+    its own GPUs visible to each.
     """
     if count <= 1 or "JAX_LOCAL_DEVICE_IDS" in os.environ:  # JAX reads the latter itself
         return None
@@ -239,14 +238,14 @@ def _gpus(index: int, count: int) -> list[int] | None:
 
 
 def _check_srun_is_not_needed() -> None:
-    """Raises ValueError: a Slurm job of several tasks or nodes, in which srun did not start this process."""
+    """Raise ValueError in a Slurm job of several tasks or nodes, because srun did not start this process."""
     tasks = max(_number("SLURM_NTASKS"), _number("SLURM_NPROCS"))
     nodes = max(_number("SLURM_JOB_NUM_NODES"), _number("SLURM_NNODES"))
     if tasks > 1 or nodes > 1:
         count = f"{tasks} tasks" if tasks > 1 else f"{nodes} nodes"
         raise UserError(
             f"this Slurm job has {count}, but srun did not start this process, and nothing starts the others: "
-            f"put srun before python, or ask for one task (sbatch --nodes=1 --ntasks=1); {_ALONE}"
+            f"put srun before python, or request one task (sbatch --nodes=1 --ntasks=1); {_ALONE}"
         )
 
 
@@ -262,13 +261,13 @@ def _metadata_server() -> str:
 
 
 def _check_servers() -> None:
-    """Raises ConnectionError: a server that JAX would ask for the other processes does not accept connections."""
+    """Raise ConnectionError if a server that JAX would query for the other processes does not accept connections."""
     if _has_tpu_workers():
         slices = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
-        asks_metadata = any(name not in os.environ for name in slices)
+        needs_metadata = any(name not in os.environ for name in slices)
     else:
-        asks_metadata = "TPU_SKIP_MDS_QUERY" not in os.environ  # JAX sets it on machines without TPUs
-    if asks_metadata:
+        needs_metadata = "TPU_SKIP_MDS_QUERY" not in os.environ  # JAX sets it on machines without TPUs
+    if needs_metadata:
         _check_server("the metadata server", _metadata_server(), 80)
     elif (
         not _has_tpu_workers()
@@ -279,7 +278,7 @@ def _check_servers() -> None:
 
 
 def _check_server(name: str, host: str, port: int) -> None:
-    host, _, own_port = host.partition(":") if host.count(":") == 1 else (host, "", "")  # not of an IPv6 address
+    host, _, own_port = host.partition(":") if host.count(":") == 1 else (host, "", "")  # an IPv6 address has no port
     failure: OSError | None = None
     for _ in range(SERVER_ATTEMPTS):
         try:
@@ -291,15 +290,15 @@ def _check_server(name: str, host: str, port: int) -> None:
 
 
 def _bypass_proxies() -> list[str]:
-    """Keeps what JAX asks of this run's own network off proxies, which do not know it; returns their variables' names.
+    """Exempt connections inside the run's own network from proxies; return the names of the proxy variables.
 
-    gRPC, through which the processes talk, takes http_proxy and https_proxy for all hosts. An empty grpc_proxy turns
-    that off, and nothing else: data and buckets are still read through the proxy.
+    gRPC, which the processes use, applies http_proxy and https_proxy to all hosts. An empty grpc_proxy disables that
+    and nothing else: data and buckets are still read through the proxy.
     """
     proxies = sorted(
         name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and os.environ[name]
     )
-    if not proxies or os.environ.get("grpc_proxy"):  # one of gRPC's own is meant for it
+    if not proxies or os.environ.get("grpc_proxy"):  # a user-set grpc_proxy applies
         return []
     os.environ["grpc_proxy"] = ""
     direct = [_metadata_server().split(":")[0], os.environ.get("KUBERNETES_SERVICE_HOST")]
@@ -308,52 +307,52 @@ def _bypass_proxies() -> list[str]:
         if "*" not in hosts:
             hosts += [host for host in direct if host and host not in hosts]
             os.environ[name] = ",".join(filter(None, hosts))
-    jax.config.update("jax_check_proxy_envs", False)  # a warning that these variables may have to be unset
+    jax.config.update("jax_check_proxy_envs", False)  # suppresses JAX's advice to unset these variables
     return proxies
 
 
-# What the processes share
+# Values shared by the processes
 
 
 def is_first() -> bool:
-    """Whether this is the process that logs and writes."""
+    """Return whether this is the process that logs and writes."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def coordination_client() -> Any:
-    """Returns JAX's client of the coordination service, whose key-value store all processes of a run share.
+    """Return JAX's client of the coordination service, whose key-value store all processes of a run share.
 
-    The only place that may import from `jax._src`: up to JAX 0.12 nothing public reads or writes the store, and what is
-    public in its place (`multihost_utils`) computes on the devices, so that it can be used neither while a program is
-    traced nor by a thread. tests/core/test_hosts.py calls every method that the project uses: `key_value_set`,
-    `key_value_dir_get` and `blocking_key_value_get`.
+    No other code may use `jax._src`. Up to JAX 0.12 no public API reads or writes the store, and the public
+    `multihost_utils` computes on the devices, so it cannot be used during tracing or in a thread.
+    tests/core/test_hosts.py calls every method that the project uses: `key_value_set`, `key_value_dir_get` and
+    `blocking_key_value_get`.
 
-    Raises RuntimeError: there is one process.
+    Raises RuntimeError if JAX distributed is not initialised.
     """
     from jax._src import distributed
 
     client = distributed.global_state.client
     if client is None:
-        raise RuntimeError("there is one process, which has no coordination service")
+        raise RuntimeError("a run of one process has no coordination service")
     return client
 
 
-_values: dict[str, str] = {}  # of `broadcast`, by key
+_values: dict[str, str] = {}  # results of `broadcast`, by key
 
 
 def broadcast(key: str, make: Callable[[], str], timeout_s: float = 600) -> str:
-    """Returns what `make()` returns on process 0, on all processes; only process 0 calls it.
+    """Return on all processes the value of `make()` on process 0, which alone calls it.
 
-    It does not compute on the devices, and may be called while a program is traced. A key has one value for the length
-    of a run: later calls return the same. Where there is one process, every call is `make()`.
+    It does not compute on the devices, so it may be called during tracing. A key has one value for the whole run: later
+    calls return the same value. In a run of one process, every call returns `make()`.
 
     Args:
-      key: names the value; the same on all processes.
-      make: may raise: process 0 then raises the same, and the others RuntimeError as soon as they ask.
-      timeout_s: how long the others wait for process 0.
+      key: name of the value, the same on all processes.
+      make: if it raises, process 0 raises the same error, and the others raise RuntimeError.
+      timeout_s: how long the others wait for process 0, in seconds.
 
     Raises:
-      TimeoutError: process 0 has not come here in time.
+      TimeoutError: process 0 did not call this in time.
       RuntimeError: `make` failed on process 0.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
@@ -391,19 +390,19 @@ def _receive(name: str, timeout_s: float) -> str:
 
 
 def abort_all_processes(code: int, error: BaseException | None = None) -> None:
-    """Ends this process at once, if there are others, which then end too; of an error, says what to do.
+    """Exit at once if the run has several processes, so that all of them end; print `error` and the cure.
 
-    An ordinary exit would wait for the others, which wait for this one.
+    An ordinary exit would wait for the other processes, which wait for this one.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     if error is not None:
         traceback.print_exception(error)
         print(
-            f"\nrun.py: process {jax.process_index()} of {jax.process_count()} stops for the error above. If it speaks "
-            "of a connection or of another task, another process was lost first: its own log says why. All processes "
-            f"stop within {HEARTBEAT_SECONDS} s; start the same command again on all hosts, and the run goes on from "
-            "its last checkpoint.",
+            f"\nrun.py: process {jax.process_index()} of {jax.process_count()} stops because of the error above. If it "
+            "mentions a connection or another task, another process was lost first: see its log. All processes stop "
+            f"within {HEARTBEAT_SECONDS} s: start the same command again on all hosts to resume from the last "
+            "checkpoint.",
             file=sys.stderr,
         )
     sys.stdout.flush()

@@ -1,28 +1,28 @@
-"""Errors that a user can put right: one line that names what is wrong, where, and the cure.
+"""Errors that a user can fix. Each message names the problem, its place and the cure in one line.
 
-The command shows them without a traceback and exits with code 2; whatever else is raised keeps its traceback. They are
-also the built-in errors that Python code expects.
+The command line shows them without a traceback and exits with code 2; other exceptions keep their traceback. Each class
+also derives from the built-in exception that Python code expects.
 """
 
 
 class UserError(ValueError):
-    """An option, file or combination that the user has to change."""
+    """An option, a file or a combination of options is invalid."""
 
 
 class UserFileError(OSError, UserError):
-    """A file or folder that cannot be read or written."""
+    """A file or folder cannot be read or written."""
 
 
 class MissingFileError(FileNotFoundError, UserFileError):
-    """A file or folder that does not exist."""
+    """A file or folder does not exist."""
 
 
 class ExistingFileError(FileExistsError, UserFileError):
-    """A file or folder that is in the way."""
+    """A file or folder exists already."""
 
 
 class MissingPackageError(ModuleNotFoundError, UserError):
-    """A package that this needs and that is not installed."""
+    """A required package is not installed."""
 
 
 class NotFiniteError(FloatingPointError, UserError):

@@ -1,13 +1,13 @@
-"""A trained T5 as a program that runs without this code: StableHLO by jax.export, for any batch size on any platform.
+"""Export a trained T5 as a StableHLO program (jax.export) that runs without t5x_lite, for any batch size.
 
     python -m t5x_lite.export PATH DEST [--method=beam --max_length=64]
 
-DEST gets the program, `predict.jax_export`: token ids in, token ids out, decoding included, for CPU, CUDA and TPU; the
-parameters beside it, `params.safetensors`, which a program of 2 GB at most could not hold; the tokenizer's files; and a
-README.md that says how to call it. JAX reads a program for at least six months after the release that wrote it.
+DEST contains the program `predict.jax_export` (token ids to token ids, with decoding, for CPU, CUDA and TPU); the
+parameters in `params.safetensors`, because a program is limited to 2 GB; the tokenizer's files; and a README.md with
+an example call. JAX reads a program for at least six months after the release that wrote it.
 
-Knows loading and decoding. It must not know text, tasks, runs or gin. Nothing is made for TensorFlow: JAX's converter
-to a SavedModel (jax2tf) needs TensorFlow and is on its way out; StableHLO is what takes its place.
+Must not depend on text, tasks, runs or gin. There is no TensorFlow SavedModel: JAX's converter (jax2tf) needs
+TensorFlow and is being retired in favour of StableHLO.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _README = """\
 # {name}
 
-A {layout} as a program, by t5x_lite: {decoding}, at most {max_length} tokens.
+A {layout} exported by t5x_lite: {decoding}, at most {max_length} tokens.
 
 ```python
 import pathlib
@@ -44,21 +44,21 @@ from safetensors.numpy import load_file
 
 program = jax.export.deserialize(pathlib.Path("predict.jax_export").read_bytes())
 params = jax.device_put(load_file("params.safetensors"))
-predict = jax.jit(program.call)  # compiled anew for each shape of inputs
-inputs = np.array([[100, 200, 1, 0], [300, 400, 500, 1]], np.int32)  # [B, S]; 1 ends a row, 0 fills it up
+predict = jax.jit(program.call)  # compiled once per shape of inputs
+inputs = np.array([[100, 200, 1, 0], [300, 400, 500, 1]], np.int32)  # [B, S]; 1 is EOS, 0 is padding
 tokens, scores = predict(params, inputs{seed})  # [B, {num_decodes}, {max_length}] and [B, {num_decodes}]
 ```
 
-Rows of tokens end with 1, and 0 comes after it; scores are log-probabilities{ranked}. Parameters are float32,
-activations {dtype}. This needs jax (written by {version}; it reads programs for at least six months), numpy and
-safetensors; no t5x_lite.
+Rows of tokens end with 1 (EOS), followed by 0; scores are log-probabilities{ranked}. Parameters are float32,
+activations {dtype}. Requires jax (written by {version}; later releases read it for at least six months), numpy and
+safetensors, but not t5x_lite.
 """
 
 
 def program(model: LoadedModel, max_length: int, decoding: decode.Decoding) -> jax.export.Exported:
-    """Decoding as a function of flat parameters (`tensors.flat`), tokens [B, S] and, for "sample", a seed.
+    """Export decoding as a function of flat parameters (`tensors.flat`), tokens [B, S] and, for "sample", a seed.
 
-    It returns what `decode.generate` does; B and S are free.
+    The function returns the results of `decode.generate`; B and S are symbolic.
     """
 
     def predict(
@@ -82,25 +82,25 @@ def export(
     decoding: decode.Decoding,
     dtype: Dtype = "float32",
 ) -> None:
-    """Writes the model in `path` (all that `load` takes) to the folder `dest`, as the module says.
+    """Write the model at `path` (see `load`) to the folder `dest`, in the form described in the module.
 
     Raises:
-      FileExistsError: `dest` holds something.
-      ValueError: it is no T5; and what `load` raises.
+      ExistingFileError: `dest` exists and is not empty.
+      UserError: the model is not a T5; also the errors of `load`.
     """
     path, dest = Path(path).expanduser(), Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ExistingFileError(f"{dest} is there and not empty: name a new folder")
+        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     model = load(path, dtype=dtype)
     if not isinstance(model, LoadedModel):
-        raise UserError(f"{path} holds no T5, and only T5 generates")
-    written = program(model, max_length, decoding).serialize()
+        raise UserError(f"{path} is not a T5; only T5 models generate text")
+    serialized = program(model, max_length, decoding).serialize()
     dest.mkdir(parents=True, exist_ok=True)
-    (dest / "predict.jax_export").write_bytes(written)
+    (dest / "predict.jax_export").write_bytes(serialized)
     params = {name: tensors.in_memory(np.asarray(x)) for name, x in tensors.flat(model.params).items()}
     tensors.write_safetensors(dest / "params.safetensors", params)
     convert.copy_tokenizer(path, dest, model.config)
-    said = {
+    values = {
         "name": dest.resolve().name,
         "layout": "T5 decoder" if model.config.decoder_only else "T5",
         "decoding": decoding,
@@ -111,29 +111,29 @@ def export(
         "version": jax.__version__,
         "dtype": dtype,
     }
-    (dest / "README.md").write_text(_README.format(**said))
+    (dest / "README.md").write_text(_README.format(**values))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m t5x_lite.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("path", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
-    parser.add_argument("dest", help="folder to make")
-    parser.add_argument("--max_length", type=int, default=128, help="tokens of a result at most")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of activations")
+    parser.add_argument("dest", help="folder to create")
+    parser.add_argument("--max_length", type=int, default=128, help="maximum number of generated tokens")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="dtype of activations")
     parser.add_argument("--method", choices=get_args(decode.Method), default=decode.Decoding.method)
     fields = ("num_decodes", "beam_size", "alpha", "temperature", "top_k", "top_p")
     for name in fields:
         default = getattr(decode.Decoding, name)
         names = (f"--{name}", "--num_return") if name == "num_decodes" else (f"--{name}",)
         parser.add_argument(*names, type=type(default), default=default)
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        decoding = decode.Decoding(asked.method, **{name: getattr(asked, name) for name in fields})
-        export(asked.path, asked.dest, asked.max_length, decoding, asked.dtype)
+        decoding = decode.Decoding(args.method, **{name: getattr(args, name) for name in fields})
+        export(args.path, args.dest, args.max_length, decoding, args.dtype)
     except (UserError, OSError) as error:
         print(f"t5x_lite.export: {error}", file=sys.stderr)
         return 2
-    print(f"{asked.dest}: {decoding}, at most {asked.max_length} tokens; see its README.md")
+    print(f"{args.dest}: {decoding}, at most {args.max_length} tokens; see its README.md")
     return 0
 
 

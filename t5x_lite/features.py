@@ -1,4 +1,4 @@
-"""python -m t5x_lite.features MODEL TASK: the command of linear_probe.py."""
+"""Alias of `python -m t5x_lite.linear_probe MODEL TASK`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""python -m t5x_lite.load PATH: the command of inference/pretrained.py. In Python, `t5x_lite.load` is a function."""
+"""The command `python -m t5x_lite.load PATH`, see inference/pretrained.py; `t5x_lite.load` is a function in Python."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""How arrays lie on the devices: one mesh, and rules that turn logical axes (said beside each parameter) into its axes.
+"""Sharding of arrays: one device mesh, and rules from the parameters' logical axes to mesh axes.
 
-The mesh has three axes. `data` copies parameters and splits the batch; `fsdp` splits both; `tensor` splits heads, MLP
-and vocabulary. Rules are data: a run may give others. This module knows arrays, names and devices only.
+The mesh has three axes. `data` replicates parameters and splits the batch; `fsdp` splits both; `tensor` splits heads,
+MLP and vocabulary. A run may set other rules.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from t5x_lite.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-AnyMesh = Mesh | AbstractMesh  # with devices, or only their number
+AnyMesh = Mesh | AbstractMesh  # with devices, or with axis sizes only
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
-# In order of precedence: a mesh axis is used once in an array, so `embed` splits parameters over fsdp, but activations
-# not, whose batch axis has taken it already. An axis without a rule is not split.
+# In order of precedence. An array uses a mesh axis only once: `embed` splits parameters over fsdp but not activations,
+# whose batch axis already uses fsdp. An axis without a rule is not split.
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("vocab", "tensor"),
@@ -34,50 +34,52 @@ RULES: Rules = (
     ("embed", "fsdp"),
 )
 
-# A leaf above this size (bytes) that no axis splits, on a mesh that splits parameters, is a mistake in names or rules.
+# Size in bytes above which a leaf that no axis splits, on a mesh that splits parameters, is an error.
 LARGEST_REPLICATED = 2**23
 
 _mesh_in_use: contextvars.ContextVar[tuple[AnyMesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (of all hosts); at most one axis may be -1, which takes what the others leave.
+    """Create a mesh of all devices of all hosts. At most one axis may be -1, which takes the remaining devices.
 
-    TPU slices, which only the data centre's network joins, follow one another along `data`: what crosses them is the
-    sum of gradients, once a step.
+    TPU slices, connected only by the data centre's network (DCN), are consecutive along `data`, so that only the
+    gradients' all-reduce crosses them, once a step.
     """
     devices = jax.devices() if devices is None else devices
     sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    requested = ", ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh sizes must be positive, and at most one of them -1 (= what is left): got {asked}")
+        raise UserError(f"mesh sizes must be positive, and at most one of them -1 (= the rest): got {requested}")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = len(devices) // taken
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"mesh {asked} does not fit {len(devices)} {devices[0].platform} device(s): "
+            f"mesh {requested} does not fit {len(devices)} {devices[0].platform} device(s): "
             f"the product of its sizes must be {len(devices)}"
         )
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:
         raise UserError(
-            f"mesh {asked}: there are {slices} slices, and data = {sizes['data']} must be a multiple of that, such as "
+            f"mesh {requested}: there are {slices} slices, and data = {sizes['data']} must be a multiple, such as "
             f"--gin.MESH=\"{{'data': {slices}, 'fsdp': -1}}\""
         )
-    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    slice_shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     if slices == 1:
-        placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+        mesh_devices = mesh_utils.create_device_mesh(slice_shape, devices, allow_split_physical_axes=True)
     else:
-        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    # Auto in writing: JAX's own default, Explicit, does not go with constraints by logical axes.
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        mesh_devices = mesh_utils.create_hybrid_device_mesh(
+            slice_shape, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    # JAX's default, Explicit, does not support sharding constraints by logical axes.
+    return Mesh(mesh_devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: AnyMesh, rules: Rules = RULES) -> Iterator[None]:
-    """Puts mesh and rules in force for `constrain`, while a function is traced."""
+    """Set the mesh and rules that `constrain` uses while a function is traced."""
     token = _mesh_in_use.set((mesh, rules))
     try:
         yield
@@ -86,27 +88,27 @@ def use_mesh(mesh: AnyMesh, rules: Rules = RULES) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """States how an activation lies on the mesh, by logical axes. Does nothing where no layout is in force."""
+    """Constrain the sharding of an activation by its logical axes. Does nothing outside `use_mesh`."""
     current = _mesh_in_use.get()
     return x if current is None else jax.lax.with_sharding_constraint(x, named_sharding(*current, axes))
 
 
 def device() -> Any:
-    """One of the devices that a function is traced for."""
+    """Return one of the devices that a function is traced for."""
     current = _mesh_in_use.get()
     mesh = None if current is None else current[0]
     return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
 
 
 def part_shape(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...] | None:
-    """The shape of each device's part of an array with these logical axes; None: it is not cut into equal parts."""
+    """Return the shape of each device's shard of an array with these logical axes, or None if shards are not equal."""
     current = _mesh_in_use.get()
     if current is None:
         return tuple(shape)
     spec = named_sharding(*current, axes).spec
-    parts = [_parts(current[0], on) for on in (*spec, *(None for _ in shape[len(spec) :]))]
-    whole = all(size % n == 0 for size, n in zip(shape, parts, strict=True))
-    return tuple(size // n for size, n in zip(shape, parts, strict=True)) if whole else None
+    parts = [_parts(current[0], mesh_axes) for mesh_axes in (*spec, *(None for _ in shape[len(spec) :]))]
+    equal = all(size % n == 0 for size, n in zip(shape, parts, strict=True))
+    return tuple(size // n for size, n in zip(shape, parts, strict=True)) if equal else None
 
 
 def on_parts(
@@ -115,26 +117,26 @@ def on_parts(
     axes: Sequence[Sequence[str | None]],
     out_axes: Sequence[str | None],
 ) -> jax.Array:
-    """`function(*arrays)`, each device calling it with its parts alone: for kernels that XLA cannot split by itself.
+    """Compute `function(*arrays)`, each device on its own shards, for kernels that XLA cannot partition.
 
     Args:
-      axes: the logical axes of each array; parts must be equal, see `part_shape`.
-      out_axes: of the result.
+      axes: the logical axes of each array; shards must be equal, see `part_shape`.
+      out_axes: the logical axes of the result.
     """
     current = _mesh_in_use.get()
     if current is None or current[0].size == 1:
         return function(*arrays)
-    given = {n: x for n, x in enumerate(arrays) if x is not None}
+    present = {n: x for n, x in enumerate(arrays) if x is not None}
 
     def local(*parts: jax.Array) -> jax.Array:
-        part_of = dict(zip(given, parts, strict=True))
+        part_of = dict(zip(present, parts, strict=True))
         return function(*map(part_of.get, range(len(arrays))))
 
-    specs = tuple(named_sharding(*current, axes[n]).spec for n in given)
+    specs = tuple(named_sharding(*current, axes[n]).spec for n in present)
     out_specs = named_sharding(*current, out_axes).spec
-    # Unchecked, for a Pallas kernel does not say on which axes its results differ.
+    # Unchecked, because a Pallas kernel does not declare on which axes its results vary.
     mapped = jax.shard_map(local, mesh=current[0], in_specs=specs, out_specs=out_specs, check_vma=False)
-    return mapped(*given.values())
+    return mapped(*present.values())
 
 
 def named_sharding(mesh: AnyMesh, rules: Rules, axes: Sequence[str | None]) -> NamedSharding:
@@ -142,18 +144,19 @@ def named_sharding(mesh: AnyMesh, rules: Rules, axes: Sequence[str | None]) -> N
 
 
 def shard_state(state: Any, params: Mapping, mesh: AnyMesh, rules: Rules = RULES) -> Any:
-    """The one decision where the training state lies: used at init, step and restore.
+    """Decide the sharding of the training state, for init, step and restore alike.
 
     Args:
       state: shapes of the whole state (a pytree from `jax.eval_shape`).
-      params: shapes of the parameters, each in its Linen box that holds its logical axes.
+      params: shapes of the parameters, each in its Linen box with its logical axes.
 
     Returns:
       `state` with a sharding on each `jax.ShapeDtypeStruct`. A leaf whose path ends with a parameter's path and that
-      has its shape lies as this parameter does: so optimizer moments follow their parameter. All else is replicated.
+      has the same shape gets that parameter's sharding, so optimizer moments follow their parameter. Other leaves are
+      replicated.
 
     Raises:
-      ValueError: an axis does not divide, or a large leaf would lie whole on every device; names leaf and cure.
+      ValueError: an axis does not divide, or a large leaf would be replicated. The message names leaf and cure.
     """
     boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))[0]
     axes_of = {_names(path): (box.unbox().shape, box.names) for path, box in boxes}
@@ -162,9 +165,9 @@ def shard_state(state: Any, params: Mapping, mesh: AnyMesh, rules: Rules = RULES
         names = _names(path)
         axes: Sequence[str | None] = (None,) * len(leaf.shape)
         for start in range(len(names)):
-            shape, found = axes_of.get(names[start:], (None, ()))
+            shape, param_axes = axes_of.get(names[start:], (None, ()))
             if shape == leaf.shape:
-                axes = found
+                axes = param_axes
                 break
         sharding = named_sharding(mesh, rules, axes)
         _check("/".join(names), leaf, axes, sharding)
@@ -190,18 +193,18 @@ def _check(name: str, leaf: jax.ShapeDtypeStruct, axes: Sequence[str | None], sh
     size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sharding.is_fully_replicated and size > LARGEST_REPLICATED:
         raise UserError(
-            f"{name} of shape {leaf.shape} ({size / 2**20:.0f} MiB) would lie whole on every device of the mesh "
+            f"{name} of shape {leaf.shape} ({size / 2**20:.0f} MiB) would be replicated on every device of the mesh "
             f"{dict(mesh.shape)}; its logical axes {tuple(axes)} match no rule that splits it"
         )
 
 
 def batch_sharding(mesh: AnyMesh, rules: Rules = RULES) -> NamedSharding:
-    """Rows are split over data and fsdp."""
+    """Return the sharding of a batch: rows are split over data and fsdp."""
     return named_sharding(mesh, rules, ("batch",))
 
 
 def batch_parts(mesh: AnyMesh, rules: Rules = RULES) -> int:
-    """Into how many equal parts the rows of a batch are split."""
+    """Return the number of equal parts that the rows of a batch are split into."""
     spec = batch_sharding(mesh, rules).spec
     return _parts(mesh, spec[0] if spec else None)
 
@@ -211,5 +214,5 @@ def _parts(mesh: AnyMesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This host's rows of a batch, put on the mesh as part of the global batch."""
+    """Put this host's rows of a batch on the mesh, as part of the global batch."""
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

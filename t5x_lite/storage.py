@@ -1,6 +1,6 @@
-"""MODEL_DIR as a local folder, for files that grow line by line or are drawn by libraries that know no buckets.
+"""MODEL_DIR as a local folder, for files that are appended to or written by libraries without bucket support.
 
-Checkpoints are not among them: Orbax writes to gs:// itself. Knows files; must not know what is in them.
+Checkpoints do not use it: Orbax writes to gs:// itself.
 """
 
 import logging
@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 
 class MirroredDirectory:
-    """`path` is MODEL_DIR itself; of a bucket, a local folder whose changed files `publish` copies there.
+    """A local folder, `path`: MODEL_DIR itself or, if that is a bucket, a copy that `publish` uploads.
 
     Args:
       model_dir: a path, or a URL such as gs://bucket/run.
-      bring: files to begin with, where the bucket has them.
+      bring: files to download first, if the bucket has them.
     """
 
     def __init__(self, model_dir: str | os.PathLike[str], bring: tuple[str, ...] = ()):
         self._remote = epath.Path(model_dir) if "://" in str(model_dir) else None
         self._published: dict[Path, tuple[int, int]] = {}
         self._last = time.monotonic()
-        self._lock = threading.Lock()  # a checkpoint's commit publishes, too, and in the background
+        self._lock = threading.Lock()  # a checkpoint's commit also publishes, in a background thread
         if self._remote is None:
             self.path = Path(model_dir)
             return
@@ -37,16 +37,16 @@ class MirroredDirectory:
         for name in bring:
             if (self._remote / name).exists():
                 (self.path / name).write_bytes((self._remote / name).read_bytes())
-                self._published[self.path / name] = _state(self.path / name)  # hosts that add nothing leave it alone
+                self._published[self.path / name] = _state(self.path / name)  # an unchanged file is not uploaded
 
     def __str__(self) -> str:
         return str(self._remote or self.path)
 
     def publish(self, every: float = 0.0) -> None:
-        """Copies what has changed since the last time; whole files, for objects in a bucket cannot be added to.
+        """Upload the files that have changed since the last call, whole, because objects cannot be appended to.
 
         Args:
-          every: seconds that must have passed since that time.
+          every: do nothing if fewer seconds have passed since the last call.
         """
         if self._remote is None or time.monotonic() - self._last < every:
             return
@@ -62,38 +62,38 @@ class MirroredDirectory:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 class AppendOnlyFile:
-    """A file that is only added to. What the disk refuses waits in memory, and is tried again with the next addition.
+    """A file that is only appended to. If a write fails, the data stays in memory and the next write retries it.
 
-    Nothing is lost or torn where a disk is full for a while. For several threads.
+    A temporarily full disk loses no data and tears no line. Thread-safe.
 
-    Raises OSError: the file cannot be opened.
+    Raises OSError if the file cannot be opened.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("ab", buffering=0)
-        self._waiting = b""
+        self._pending = b""
         self._lock = threading.Lock()
 
     def write(self, content: bytes) -> None:
-        """Adds `content`, at once where that can be done."""
+        """Append `content`. A failed write is logged, not raised."""
         with self._lock:
-            waited = bool(self._waiting)
-            self._waiting += content
+            had_pending = bool(self._pending)
+            self._pending += content
             try:
                 self._write()
             except OSError as error:
-                if not waited:
-                    log.warning("%s cannot be written (%s). What it lacks is kept, and tried again.", self._path, error)
+                if not had_pending:
+                    log.warning("%s cannot be written (%s). The data is kept, and will be retried.", self._path, error)
 
     def flush(self) -> None:
-        """Returns when all that was added is on the disk. Raises OSError: some of it cannot be written."""
+        """Write and fsync everything appended so far. Raises OSError if that fails."""
         with self._lock:
             try:
                 self._write()
@@ -104,13 +104,13 @@ class AppendOnlyFile:
                 ) from None
 
     def close(self) -> None:
-        """Closes; what still cannot be written is lost, which the log says."""
+        """Close. Data that still cannot be written is lost, which is logged."""
         with self._lock, self._file:
             try:
                 self._write()
             except OSError as error:
-                log.warning("The last %d bytes of %s are lost (%s).", len(self._waiting), self._path, error)
+                log.warning("The last %d bytes of %s are lost (%s).", len(self._pending), self._path, error)
 
     def _write(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]

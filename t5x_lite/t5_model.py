@@ -1,6 +1,6 @@
-"""T5 as a model family: what `interface.Model` asks, for encoder-decoders and for a decoder alone.
+"""T5's implementation of `interface.Model`, for encoder-decoder and decoder-only models.
 
-It knows the network, decoding and how to load; it must not know tasks, runs or gin.
+It depends on the network, decoding and loading; it must not depend on tasks, runs or gin.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ class T5Model:
     def flops(self, batch_size: int, lengths: Mapping[str, int]) -> float:
         c, S, T = self.config, lengths.get("inputs", 0), lengths["targets"]
         if c.decoder_only:
-            S, T = 0, S + T  # in one row
+            S, T = 0, S + T  # inputs and targets share a row
         joined = c.num_heads * c.head_dim
-        projection = 2 * c.d_model * joined  # one of query, key, value, out, for one token
-        attended = 4 * joined  # logits and weighted sum, for one query and one key
+        projection = 2 * c.d_model * joined  # query, key, value or out, per token
+        attended = 4 * joined  # logits and weighted sum, per query and key
         mlp = 2 * c.d_model * c.d_ff * (len(c.mlp_activations) + 1)
         encoder_layer = S * (4 * projection + mlp + S * attended)
         decoder_layer = T * (4 * projection + mlp + T * attended)

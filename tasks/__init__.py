@@ -1,6 +1,6 @@
-"""Tasks and mixtures under the names T5 users know. `import tasks` fills SeqIO's registries and reads no data.
+"""SeqIO tasks and mixtures under T5's names. `import tasks` registers them without reading data.
 
-Must not know: t5x_lite, JAX.
+Must not import: t5x_lite, JAX.
 """
 
 from tasks import bert, c4, cnn_dailymail, glue, glue_bert, mixtures, quickstart, readers, squad, user_files, vocabulary

@@ -1,14 +1,14 @@
-"""BERT's pre-training task for an encoder alone: masked language modelling and next-sentence prediction, on C4.
+"""BERT's pre-training task: masked language modelling and next-sentence prediction, on C4.
 
-`c4_v220_bert` gives, for sequences [CLS] A [SEP] B [SEP] of at most `TASK_FEATURE_LENGTHS["inputs"]` tokens:
+The features of `c4_v220_bert`, for sequences [CLS] A [SEP] B [SEP] of at most `TASK_FEATURE_LENGTHS["inputs"]` tokens:
 
-  inputs     the tokens, 15 % of them chosen: of these 80 % are [MASK], 10 % a random token and 10 % as they were
-  targets    the original token at the chosen places, 0 elsewhere
+  inputs     the tokens; of 15 % selected ones, 80 % become [MASK], 10 % a random token and 10 % stay unchanged
+  targets    the original token at the selected positions, 0 elsewhere
   segments   0 for [CLS] A [SEP], 1 for B [SEP]
-  random     [1] if B comes from another document, [0] if it is what follows A
+  random     [1] if B is from another document, [0] if it follows A
 
-Source: google-research/bert, create_pretraining_data.py (not to be confused with T5's "BERT-style" objective). Other
-documents are those of the same block of 128. Must not know: models, other tasks.
+Source: google-research/bert, create_pretraining_data.py (not to be confused with T5's "BERT-style" objective). B is
+taken from another document in the same block of 128. Must not import: models, other tasks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,8 @@ import tensorflow as tf
 from tasks import c4, data_sources, objectives, vocabulary
 from tasks.errors import UserError
 
-_SHORT = 0.1  # share of sequences that are made shorter at random, so that fine-tuning's short inputs are no surprise
-_CHOSEN, _MASKED, _RANDOM = 0.15, 0.8, 0.1
+_SHORT = 0.1  # share of sequences that are shortened at random, to match the shorter inputs of fine-tuning
+_SELECTED, _MASKED, _RANDOM = 0.15, 0.8, 0.1
 
 
 class Special(NamedTuple):
@@ -34,23 +34,23 @@ class Special(NamedTuple):
 
 
 def special(vocab: seqio.Vocabulary) -> Special:
-    """[CLS], [SEP] and [MASK] of a WordPiece vocabulary; of any other its sentinels <extra_id_1>, _2 and _0.
+    """Return [CLS], [SEP] and [MASK] of a WordPiece vocabulary, or the sentinels <extra_id_1>, _2 and _0 of another.
 
-    Raises ValueError where the vocabulary has neither.
+    Raises UserError if the vocabulary has neither.
     """
     vocab = vocabulary.resolved(vocab)
     if isinstance(vocab, seqio.BertWordPieceVocabulary):
-        found = np.asarray(vocab._vocab.lookup(tf.constant(["[CLS]", "[SEP]", "[MASK]"]))).tolist()
-        if min(found) < 0:
-            raise UserError(f"the WordPiece vocabulary lacks one of [CLS], [SEP], [MASK]: their ids are {found}")
-        return Special(*found)
+        ids = np.asarray(vocab._vocab.lookup(tf.constant(["[CLS]", "[SEP]", "[MASK]"]))).tolist()
+        if min(ids) < 0:
+            raise UserError(f"the WordPiece vocabulary lacks one of [CLS], [SEP], [MASK]: their ids are {ids}")
+        return Special(*ids)
     vocabulary.require_sentinels(vocab, 3)
     last = vocab.vocab_size - 1
     return Special(cls=last - 1, sep=last - 2, mask=last)
 
 
 def needed_length(sequence_length: objectives.Lengths | None) -> int:
-    """Tokens of a row, enough for a pair. Raises ValueError where they are not, or not given."""
+    """Return the length of a row. Raises UserError if it is missing or too short for a pair."""
     length = objectives.needed_lengths(sequence_length, "inputs")["inputs"]
     if length < 5:
         raise UserError(f"TASK_FEATURE_LENGTHS['inputs'] = {length}: [CLS] A [SEP] B [SEP] needs 5 tokens or more")
@@ -58,7 +58,7 @@ def needed_length(sequence_length: objectives.Lengths | None) -> int:
 
 
 def sentences(dataset: tf.data.Dataset, output_features: objectives.Features) -> tf.data.Dataset:
-    """Text to the tokens of a document, `targets`, and the number of tokens of each of its sentences, `sentences`."""
+    """Tokenise documents to `targets`, with the number of tokens of each sentence in `sentences`."""
     vocab = output_features["targets"].vocabulary
 
     def split(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -74,7 +74,7 @@ def sentences(dataset: tf.data.Dataset, output_features: objectives.Features) ->
 def masked_pairs(
     dataset: tf.data.Dataset, sequence_length: objectives.Lengths | None, output_features: objectives.Features
 ) -> tf.data.Dataset:
-    """Documents in sentences to the four features above."""
+    """Turn documents split into sentences into the four features above."""
     length = needed_length(sequence_length)
     vocab = output_features["targets"].vocabulary
     ids = special(vocab)
@@ -83,16 +83,16 @@ def masked_pairs(
         documents = [
             np.split(row[: sum(cuts)], np.cumsum(cuts[cuts > 0])[:-1]) for row, cuts in zip(tokens, sizes, strict=True)
         ]
-        made: list[list[np.ndarray]] = [[], [], [], []]
+        columns: list[list[np.ndarray]] = [[], [], [], []]
         for i, seed in enumerate(seeds):
             rng = np.random.default_rng(seed.astype(np.uint64))
             for first, second, is_random in _pairs(documents, i, length - 3, rng):
                 text = np.concatenate([[ids.cls], first, [ids.sep], second, [ids.sep]]).astype(np.int32)
                 inputs, targets = _mask(text, ids, vocab.vocab_size, rng)
                 segments = (np.arange(len(text)) >= len(first) + 2).astype(np.int32)
-                for column, value in zip(made, (inputs, targets, segments, [is_random]), strict=True):
+                for column, value in zip(columns, (inputs, targets, segments, [is_random]), strict=True):
                     column.append(np.array(value, np.int32))
-        return made
+        return columns
 
     names = ["inputs", "targets", "segments", "random"]
     return objectives.map_blocks(dataset, make, names, features=("targets", "sentences"))
@@ -101,23 +101,23 @@ def masked_pairs(
 def _pairs(
     documents: Sequence[list[np.ndarray]], i: int, room: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Document i as pairs A, B of together at most `room` tokens, each at least one.
+    """Yield document i as pairs A, B of at most `room` tokens together, at least one each.
 
-    Sentences are gathered until they fill a sequence. A is the first few of them; B is the others, or, in half of the
-    cases and where there are none, sentences of another document, and then the others are gathered again.
+    Sentences are collected until they fill a sequence. A is a random prefix of them. B is the rest or, in half of the
+    cases and if there is no rest, sentences of another document; then the rest goes to the next pair.
     """
     document, start = documents[i], 0
     while start < len(document):
-        wanted = rng.integers(2, room + 1) if rng.random() < _SHORT else room
+        target_length = rng.integers(2, room + 1) if rng.random() < _SHORT else room
         end, total = start, 0
-        while end < len(document) and total < wanted:
+        while end < len(document) and total < target_length:
             total, end = total + len(document[end]), end + 1
         middle = start + (rng.integers(1, end - start) if end - start > 1 else 1)
         first = np.concatenate(document[start:middle])
         is_random = len(documents) > 1 and (middle == end or rng.random() < 0.5)
         if is_random:
             other = documents[(i + int(rng.integers(1, len(documents)))) % len(documents)]
-            second = np.concatenate(other[rng.integers(len(other)) :])[: max(wanted - len(first), 1)]
+            second = np.concatenate(other[rng.integers(len(other)) :])[: max(target_length - len(first), 1)]
             end = middle
         elif middle < end:
             second = np.concatenate(document[middle:end])
@@ -128,7 +128,7 @@ def _pairs(
 
 
 def _cut(first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Both cut until they fit, the longer one first, token by token at its front or its end."""
+    """Truncate both until they fit: the longer one loses a token at its front or end, at random."""
     while (over := len(first) + len(second) - room) > 0:
         longer, shorter = (first, second) if len(first) > len(second) else (second, first)
         drop = min(over, max(len(longer) - len(shorter), 1))
@@ -139,15 +139,15 @@ def _cut(first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Genera
 
 
 def _mask(text: np.ndarray, ids: Special, vocab_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of masked language modelling; [CLS] and [SEP] are never chosen."""
-    places = np.flatnonzero((text != ids.cls) & (text != ids.sep))
-    count = min(max(1, round(_CHOSEN * len(text))), max(1, 20 * len(text) // 128), len(places))
-    chosen = rng.permutation(places)[:count]
+    """Return inputs and targets of masked language modelling; [CLS] and [SEP] are never selected."""
+    candidates = np.flatnonzero((text != ids.cls) & (text != ids.sep))
+    count = min(max(1, round(_SELECTED * len(text))), max(1, 20 * len(text) // 128), len(candidates))
+    selected = rng.permutation(candidates)[:count]
     draw = rng.random(count)
     new = np.where(draw < _MASKED, ids.mask, rng.integers(3, vocab_size, count))
     inputs, targets = text.copy(), np.zeros_like(text)
-    inputs[chosen] = np.where(draw < _MASKED + _RANDOM, new, text[chosen])
-    targets[chosen] = text[chosen]
+    inputs[selected] = np.where(draw < _MASKED + _RANDOM, new, text[selected])
+    targets[selected] = text[selected]
     return inputs, targets
 
 

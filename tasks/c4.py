@@ -1,7 +1,7 @@
-"""C4, T5's unlabelled text, under every objective of `tasks.objectives`: `c4_v220_span_corruption` and its kin.
+"""C4 tasks for every objective of `tasks.objectives`, such as `c4_v220_span_corruption`.
 
-Reads c4/c4-{train,validation}.*.json.gz (one JSON object a line: text, timestamp, url), or TFDS c4/en:2.2.0, the
-version in the tasks' name. Must not know: other corpora, mixtures.
+Reads c4/c4-{train,validation}.*.json.gz (JSON Lines with text, timestamp, url), or TFDS c4/en:2.2.0, the version in the
+tasks' names. Must not import: other corpora, mixtures.
 """
 
 import functools
@@ -36,11 +36,11 @@ source = data_sources.CorpusSource(
 
 
 def add(name: str, objective: Callable) -> seqio.Task:
-    """Registers C4 under an objective: `add("c4_mine", functools.partial(objectives.span_corruption, ...))`."""
+    """Register C4 with an objective: `add("c4_mine", functools.partial(objectives.span_corruption, ...))`."""
     append_eos = [] if objective is objectives.full_lm else [objectives.append_eos_after_trim]
     return seqio.TaskRegistry.add(
         name,
-        source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
+        source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
         preprocessors=[
             objectives.text_as_targets,
             objectives.tokenize,
@@ -54,8 +54,8 @@ def add(name: str, objective: Callable) -> seqio.Task:
     )
 
 
-# The paper's span lengths and noise densities (tables 5 to 7), after t5's gin files: lengths 512 and 114 are those of
-# span_3_15; the others need their own targets' length, which the objective says.
+# The span lengths and noise densities of the T5 paper (tables 5 to 7), named as in t5's gin files. Lengths 512 and 114
+# are for span_3_15; the error message of the objective gives the targets' length of the others.
 OBJECTIVES = {
     "c4_v220_span_corruption": objectives.span_corruption,
     **{
@@ -76,7 +76,7 @@ OBJECTIVES = {
     "c4_v220_prefix_lm": objectives.prefix_lm,
     "c4_v220_lm": objectives.lm,
     "c4_v220_full_lm": objectives.full_lm,
-    # In t5, gin gives it its objective; here it has the one T5 was finally trained with.
+    # In t5 gin sets its objective; here it has that of the final T5.
     "c4_v020_unsupervised": objectives.span_corruption,
 }
 

@@ -1,9 +1,8 @@
-"""CNN/DailyMail as text, under t5's name `cnn_dailymail_v002`: `summarize: ARTICLE` to its highlights, scored by ROUGE.
+"""CNN/DailyMail under t5's name `cnn_dailymail_v002`: `summarize: ARTICLE` -> highlights, scored by ROUGE.
 
-Reads cnn_dailymail/{train,validation,test}.csv (columns id, article, highlights, as Hugging Face and Kaggle have them),
-or TFDS cnn_dailymail:3.4.0. The text is taken as it is: files made like TFDS before its version 3.2 have a space before
-a full stop that was added to a line without one, which ROUGE does not see. The whole train.csv (1.3 GB) is held in
-memory. Must not know: mixtures, models.
+Reads cnn_dailymail/{train,validation,test}.csv (columns id, article, highlights, as on Hugging Face and Kaggle), or
+TFDS cnn_dailymail:3.4.0. The text is not changed: files made like TFDS before 3.2 have a space before an added full
+stop, which ROUGE ignores. The whole train.csv (1.3 GB) is loaded into memory. Must not import: mixtures, models.
 """
 
 import functools
@@ -19,7 +18,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 def read(paths: list[str], split: str) -> data_sources.Columns:
-    """All rows of the CSV files, with TFDS's features but for the publisher."""
+    """Return all rows of the CSV files, with TFDS's features except the publisher."""
     columns: dict[str, list[bytes]] = {name: [] for name in FEATURES}
     for path in paths:
         skipped = readers.Skipped(path)
@@ -33,7 +32,7 @@ def read(paths: list[str], split: str) -> data_sources.Columns:
 
 @seqio.map_over_dataset
 def summarize(x: preprocessors.Example) -> preprocessors.Example:
-    """t5's `summarize: ARTICLE` to the highlights, one a line."""
+    """Make t5's inputs `summarize: ARTICLE` and targets, one highlight per line."""
     return {"inputs": tf.strings.join(["summarize:", x["article"]], " "), "targets": x["highlights"]}
 
 

@@ -1,14 +1,12 @@
-"""Where raw examples come from: a corpus's official files when they are there, otherwise TFDS. Decided at first use.
+"""SeqIO data sources: read a corpus from its official files if present, otherwise from TFDS.
 
-Three SeqIO data sources and a task class:
+  MemorySource   files parsed once in Python into tensors; each epoch is fully reshuffled (GLUE, SQuAD)
+  LinesSource    one example per line, streamed from many files (C4)
+  CorpusSource   one of the two for a folder under $T5X_LITE_DATA_DIR, or TFDS; chosen on first use
+  CorpusTask     a seqio.Task that may have no splits, so that a mixture works with a partial copy of the data
 
-  MemorySource   files parsed once in Python into tensors; each pass is a whole, fresh shuffle (GLUE, SQuAD)
-  LinesSource    one example a line, streamed from many files (C4)
-  CorpusSource   one of the two for a folder under $T5X_LITE_DATA_DIR, or TFDS; looks at neither until it is used
-  CorpusTask     a seqio.Task that may lack every split: a mixture passes over what a partial copy lacks
-
-The position in each can be saved with the tf.data iterator (`tf.train.Checkpoint(iterator)`): nothing that draws or
-reads keeps Python state. Must not know: text formats of tasks, vocabularies, mixtures.
+The position of a dataset can be saved with its tf.data iterator (`tf.train.Checkpoint(iterator)`): shuffling and
+reading keep no Python state. Must not import: text formats of tasks, vocabularies, mixtures.
 """
 
 import contextlib
@@ -28,18 +26,17 @@ from seqio import dataset_providers
 from tasks import cache, readers
 from tasks.errors import MissingFileError, UserError
 
-# A column holds one value per example: an array, or a ragged tensor where an example holds a list; nested as the
-# features are.
+# A column has one value per example: an array, or a ragged tensor for lists; columns are nested like the features.
 Columns = dict[str, Any]
-_LINES_PER_CALL = 64  # lines handed to Python at once: 3 times the speed of one at a time
+_LINES_PER_CALL = 64  # lines per Python call: 3 times as fast as one line per call
 
 
 class MemorySource(seqio.DataSource):
-    """Examples parsed in Python into columns, once for each dataset.
+    """A source whose examples are parsed in Python into columns, once per dataset.
 
     Args:
-      paths: split name to the file (or files) that hold it; only splits whose files exist.
-      read: gives a split's columns, all of one length, from its files. Bad rows raise ValueError here, at once.
+      paths: split name -> files; only splits whose files exist.
+      read: (files, split) -> columns of equal length. Raises UserError for bad rows.
     """
 
     def __init__(self, paths: Mapping[str, list[str]], read: Callable[[list[str], str], Columns]):
@@ -79,13 +76,13 @@ class MemorySource(seqio.DataSource):
     ) -> tf.data.Dataset:
         columns, size = self._columns(split)
         columns = tf.nest.map_structure(_as_tensor, columns)
-        mine = _share(range(size), shard_info, f"{', '.join(self._paths[split])}: {size} examples")
+        shard = _shard(range(size), shard_info, f"{', '.join(self._paths[split])}: {size} examples")
 
         def example(i: tf.Tensor) -> dict:
-            return tf.nest.map_structure(lambda column: column[i * mine.step + mine.start], columns)
+            return tf.nest.map_structure(lambda column: column[i * shard.step + shard.start], columns)
 
         def indices(key: tf.Tensor) -> tf.data.Dataset:
-            return _permutation(len(mine), key) if shuffle else tf.data.Dataset.range(len(mine))
+            return _permutation(len(shard), key) if shuffle else tf.data.Dataset.range(len(shard))
 
         return _passes(indices, seed, num_epochs).map(example, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -94,35 +91,35 @@ def _as_tensor(column: np.ndarray | tf.RaggedTensor) -> tf.Tensor | tf.RaggedTen
     return column if isinstance(column, tf.RaggedTensor) else tf.constant(column)
 
 
-def _share(items: Any, shard_info: seqio.ShardInfo | None, named: str) -> Any:
-    """This host's part of a sequence: every n-th item, whatever the seeds of the other hosts."""
-    shards, shard = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
-    mine = items[shard::shards]
-    if not mine:
-        raise UserError(f"{named} cannot be shared among {shards} hosts")
-    return mine
+def _shard(items: Any, shard_info: seqio.ShardInfo | None, name: str) -> Any:
+    """Return this host's shard of a sequence: every n-th item, independent of any seed."""
+    shards, index = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
+    shard = items[index::shards]
+    if not shard:
+        raise UserError(f"{name} cannot be shared among {shards} hosts")
+    return shard
 
 
 def _passes(
     one_pass: Callable[[tf.Tensor], tf.data.Dataset], seed: int | None, num_epochs: int | None
 ) -> tf.data.Dataset:
-    """`one_pass(key)` for each of `num_epochs` passes (None: without end), with another key each time.
+    """Concatenate `one_pass(key)` for each of `num_epochs` epochs (None: infinitely many), with a new key each time.
 
-    The key is a function of the seed and the number of the pass. A random stream that `repeat` starts anew would not
-    do: tf.data drops its state as soon as a pass has been read ahead to its end, and a position saved then is wrong.
+    The key is a function of the seed and the epoch. A random stream restarted by `repeat` is not used: tf.data drops
+    its state once an epoch has been prefetched to its end, and a position saved then is wrong.
     """
     base = tf.constant([0, secrets.randbits(31) if seed is None else seed], tf.int32)
 
-    def numbered(number: tf.Tensor) -> tf.data.Dataset:
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
         return one_pass(tf.random.fold_in(base, tf.cast(number, tf.int32)))  # pyright: ignore[reportArgumentType]
 
-    return tf.data.Dataset.range(2**31 if num_epochs is None else num_epochs).flat_map(numbered)
+    return tf.data.Dataset.range(2**31 if num_epochs is None else num_epochs).flat_map(epoch)
 
 
 def _permutation(size: int, key: tf.Tensor) -> tf.data.Dataset:
-    """0..size-1 in the order that the key says, computed index by index.
+    """Return a permutation of 0..size-1 by the key, computed index by index.
 
-    `Dataset.shuffle(size)` puts its whole buffer in each checkpoint: 80 MB and 7 s to save for MNLI's 400,000 rows.
+    `Dataset.shuffle(size)` would save its buffer in each checkpoint: 80 MB and 7 s for MNLI's 400,000 rows.
     """
 
     def permuted(i: tf.Tensor) -> tf.Tensor:
@@ -133,7 +130,7 @@ def _permutation(size: int, key: tf.Tensor) -> tf.data.Dataset:
 
 
 class _FilesSource(seqio.FileDataSource):
-    """SeqIO's way of reading a split's files, sixteen at a time; its passes are ours."""
+    """A source that interleaves 16 files like SeqIO, with the epochs of `_passes`."""
 
     def get_dataset(
         self,
@@ -145,10 +142,10 @@ class _FilesSource(seqio.FileDataSource):
         **unused,
     ) -> tf.data.Dataset:
         files = self.list_shards(split)
-        mine = _share(files, shard_info, f"{split} of {self}: {len(files)} files")
+        shard = _shard(files, shard_info, f"{split} of {self}: {len(files)} files")
 
         def read(key: tf.Tensor) -> tf.data.Dataset:
-            paths = seqio.stateless_shuffle(tf.constant(mine), key) if shuffle else tf.constant(mine)
+            paths = seqio.stateless_shuffle(tf.constant(shard), key) if shuffle else tf.constant(shard)
             paths = tf.data.Dataset.from_tensor_slices(paths)
             return paths.interleave(self._reader, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -156,17 +153,16 @@ class _FilesSource(seqio.FileDataSource):
 
 
 class LinesSource(_FilesSource):
-    """Streams examples from files that hold one example a line, plain or .gz, file by file as SeqIO does.
+    """A source that streams examples from files with one example per line, plain or .gz.
 
     Args:
-      files: split name to file patterns.
-      parse: (path, line number from 1, line as text) to one string for each name in `features`, or None for a blank
-        line that need not hold an example.
-      features: the names of the strings that `parse` gives.
+      files: split name -> file patterns.
+      parse: (path, line number from 1, line) -> one string per name in `features`, or None for a blank line.
+      features: names of the strings returned by `parse`.
 
-    A line that `parse` refuses, text that is not UTF-8 and a .gz that ends early stop the iterator with
-    tf.errors.InvalidArgumentError naming file and line, unless `readers.set_bad_rows` has them skipped; their number is
-    logged at the end of the file. (tf.data alone takes a truncated .gz for a short one.)
+    If `parse` raises BadRow, a line is not UTF-8 or a .gz is truncated, the iterator raises
+    tf.errors.InvalidArgumentError with file and line. With `readers.set_bad_rows("skip")` bad lines are dropped, and
+    their number is logged at the end of the file. (tf.data alone does not detect a truncated .gz.)
     """
 
     def __init__(
@@ -177,24 +173,24 @@ class LinesSource(_FilesSource):
     ):
         self._parse = parse
         self._features = tuple(features)
-        self._skipped: dict[str, readers.Skipped] = {}  # of the files being read; for the log alone
+        self._skipped: dict[str, readers.Skipped] = {}  # by file, only for the log
         super().__init__(read_file_fn=self._read_lines, split_to_filepattern=files)
 
     def _read_lines(self, path: tf.Tensor) -> tf.data.Dataset:
-        packed = tf.strings.regex_full_match(path, r".*\.gz")
-        batches = tf.data.TextLineDataset(path, compression_type=tf.where(packed, "GZIP", "")).batch(_LINES_PER_CALL)
-        end = tf.data.Dataset.from_tensors(tf.zeros([0], tf.string))  # an empty batch: the file is read to its end
+        is_gzip = tf.strings.regex_full_match(path, r".*\.gz")
+        batches = tf.data.TextLineDataset(path, compression_type=tf.where(is_gzip, "GZIP", "")).batch(_LINES_PER_CALL)
+        end = tf.data.Dataset.from_tensors(tf.zeros([0], tf.string))  # an empty batch marks the end of the file
         batches = batches.concatenate(end).scan(np.zeros(2, np.int64), _count_lines_and_bytes)
 
-        def parse(seen, batch):
+        def parse(counts, batch):
             types = [tf.string] * len(self._features)
-            values = tf.numpy_function(self._parse_batch, [path, seen, batch], types, stateful=False)
+            values = tf.numpy_function(self._parse_batch, [path, counts, batch], types, stateful=False)
             return {k: tf.ensure_shape(v, [None]) for k, v in zip(self._features, values, strict=True)}
 
         return batches.map(parse).unbatch()
 
-    def _parse_batch(self, path: bytes, seen: np.ndarray, batch: np.ndarray) -> list[np.ndarray]:
-        name, lines_before, bytes_before = path.decode(), int(seen[0]), int(seen[1])
+    def _parse_batch(self, path: bytes, counts: np.ndarray, batch: np.ndarray) -> list[np.ndarray]:
+        name, lines_before, bytes_before = path.decode(), int(counts[0]), int(counts[1])
         if not lines_before or name not in self._skipped:
             self._skipped[name] = readers.Skipped(name)
         skipped = self._skipped[name]
@@ -213,30 +209,30 @@ class LinesSource(_FilesSource):
         return [np.array([row[k].encode() for row in rows], object) for k in range(len(self._features))]
 
 
-def _count_lines_and_bytes(seen: tf.Tensor, batch: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
-    """Lines and bytes of the file up to this batch beside the batch, and up to its end as the next state."""
+def _count_lines_and_bytes(counts: tf.Tensor, batch: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
+    """Scan function: pair each batch with the number of lines and bytes before it."""
     size = tf.stack([tf.size(batch, tf.int64), tf.reduce_sum(tf.cast(tf.strings.length(batch) + 1, tf.int64))])
-    return seen + size, (seen, batch)
+    return counts + size, (counts, batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     source: seqio.DataSource
-    origin: str  # for the log: what is read
+    origin: str  # description for the log
 
 
 class CorpusSource(seqio.DataSource):
-    """A corpus's official files under $T5X_LITE_DATA_DIR when its folder is there, otherwise TFDS.
+    """A corpus read from its official files under $T5X_LITE_DATA_DIR if its folder exists, otherwise from TFDS.
 
-    Which of the two is decided when the source is first used (and again when a variable changes), and logged. With
-    the folder there, its splits are those whose files are; a missing split is missing, never taken from TFDS.
+    The choice is made and logged when the source is first used (and again if a variable changes). If the folder exists,
+    only splits whose files exist are available; a missing split is not read from TFDS.
 
     Args:
-      folder: the corpus's folder under the data folder, such as "glue/CoLA".
-      files: split name to file pattern in that folder.
-      build: makes the source that reads the files found, as split name to paths.
-      tfds_name: the same corpus in TFDS, with its version.
-      tfds_splits: the splits that TFDS has, said here so that asking for them needs no TFDS data.
+      folder: folder of the corpus in the data folder, such as "glue/CoLA".
+      files: split name -> file pattern in that folder.
+      build: split name -> paths to the source that reads them.
+      tfds_name: name and version of the corpus in TFDS.
+      tfds_splits: splits in TFDS, listed here so that `splits` needs no TFDS data.
     """
 
     def __init__(
@@ -256,24 +252,24 @@ class CorpusSource(seqio.DataSource):
         self._choices: dict[tuple[str | None, str | None], _Choice] = {}
 
     def _choice(self) -> _Choice:
-        root, tfds_folder = place = readers.data_dir(), os.environ.get("TFDS_DATA_DIR")
-        if place not in self._choices:
+        root, tfds_folder = location = readers.data_dir(), os.environ.get("TFDS_DATA_DIR")
+        if location not in self._choices:
             folder = root and os.path.join(root, self._folder)
             if folder and tf.io.gfile.isdir(folder):
-                found = {split: sorted(tf.io.gfile.glob(os.path.join(folder, f))) for split, f in self._files.items()}
-                found = {split: paths for split, paths in found.items() if paths}
-                choice = _Choice(self._build(found), f"the files in {folder} ({', '.join(found) or 'no split'})")
+                files = {split: sorted(tf.io.gfile.glob(os.path.join(folder, f))) for split, f in self._files.items()}
+                files = {split: paths for split, paths in files.items() if paths}
+                choice = _Choice(self._build(files), f"the files in {folder} ({', '.join(files) or 'no split'})")
             else:
-                # TFDS itself would take the variable's value at the time when it was imported.
+                # TFDS itself reads the variable only when it is imported.
                 source = seqio.TfdsDataSource(self._tfds_name, tfds_folder, self._tfds_splits)
-                where = tfds_folder or "TFDS's own folder"
-                choice = _Choice(source, f"TFDS {self._tfds_name} in {where}")
+                location_name = tfds_folder or "TFDS's default folder"
+                choice = _Choice(source, f"TFDS {self._tfds_name} in {location_name}")
             logging.info("%s: reading %s", self._tfds_name.split(":")[0], choice.origin)
-            self._choices[place] = choice
-        return self._choices[place]
+            self._choices[location] = choice
+        return self._choices[location]
 
     def describe(self) -> str:
-        """What is read, for a person: the folder with its splits, or the TFDS name and place."""
+        """Return a description of the source: the folder with its splits, or the TFDS name and folder."""
         return self._choice().origin
 
     def __str__(self) -> str:
@@ -290,8 +286,8 @@ class CorpusSource(seqio.DataSource):
     def _source(self, split: str) -> seqio.DataSource:
         choice = self._choice()
         if split not in choice.source.splits:
-            wanted = f"; it would be {self._files[split]}" if split in self._files else ""
-            raise UserError(f"no split {split!r} in {choice.origin}{wanted}")
+            hint = f"; its file would be {self._files[split]}" if split in self._files else ""
+            raise UserError(f"no split {split!r} in {choice.origin}{hint}")
         return choice.source
 
     def list_shards(self, split: str) -> Sequence[str]:
@@ -320,7 +316,7 @@ class CorpusSource(seqio.DataSource):
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Adds what to do to the many ways in which TFDS says that its data is not there."""
+        """Turn TFDS's errors for missing data into a MissingFileError with instructions."""
         try:
             yield
         except Exception as error:
@@ -328,14 +324,14 @@ class CorpusSource(seqio.DataSource):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise MissingFileError(
-                f"TFDS could not give {self._tfds_name}: {reason}. "
-                f"Prepare it (tfds build) and point TFDS_DATA_DIR at it, or put the corpus's official files in "
+                f"TFDS could not read {self._tfds_name}: {reason}. "
+                f"Prepare it (tfds build) and set TFDS_DATA_DIR, or put the corpus's official files in "
                 f"${readers.DATA_DIR_VARIABLE}/{self._folder}/ ({', '.join(self._files.values())})"
             ) from error
 
 
 class _Repeated(seqio.DataSource):
-    """A source of this module, gone through several times; SeqIO's tasks ask theirs for one pass and repeat it."""
+    """A source of this module with `num_epochs` epochs; SeqIO's tasks would repeat a single epoch."""
 
     def __init__(self, source: seqio.DataSource, num_epochs: int | None):
         super().__init__(splits=source.splits, caching_permitted=source.caching_permitted)
@@ -357,18 +353,17 @@ class _Repeated(seqio.DataSource):
 
 
 class _CachedSource(_FilesSource, dataset_providers._CachedDataSource):
-    """SeqIO's reader of an offline cache."""
+    """SeqIO's source of an offline cache, with the epochs of `_passes`."""
 
     def __init__(self, folder: str, split: str):
         dataset_providers._CachedDataSource.__init__(self, folder, split)
 
 
 class CorpusTask(seqio.Task):
-    """A task whose files may hold none of its splits (MNLI's without dev_matched.tsv): evaluators then skip it.
+    """A task that may have no splits (MNLI matched without dev_matched.tsv), which evaluators then skip.
 
-    Its source or offline cache repeats itself (see `_passes`). What the source holds in memory does not go through
-    SeqIO's memory cache as well: that would freeze the order of the first pass for all others, and be written into each
-    saved position.
+    Its source or offline cache does the repetition (see `_passes`). Sources in memory bypass SeqIO's memory cache,
+    which would fix the order of the first epoch for all others and be saved in each checkpoint.
     """
 
     @property
@@ -393,6 +388,6 @@ class CorpusTask(seqio.Task):
 
 
 def describe(task_or_mixture: seqio.Task | seqio.Mixture) -> dict[str, str]:
-    """Task name to what its source reads, for each task whose source can say."""
+    """Return task name -> description of its source, for each task with a CorpusSource."""
     members = task_or_mixture.tasks if isinstance(task_or_mixture, seqio.Mixture) else [task_or_mixture]
     return {task.name: task.source.describe() for task in members if isinstance(task.source, CorpusSource)}

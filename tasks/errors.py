@@ -1,11 +1,11 @@
-"""Errors that a user can put right, as one line; `t5x_lite.errors` has the same for what does not need TensorFlow.
+"""Errors that a user can fix, reported in one line; `t5x_lite.errors` has the same classes for the trainer.
 
-They are also the built-in errors that Python code expects.
+They derive from the built-in errors that Python code expects.
 """
 
 
 class UserError(ValueError):
-    """A name, file, row or combination that the user has to change."""
+    """A name, file, row or combination of settings that the user has to change."""
 
 
 class UserFileError(OSError, UserError):

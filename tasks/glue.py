@@ -1,11 +1,11 @@
-"""GLUE as text: all its tasks under T5's names (`glue_cola_v002`, ..., `glue_ax_v002`).
+"""GLUE as text-to-text tasks under T5's names (`glue_cola_v002`, ..., `glue_ax_v002`).
 
-Reads the official glue/<Task>/*.tsv, or TFDS. t5 names TFDS's glue:1.0.0; 2.0.0 is what today's TFDS can prepare and
-has the same features and label order (QQP has 363,846 rows where 1.0.0 had 363,849), so v002's text does not change.
-TFDS numbers MRPC's rows (`idx`) by Microsoft's msr_paraphrase_train.txt, from which both splits were made. GLUE's own
-download script leaves that file beside the TSV files; without it, each of these is numbered from 0, which the log says.
+Reads the official glue/<Task>/*.tsv, or TFDS. t5 uses TFDS glue:1.0.0; current TFDS can prepare 2.0.0, which has the
+same features and label order (QQP has 363,846 rows, 363,849 in 1.0.0), so the text of v002 does not change. TFDS
+numbers MRPC's rows (`idx`) by Microsoft's msr_paraphrase_train.txt, the source of both splits. GLUE's download script
+puts that file next to the TSV files; without it, each split is numbered from 0, which is logged.
 
-Must not know: mixtures, models.
+Must not import: mixtures, models.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ class Glue:
     """One GLUE task.
 
     Args:
-      name: as in TFDS and in the task's name.
-      folder: its folder in the official release.
-      text: TFDS feature to the column of the files.
-      labels: the label words in order of their ids; none for STS-B, whose label is a number.
-      label_column: the column of the label; a file without it (test sets) has label -1.
+      name: name in TFDS and in the task's name.
+      folder: folder in the official release.
+      text: TFDS feature -> column of the files.
+      labels: label words in the order of their ids; empty for STS-B, whose label is a number.
+      label_column: column of the label; in files without it (test sets) the label is -1.
       metric_fns: t5's metrics.
-      files: split to file name.
-      prefix: the first word of the inputs, the name unless given.
+      files: split -> file name.
+      prefix: first word of the inputs; default: `name`.
       no_header: splits whose file has no header, with the position of each column.
-      drop_broken_rows: whether rows that lack a column are dropped, with a count in the log, as TFDS does, or refused.
-      numbered_by: the file whose rows `idx` counts, where it is not the split's own, and the columns that name a row.
+      drop_broken_rows: drop and count rows that lack a column, as TFDS does; otherwise they raise an error.
+      numbered_by: the file whose rows `idx` counts, if not the split's own, and the columns that identify a row.
     """
 
     name: str
@@ -82,7 +82,7 @@ CONFIGS = (
     Glue(
         "qqp", "QQP", _pair("question1", "question2"), ("not_duplicate", "duplicate"), "is_duplicate",
         [metrics.f1_score_with_invalid, metrics.accuracy],
-        drop_broken_rows=True,  # the official train.tsv has a few, and the published count is without them
+        drop_broken_rows=True,  # the official train.tsv has a few; the published count excludes them
     ),
     Glue(
         "stsb", "STS-B", _SENTENCES, (), "score",
@@ -114,9 +114,9 @@ CONFIGS = (
 
 
 def read(paths: list[str], split: str, config: Glue) -> data_sources.Columns:
-    """The examples of a split's TSV file, with TFDS's features: the text, `label` and `idx` (the row, from 0).
+    """Return the examples of a split's TSV file, with TFDS's features: the text, `label` and `idx` (the row, from 0).
 
-    Raises readers.BadRow for a header without the columns, a short row, an unknown label, unless such rows are skipped.
+    Raises readers.BadRow for a missing column, a short row or an unknown label, unless bad rows are skipped.
     """
     columns: dict[str, list] = {name: [] for name in (*config.text, "label", "idx")}
     positions = config.no_header.get(split)
@@ -126,9 +126,9 @@ def read(paths: list[str], split: str, config: Glue) -> data_sources.Columns:
         number = _numbers(path, split, config)
         for line, row in readers.tsv_rows(path, positions or needed, skipped):
             with skipped:
-                lacking = [c for c in needed if c not in row or (c == config.label_column and not row[c])]
-                if lacking:
-                    error = readers.bad_row(path, line, f"no {', '.join(lacking)} in this row: mend or remove it")
+                missing = [c for c in needed if c not in row or (c == config.label_column and not row[c])]
+                if missing:
+                    error = readers.bad_row(path, line, f"no {', '.join(missing)} in this row: correct or remove it")
                     if not config.drop_broken_rows:
                         raise error
                     skipped.add(error)
@@ -144,28 +144,28 @@ def read(paths: list[str], split: str, config: Glue) -> data_sources.Columns:
 
 
 def _numbers(path: str, split: str, config: Glue) -> Callable[[Mapping[str, str], int], int]:
-    """A function of a row, and its place in the file, to its `idx`."""
+    """Return a function from a row and its index in the file to its `idx`."""
     if config.numbered_by is None or split.startswith("test"):
-        return lambda row, place: place
+        return lambda row, index: index
     name, key = config.numbered_by
     original = os.path.join(os.path.dirname(path), name)
     if not tf.io.gfile.exists(original):
-        logging.info("%s: idx counts its own rows, for %s is not there", path, original)
-        return lambda row, place: place
+        logging.info("%s: idx counts the rows of this file, because %s does not exist", path, original)
+        return lambda row, index: index
     rows = readers.tsv_rows(original, key, readers.Skipped(original, "refuse"))
-    places = {tuple(row.get(column) for column in key): line - 2 for line, row in rows}
+    indices = {tuple(row.get(column) for column in key): line - 2 for line, row in rows}
 
-    def number(row: Mapping[str, str], place: int) -> int:
-        named = tuple(row.get(column) for column in key)
-        if named not in places:
-            raise readers.bad_row(path, place + 2, f"{original} has no row {named}, by which this one is numbered")
-        return places[named]
+    def number(row: Mapping[str, str], index: int) -> int:
+        row_key = tuple(row.get(column) for column in key)
+        if row_key not in indices:
+            raise readers.bad_row(path, index + 2, f"{original} has no row {row_key}, which `idx` needs")
+        return indices[row_key]
 
     return number
 
 
 def _label(value: str, config: Glue, path: str, line: int) -> float:
-    """A label as its id (written as a word or as an id), or STS-B's score."""
+    """Return the id of a label, given as a word or an id, or STS-B's score."""
     try:
         if not config.labels and 0 <= float(value) <= 5:
             return float(value)
@@ -174,7 +174,7 @@ def _label(value: str, config: Glue, path: str, line: int) -> float:
         if 0 <= int(value) < len(config.labels):
             return int(value)
     except ValueError:
-        pass  # refused below with the rest
+        pass  # raises the error below
     raise readers.bad_row(
         path, line, f"unknown label {value!r}; {config.name} has {', '.join(config.labels) or 'numbers from 0 to 5'}"
     )

@@ -1,13 +1,13 @@
-"""GLUE for an encoder with a classification head: `glue_cola_bert`, ..., `glue_ax_bert`, each for a model of its own.
+"""GLUE for an encoder with a classification head: `glue_cola_bert`, ..., `glue_ax_bert`; one model per task.
 
-For at most `TASK_FEATURE_LENGTHS["inputs"]` tokens a task gives
+The features, for at most `TASK_FEATURE_LENGTHS["inputs"]` tokens:
 
-  inputs    [CLS] first [SEP] second [SEP], or [CLS] sentence [SEP]; cut, the longer sentence first, at its end
+  inputs    [CLS] first [SEP] second [SEP], or [CLS] sentence [SEP]; the longer sentence is truncated first
   segments  0 for [CLS] first [SEP], 1 for second [SEP]
-  label     [the class], -1 where a test set does not say it; STS-B's is [the similarity], float32, a number to be hit
+  label     [class id], -1 if the test set has no labels; for STS-B [similarity], float32 (regression)
 
-and for the reader `inputs_pretokenized` and `idx`. Special tokens are those of tasks.bert, examples and metrics those
-of the text tasks in glue.py. Source: google-research/bert, run_classifier.py. Must not know: models, mixtures.
+and for inspection `inputs_pretokenized` and `idx`. Special tokens are those of tasks.bert; examples and metrics those
+of the text tasks in glue.py. Source: google-research/bert, run_classifier.py. Must not import: models, mixtures.
 """
 
 import functools
@@ -20,9 +20,9 @@ from tasks import bert, data_sources, glue, objectives, vocabulary
 
 
 class Labels(seqio.PassThroughVocabulary):
-    """The words of a task's classes, by their ids; without words, the target is one number.
+    """The class names of a task, by id; without names, the target is a number.
 
-    Tasks of other classes have another vocabulary, so that SeqIO refuses to mix them.
+    Tasks with different classes have different vocabularies, so SeqIO rejects a mixture of them.
     """
 
     def __init__(self, words: Sequence[str]):
@@ -39,15 +39,15 @@ class Labels(seqio.PassThroughVocabulary):
 def tokenized(
     dataset: tf.data.Dataset, output_features: objectives.Features, text_features: Sequence[str]
 ) -> tf.data.Dataset:
-    """One text to its tokens, `first`; or two, `first` and `second`."""
+    """Tokenise one text to `first`, or two to `first` and `second`."""
     encode = output_features["inputs"].vocabulary.encode_tf
     dtype = output_features["label"].dtype
 
     def tokens(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         texts = [x[name] for name in text_features]
         parts = {name: tf.cast(encode(text), tf.int32) for name, text in zip(("first", "second"), texts, strict=False)}
-        said = {"inputs_pretokenized": tf.strings.join(texts, " [SEP] "), "idx": x["idx"]}
-        return {**parts, "label": tf.cast(x["label"], dtype)[None], **said}
+        metadata = {"inputs_pretokenized": tf.strings.join(texts, " [SEP] "), "idx": x["idx"]}
+        return {**parts, "label": tf.cast(x["label"], dtype)[None], **metadata}
 
     return dataset.map(tokens, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -55,7 +55,7 @@ def tokenized(
 def pairs(
     dataset: tf.data.Dataset, sequence_length: objectives.Lengths | None, output_features: objectives.Features
 ) -> tf.data.Dataset:
-    """`first` and `second` to `inputs` and `segments`; the rest stays."""
+    """Combine `first` and `second` into `inputs` and `segments`; other features stay."""
     length = bert.needed_length(sequence_length)
     ids = bert.special(output_features["inputs"].vocabulary)
     cls, sep = tf.constant([ids.cls], tf.int32), tf.constant([ids.sep], tf.int32)
@@ -63,7 +63,7 @@ def pairs(
     def pair(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         x = dict(x)
         first, second = x.pop("first"), tf.zeros(0, tf.int32)
-        if "second" in x:  # token by token the longer loses one, and of two equals the second
+        if "second" in x:  # the longer (or the second, if equal) loses its last token until they fit
             room, second = length - 3, x.pop("second")
             second = second[: tf.maximum(room - tf.size(first), room // 2)]
             first = first[: room - tf.size(second)]

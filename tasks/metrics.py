@@ -1,31 +1,30 @@
-"""Metrics and the reading of generated text that they need, for GLUE, SQuAD and text-to-text tasks in general.
+"""Metrics and postprocessors for GLUE, SQuAD and text-to-text tasks in general.
 
-All take decoded, post-processed targets and predictions and give percentages. A prediction that cannot be read is
-wrong, never an error. Definitions: the t5 package's (evaluation/metrics.py), which for SQuAD is the official v1.1
-script's. Must not know: models, datasets, TensorFlow.
+Metrics take decoded, postprocessed targets and predictions and return percentages. A prediction that cannot be parsed
+counts as wrong and raises no error. Definitions are those of the t5 package (evaluation/metrics.py), for SQuAD those of
+the official v1.1 script. Must not import: models, datasets, TensorFlow.
 """
 
 import collections
 import math
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.stats
 
 Metrics = dict[str, float]
 
-# ------------------------------------------------------------------------------------------------ from text to values
+# ------------------------------------------------------------------------------------------------- postprocessors
 
 
 def string_to_class(text: str, labels: Sequence[str], **unused) -> int:
-    """The position of `text` among the label words, or -1 (always wrong) when it is none of them."""
+    """Return the index of `text` in the label words, or -1 (always wrong) if it is not one of them."""
     return labels.index(text) if text in labels else -1
 
 
 def string_to_float(text: str, default: float = -1.0, **unused) -> float:
-    """The number that `text` spells, or `default` when it is none or not finite."""
+    """Return the number in `text`, or `default` if it is not a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -34,20 +33,20 @@ def string_to_float(text: str, default: float = -1.0, **unused) -> float:
 
 
 def span_answers(text: str, example: dict | None = None, is_target: bool = False) -> str | dict:
-    """A prediction as it is; as target all answers of the example and its context, for `span_squad`."""
+    """Return a prediction unchanged; for a target, all answers of the example and its context, for `span_squad`."""
     if not is_target:
         return text
-    assert example is not None, "SeqIO gives the example with each target"
+    assert example is not None, "SeqIO passes the example with each target"
     context = example["context"]
     answers = qa_answers(text, example, is_target)
     return {"answers": answers, "context": context.decode() if isinstance(context, bytes) else str(context)}
 
 
 def qa_answers(text: str, example: dict | None = None, is_target: bool = False) -> str | list[str]:
-    """A prediction as it is; as target all answers of the example, any of which is right."""
+    """Return a prediction unchanged; for a target, all accepted answers of the example."""
     if not is_target:
         return text
-    assert example is not None, "SeqIO gives the example with each target"
+    assert example is not None, "SeqIO passes the example with each target"
     return [a.decode() if isinstance(a, bytes) else str(a) for a in example["answers"]]
 
 
@@ -55,12 +54,12 @@ def qa_answers(text: str, example: dict | None = None, is_target: bool = False) 
 
 
 def accuracy(targets: Sequence, predictions: Sequence) -> Metrics:
-    """Share of predictions equal to their targets."""
+    """Percentage of predictions equal to their targets."""
     return {"accuracy": 100 * float(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]))}
 
 
 def f1_score_with_invalid(targets: Sequence[int], predictions: Sequence[int]) -> Metrics:
-    """F1 of class 1 out of two; a prediction that is neither class counts as the wrong one."""
+    """F1 of class 1 of two classes; any other prediction counts as the wrong class."""
     t, p = np.asarray(targets), np.asarray(predictions)
     p = np.where((p == 0) | (p == 1), p, 1 - t)
     both, either = np.sum((t == 1) & (p == 1)), np.sum(t == 1) + np.sum(p == 1)
@@ -68,9 +67,9 @@ def f1_score_with_invalid(targets: Sequence[int], predictions: Sequence[int]) ->
 
 
 def matthews_corrcoef(targets: Sequence[int], predictions: Sequence[int]) -> Metrics:
-    """Matthews correlation for any number of classes (unreadable predictions are one more); 0 where it is undefined.
+    """Matthews correlation for any number of classes (invalid predictions are an extra class); 0 if undefined.
 
-    Source: Gorodkin 2004, as in scikit-learn, which t5 calls.
+    Source: Gorodkin 2004, as in scikit-learn, which t5 uses.
     """
     t, p = np.asarray(targets), np.asarray(predictions)
     classes = np.union1d(t, p)
@@ -85,19 +84,21 @@ def matthews_corrcoef(targets: Sequence[int], predictions: Sequence[int]) -> Met
 
 
 def pearson_corrcoef(targets: Sequence[float], predictions: Sequence[float]) -> Metrics:
-    """Pearson correlation; 0 where it is undefined (all predictions alike)."""
-    return {"pearson_corrcoef": _correlation(scipy.stats.pearsonr, targets, predictions)}
+    """Pearson correlation; 0 if undefined (all predictions equal)."""
+    return {"pearson_corrcoef": _correlation("pearsonr", targets, predictions)}
 
 
 def spearman_corrcoef(targets: Sequence[float], predictions: Sequence[float]) -> Metrics:
-    """Spearman rank correlation; 0 where it is undefined (all predictions alike)."""
-    return {"spearman_corrcoef": _correlation(scipy.stats.spearmanr, targets, predictions)}
+    """Spearman rank correlation; 0 if undefined (all predictions equal)."""
+    return {"spearman_corrcoef": _correlation("spearmanr", targets, predictions)}
 
 
-def _correlation(measure: Callable, targets: Sequence[float], predictions: Sequence[float]) -> float:
+def _correlation(name: str, targets: Sequence[float], predictions: Sequence[float]) -> float:
     if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
         return 0.0
-    return 100 * float(measure(targets, predictions)[0])
+    import scipy.stats  # takes half a second to import
+
+    return 100 * float(getattr(scipy.stats, name)(targets, predictions)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -106,13 +107,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's: lower case, no ASCII punctuation, then no articles, single spaces."""
+    """Normalise as SQuAD does: lower case, no ASCII punctuation, no articles, single spaces."""
     text = text.lower().translate(_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def token_f1(target: str, prediction: str) -> float:
-    """Overlap of words between two normalised texts, in 0..1; 0 when either has none."""
+    """F1 of the words of two normalised texts, in 0..1; 0 if they have no common word."""
     t, p = target.split(), prediction.split()
     common = sum((collections.Counter(t) & collections.Counter(p)).values())
     if not common:
@@ -133,31 +134,31 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metri
 
 
 def span_squad(targets: Sequence[Mapping], predictions: Sequence[str]) -> Metrics:
-    """`squad` on the words that predictions like "start: 3 end: 6" point at in their contexts; t5's, see tasks.squad.
+    """`squad` on the context words that predictions like "start: 3 end: 6" select; as in t5, see tasks.squad.
 
     Args:
       targets: {"answers": all answers, "context": text}, from `span_answers`.
-      predictions: anything else than two numbers at their places points at nothing.
+      predictions: a prediction without two numbers in this form selects nothing.
     """
     texts = [_span(target["context"], prediction) for target, prediction in zip(targets, predictions, strict=True)]
     return squad([target["answers"] for target in targets], texts)
 
 
 def _span(context: str, prediction: str) -> str:
-    said = re.sub(r"\W", " ", prediction).split()
+    words = re.sub(r"\W", " ", prediction).split()
     try:
-        start, end = int(said[1]), int(said[3])
+        start, end = int(words[1]), int(words[3])
     except (IndexError, ValueError):
         return ""
     return " ".join(re.sub(r"\W", " ", context).split()[start : end + 1])
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
-    """ROUGE-1, ROUGE-2 and ROUGE-L by sentences (rougeLsum): the mean F-measures, by Google's rouge-score.
+    """ROUGE-1, ROUGE-2 and sentence-wise ROUGE-L (rougeLsum): mean F-measures by Google's rouge-score.
 
-    Sentences are split as in t5. t5 gives the middle of a bootstrap, which is random and near this plain mean.
+    Sentences are split as in t5. t5 returns the midpoint of a bootstrap, which is random and close to this mean.
     """
-    from rouge_score import rouge_scorer  # for summaries alone, and slow to import
+    from rouge_score import rouge_scorer  # slow to import
 
     names = ("rouge1", "rouge2", "rougeLsum")
     scorer = rouge_scorer.RougeScorer(names)
@@ -167,7 +168,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
 
 
 def text_match(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
-    """For any text-to-text task: strict equality, and F1 of words after SQuAD's normalisation."""
+    """Exact match without normalisation, and F1 of words after SQuAD's normalisation, for any text-to-text task."""
     f1 = [token_f1(normalize_answer(t), normalize_answer(p)) for t, p in zip(targets, predictions, strict=True)]
     equal = [t == p for t, p in zip(targets, predictions, strict=True)]
     return {"exact_match": 100 * float(np.mean(equal)), "f1": 100 * float(np.mean(f1))}
@@ -175,7 +176,7 @@ def text_match(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
 
 # ------------------------------------------------------------------------------------------------------------- averages
 
-# The eight scores that the T5 paper's GLUE average is the mean of, each the mean of what is listed.
+# The eight scores whose mean is the T5 paper's GLUE average; each is the mean of the listed metrics.
 GLUE_AVERAGE: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {"glue_cola_v002": ("matthews_corrcoef",)},
     {"glue_sst2_v002": ("accuracy",)},
@@ -189,15 +190,15 @@ GLUE_AVERAGE: tuple[Mapping[str, tuple[str, ...]], ...] = (
 
 
 def glue_missing(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What {task: {metric: score}} lacks of the GLUE average, as "task/metric"."""
-    wanted = [(task, name) for part in GLUE_AVERAGE for task, names in part.items() for name in names]
-    return [f"{task}/{name}" for task, name in wanted if name not in scores.get(task, {})]
+    """Return the scores that {task: {metric: score}} lacks for the GLUE average, as "task/metric"."""
+    needed = [(task, name) for part in GLUE_AVERAGE for task, names in part.items() for name in names]
+    return [f"{task}/{name}" for task, name in needed if name not in scores.get(task, {})]
 
 
 def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float:
-    """The GLUE average of the T5 paper's tables, of {task: {metric: score}}; other tasks (WNLI, AX) have no part in it.
+    """Return the GLUE average of the T5 paper from {task: {metric: score}}; other tasks (WNLI, AX) are ignored.
 
-    Raises ValueError where a score is missing: an average of fewer tasks is not comparable.
+    Raises ValueError if a score is missing, because an average of fewer tasks is not comparable.
     """
     if missing := glue_missing(scores):
         raise ValueError(f"no GLUE average without {', '.join(missing)}")

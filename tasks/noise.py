@@ -1,16 +1,16 @@
-"""The noise of T5's denoising objectives: which tokens are noise, and what inputs and targets are written from that.
+"""Noise masks and encodings of T5's denoising objectives, in numpy.
 
-Everything here works on N pieces of text of one length L at once, in numpy:
+All functions work on N pieces of text of one length L at once:
 
-  a mask       (length L, noise_density, seeds [N, 2, 2]) -> bool [N, L], True where a token is noise
-  an encoding  (tokens [N, L], mask [N, L], vocabulary, seeds [N, 2, 2]) -> values [N, L], kept bool [N, L];
-               the result of a row is its values where kept
+  mask      (length L, noise_density, seeds [N, 2, 2]) -> bool [N, L], True for noise tokens
+  encoding  (tokens [N, L], mask [N, L], vocabulary, seeds [N, 2, 2]) -> values [N, L], keep bool [N, L];
+            the result of a row is values[keep]
 
-Each row has its own seeds, of which everything it draws is a function, so any position in the data can be replayed. The
-numbers drawn are those of TensorFlow's stateless functions, as in the t5 package: same seeds, same examples. They are
-generated here for all rows at once because a TensorFlow call for each row takes most of a pipeline's time.
+All randomness of a row is a function of its seeds, so any position in the data can be replayed. The random numbers are
+those of TensorFlow's stateless functions: the same seeds give the same examples as the t5 package. They are generated
+here for all rows at once, because a TensorFlow call per row would take most of a pipeline's time.
 
-Must not know: TensorFlow, SeqIO, datasets, task names.
+Must not import: TensorFlow, SeqIO, datasets, task names.
 """
 
 from typing import Protocol
@@ -33,7 +33,7 @@ _PHILOX_ADVANCE = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 
 
 def _philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011): counter uint64 [..., 4] and key [..., 2], each of 32 bits, to [..., 4]."""
+    """Philox4x32-10 (Salmon et al. 2011): counter uint64 [..., 4] and key [..., 2], 32 bits each -> [..., 4]."""
     c0, c1, c2, c3 = np.moveaxis(counter, -1, 0)
     k0, k1 = np.moveaxis(key, -1, 0)
     for _ in range(10):
@@ -44,7 +44,7 @@ def _philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _random_bits(seeds: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` 32-bit numbers of each seed. int [N, 2] to uint64 [N, count], as TensorFlow's kernels do it."""
+    """Return the first `count` 32-bit numbers of TensorFlow's kernels, seeds int [N, 2] -> uint64 [N, count]."""
     seeds = np.ascontiguousarray(seeds, np.int64).view(np.uint64)
     words = np.stack([seeds & _U32, seeds >> np.uint64(32)], axis=-1).reshape(len(seeds), 4)
     scrambled = _philox(words, np.array([0x3EC8F720, 0x02461E29], np.uint64))
@@ -56,41 +56,41 @@ def _random_bits(seeds: np.ndarray, count: int) -> np.ndarray:
 
 
 def uniform(seeds: np.ndarray, count: int) -> np.ndarray:
-    """float32 [N, count] in [0, 1): row n is tf.random.stateless_uniform([count], seeds[n])."""
+    """Return float32 [N, count] in [0, 1): row n is tf.random.stateless_uniform([count], seeds[n])."""
     bits = (_random_bits(seeds, count).astype(np.uint32) & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000)
     return bits.view(np.float32) - np.float32(1)
 
 
 def integers(seeds: np.ndarray, count: int, low: int, high: int) -> np.ndarray:
-    """int32 [N, count] in [low, high): tf.random.stateless_uniform([count], seeds[n], low, high, tf.int32)."""
+    """Return int32 [N, count]: row n is tf.random.stateless_uniform([count], seeds[n], low, high, tf.int32)."""
     return (low + _random_bits(seeds, count) % np.uint64(high - low)).astype(np.int32)
 
 
 def split(seeds: np.ndarray, count: int) -> np.ndarray:
-    """`count` new seeds of each: int64 [N, count, 2], as tf.random.split of an int64 seed."""
+    """Return `count` new seeds for each, int64 [N, count, 2], like tf.random.split of an int64 seed."""
     bits = _random_bits(seeds, 4 * count).reshape(len(seeds), count, 2, 2)
     return (bits[..., 0] | bits[..., 1] << np.uint64(32)).view(np.int64)
 
 
 def _shuffled(values: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """`values` [n] in an order of its own for each seed, [N, n]: seqio.stateless_shuffle."""
+    """Return `values` [n] shuffled by each seed, [N, n], like seqio.stateless_shuffle."""
     size = len(values)
-    drawn = _random_bits(seeds, size) & np.uint64(0x7FFFFF)  # what `uniform` makes its number from
-    places = np.sort(drawn << np.uint64(32) | np.arange(size, dtype=np.uint64), axis=1)  # far quicker than argsort
-    return values[places & _U32]
+    drawn = _random_bits(seeds, size) & np.uint64(0x7FFFFF)  # the bits of `uniform`
+    keys = np.sort(drawn << np.uint64(32) | np.arange(size, dtype=np.uint64), axis=1)  # much faster than argsort
+    return values[keys & _U32]
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
 def noise_counts(length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """How many tokens of `length` (at least 2) are noise and in how many spans; rounds half to even, in float32."""
+    """Return the number of noise tokens and spans for `length` (at least 2); rounds half to even, in float32."""
     noise = min(max(round(float(np.float32(length) * np.float32(noise_density))), 1), length - 1)
     return noise, max(round(float(np.float32(noise) / np.float32(mean_noise_span_length))), 1)
 
 
 def iid_noise_mask(length: int, noise_density: float, seeds: np.ndarray) -> np.ndarray:
-    """Each token is noise independently, with probability `noise_density`."""
+    """Each token is noise independently with probability `noise_density`."""
     return uniform(seeds[:, 0], length) < np.float32(noise_density)
 
 
@@ -101,14 +101,14 @@ def random_spans_noise_mask(
     mean_noise_span_length: float = 3.0,
     random_roll: bool = False,
 ) -> np.ndarray:
-    """Alternating spans, first text and last noise, of random lengths; how much and how many follow from the length.
+    """Alternating spans of random lengths, first text and last noise; `noise_counts` gives their total and number.
 
-    All such masks are equally likely. A sequence of one token has no noise. `random_roll` turns each mask by a random
+    All such masks are equally likely. A sequence of one token has no noise. `random_roll` rotates each mask by a random
     offset, so that it may begin with noise.
     """
     true_length, length = length, max(length, 2)
     noise, spans = noise_counts(length, noise_density, mean_noise_span_length)
-    # Span k of the text and span k of the noise, laid end to end: each begins where those before it end.
+    # Text span k is followed by noise span k; a span starts where the previous one ends.
     lengths = np.stack(
         [_span_lengths(length - noise, spans, seeds[:, 1]), _span_lengths(noise, spans, seeds[:, 0])], axis=2
     )
@@ -118,21 +118,21 @@ def random_spans_noise_mask(
     mask = (np.cumsum(boundaries[:, :true_length], axis=1) % 2).astype(bool)
     if not random_roll:
         return mask
-    turn = np.stack([seeds[:, 0, 0] + seeds[:, 1, 1], seeds[:, 0, 1] - seeds[:, 1, 0]], axis=1)
-    return np.take_along_axis(mask, (np.arange(true_length) - integers(turn, 1, 0, length)) % true_length, axis=1)
+    roll_seeds = np.stack([seeds[:, 0, 0] + seeds[:, 1, 1], seeds[:, 0, 1] - seeds[:, 1, 0]], axis=1)
+    return np.take_along_axis(mask, (np.arange(true_length) - integers(roll_seeds, 1, 0, length)) % true_length, axis=1)
 
 
 def _span_lengths(items: int, spans: int, seeds: np.ndarray) -> np.ndarray:
-    """Lengths [N, spans], each at least 1, of spans that together hold `items`; all ways are equally likely."""
-    first = _shuffled(np.arange(items - 1) < spans - 1, seeds)  # whether item k + 1 begins a span
+    """Return random span lengths [N, spans], at least 1, that sum to `items`; all compositions are equally likely."""
+    first = _shuffled(np.arange(items - 1) < spans - 1, seeds)  # whether item k + 1 starts a span
     starts = np.nonzero(first)[1].reshape(len(seeds), spans - 1) + 1
     return np.diff(starts, axis=1, prepend=0, append=items)
 
 
 def random_prefix_noise_mask(length: int, noise_density: float, seeds: np.ndarray) -> np.ndarray:
-    """The first tokens are noise: how many is uniform over [1, length - 1], hence a density of 0.5 and no other."""
+    """A prefix is noise; its length is uniform over [1, length - 1], so the density must be 0.5."""
     if noise_density != 0.5:
-        raise UserError(f"noise_density {noise_density}: the length of a prefix is uniform, hence its density 0.5")
+        raise UserError(f"noise_density {noise_density}: the length of a prefix is uniform, so it must be 0.5")
     shortest = min(1, length - 1)
     return np.arange(length) < integers(seeds[:, 0], 1, shortest, max(length, shortest + 1))
 
@@ -141,7 +141,7 @@ def random_prefix_noise_mask(length: int, noise_density: float, seeds: np.ndarra
 
 
 def _sentinel(vocabulary: Vocabulary) -> int:
-    """The first sentinel, <extra_id_0>: the last id; the others count downwards from it."""
+    """Return the first sentinel, <extra_id_0>, which is the last id; the others count down from it."""
     return vocabulary.vocab_size - 1
 
 
@@ -159,39 +159,39 @@ def noise_token_to_sentinel(tokens, mask, vocabulary, seeds=None):
 
 
 def noise_span_to_sentinel(tokens, mask, vocabulary, seeds=None):
-    """Each span of noise becomes one first sentinel."""
+    """Each noise span becomes a single first sentinel."""
     return noise_token_to_sentinel(tokens, mask, vocabulary)[0], ~mask | _first_of_span(mask)
 
 
 def nonnoise_span_to_sentinel(tokens, mask, vocabulary, seeds=None):
-    """Each span of text becomes one first sentinel."""
+    """Each text span becomes a single first sentinel."""
     return noise_span_to_sentinel(tokens, ~mask, vocabulary)
 
 
 def noise_span_to_unique_sentinel(tokens, mask, vocabulary, seeds=None):
-    """Span k of the noise becomes sentinel k: "Thank you <X> me to your party <Y> week ." """
+    """Noise span k becomes sentinel k: "Thank you <X> me to your party <Y> week ." """
     first = _first_of_span(mask)
     sentinels = _sentinel(vocabulary) + 1 - np.cumsum(first, axis=1, dtype=np.int32)
     return np.where(first, sentinels, tokens), ~mask | first
 
 
 def nonnoise_span_to_unique_sentinel(tokens, mask, vocabulary, seeds=None):
-    """Span k of the text becomes sentinel k: "<X> for inviting <Y> last <Z>"."""
+    """Text span k becomes sentinel k: "<X> for inviting <Y> last <Z>"."""
     return noise_span_to_unique_sentinel(tokens, ~mask, vocabulary)
 
 
 def drop_noise_tokens(tokens, mask, vocabulary, seeds=None):
-    """The text without its noise."""
+    """Noise tokens are dropped."""
     return tokens, ~mask
 
 
 def drop_nonnoise_tokens(tokens, mask, vocabulary, seeds=None):
-    """The noise alone."""
+    """Only noise tokens are kept."""
     return tokens, mask
 
 
 def permute_noise_tokens(tokens, mask, vocabulary, seeds):
-    """The noise tokens change places among themselves; the others stay (deshuffling, where all is noise)."""
+    """Noise tokens are permuted, others stay (deshuffling, if all tokens are noise)."""
     values = tokens.copy()
     for row, noise, seed in zip(values, mask, seeds, strict=True):
         row[noise] = _shuffled(row[noise], seed[:1])[0]
@@ -199,10 +199,10 @@ def permute_noise_tokens(tokens, mask, vocabulary, seeds):
 
 
 def noise_token_to_gathered_token(tokens, mask, vocabulary, seeds):
-    """Each noise token becomes a random one of the same piece of text."""
+    """Each noise token becomes a random token of the same piece of text."""
     length = tokens.shape[1]
-    places = integers(seeds[:, 0], length, 0, max(length, 1))
-    return np.where(mask, np.take_along_axis(tokens, places, axis=1), tokens), _all(tokens)
+    positions = integers(seeds[:, 0], length, 0, max(length, 1))
+    return np.where(mask, np.take_along_axis(tokens, positions, axis=1), tokens), _all(tokens)
 
 
 def noise_token_to_random_token(tokens, mask, vocabulary, seeds):
@@ -214,5 +214,5 @@ def noise_token_to_random_token(tokens, mask, vocabulary, seeds):
 def noise_token_to_random_token_or_sentinel(tokens, mask, vocabulary, seeds, random_prob=0.1):
     """Each noise token becomes the first sentinel, or with probability `random_prob` a random id (T5's BERT-style)."""
     use_random = uniform(seeds[:, 0], tokens.shape[1]) < np.float32(random_prob)
-    drawn, kept = noise_token_to_random_token(tokens, mask, vocabulary, seeds[:, 1:])
-    return np.where(use_random, drawn, noise_token_to_sentinel(tokens, mask, vocabulary)[0]), kept
+    random_tokens, keep = noise_token_to_random_token(tokens, mask, vocabulary, seeds[:, 1:])
+    return np.where(use_random, random_tokens, noise_token_to_sentinel(tokens, mask, vocabulary)[0]), keep

@@ -1,18 +1,18 @@
-"""From the tokens of documents to `inputs` and `targets`: T5's pre-training objectives as SeqIO preprocessors.
+"""T5's pre-training objectives as SeqIO preprocessors: from tokenised documents to `inputs` and `targets`.
 
-Each takes a dataset of tokenised `targets` (`tokenize` makes it of text) and is followed by `append_eos_after_trim`, as
-in the t5 package (0.9.4), with which it agrees example by example for the same dataset seed:
+Each objective takes a dataset of tokenised `targets` (see `tokenize`) and is followed by `append_eos_after_trim`, as in
+the t5 package (0.9.4). Examples are identical to t5's for the same dataset seed:
 
   span_corruption           spans replaced by sentinels (T5's final objective)
-  iid_denoising             single tokens at random, neighbours sharing a sentinel ("replace corrupted spans")
-  iid_drop_tokens           the same tokens left out ("drop corrupted tokens")
-  bert_style_denoising      90 % one mask token, 10 % a random token; the whole text is the target
-  mass_style_denoising      all of them the mask token; the whole text is the target
-  deshuffling               all tokens in random order; the text in order is the target
-  prefix_lm                 a first part of random length, and the rest
-  lm, full_lm               the text alone, each piece ended by EOS, or EOS only where a document ends
+  iid_denoising             random single tokens; adjacent ones share a sentinel ("replace corrupted spans")
+  iid_drop_tokens           the same tokens are dropped ("drop corrupted tokens")
+  bert_style_denoising      90 % become a mask token, 10 % a random token; the target is the whole text
+  mass_style_denoising      all become a mask token; the target is the whole text
+  deshuffling               inputs are all tokens in random order; the target is the text in order
+  prefix_lm                 inputs are a prefix of random length; the target is the rest
+  lm, full_lm               targets only; EOS ends each piece (lm) or each document (full_lm)
 
-Examples are worked on by the hundred: one by one, TensorFlow's cost of a call would be most of the work. Must not know:
+Examples are processed in blocks of 128, because a TensorFlow call per example would dominate the time. Must not import:
 files, TFDS, task names.
 """
 
@@ -31,8 +31,8 @@ from tasks.errors import UserError
 Features = Mapping[str, seqio.utils.Feature]
 Lengths = Mapping[str, int]
 
-_BLOCK = 128  # examples worked on at once; also the number of documents that t5 concatenates
-_CHUNK = 65536  # tokens of a document that are used at most
+_BLOCK = 128  # examples processed at once; also the number of documents that t5 concatenates
+_CHUNK = 65536  # maximum number of tokens used of a document
 
 
 def span_corruption(
@@ -42,18 +42,18 @@ def span_corruption(
     mean_noise_span_length: float = 3.0,
     noise_density: float = 0.15,
 ) -> tf.data.Dataset:
-    """T5's pre-training objective: spans of noise become sentinels in the inputs and are spelt out in the targets.
+    """T5's pre-training objective: noise spans become sentinels in the inputs and are written out in the targets.
 
-    Documents are concatenated and cut so that the inputs fill `sequence_length["inputs"]` exactly, EOS included.
+    Documents are concatenated and split so that the inputs fill `sequence_length["inputs"]` exactly, EOS included.
 
-    Raises ValueError when the targets would not fit or the vocabulary has too few sentinels.
+    Raises UserError if the targets do not fit or the vocabulary has too few sentinels.
     """
     lengths = needed_lengths(sequence_length, "inputs", "targets")
     raw_length, targets_length = random_spans_helper(lengths["inputs"], noise_density, mean_noise_span_length)
     if lengths["targets"] < targets_length:
         raise UserError(
-            f"span corruption of inputs of {lengths['inputs']} tokens makes targets of {targets_length}, "
-            f"longer than the {lengths['targets']} configured: set the targets' length to {targets_length}"
+            f"span corruption of {lengths['inputs']} input tokens needs {targets_length} target tokens, but "
+            f"TASK_FEATURE_LENGTHS has {lengths['targets']}: set the targets' length to {targets_length}"
         )
     _, spans = noise.noise_counts(raw_length, noise_density, mean_noise_span_length)
     vocabularies.require_sentinels(output_features["targets"].vocabulary, spans)
@@ -77,8 +77,9 @@ def _objective(
     concatenate: bool = True,
     sentinels: int = 0,
 ) -> Callable[..., tf.data.Dataset]:
-    """Text cut so that inputs without noise would fill their length, and `denoise`. Such inputs may need more sentinels
-    than there are; further ones are then the last pieces of the vocabulary, as in t5.
+    """Return an objective: split text to the length of the inputs, then `denoise`.
+
+    If the inputs need more sentinels than there are, the last pieces of the vocabulary are used, as in t5.
     """
     density = noise_density
 
@@ -113,7 +114,9 @@ bert_style_denoising = _objective(
 )
 deshuffling = _objective("deshuffling", noise.permute_noise_tokens, None, noise_density=1.0, concatenate=False)
 prefix_lm = _objective(
-    *("prefix_lm", noise.drop_nonnoise_tokens, noise.drop_noise_tokens),
+    "prefix_lm",
+    noise.drop_nonnoise_tokens,
+    noise.drop_noise_tokens,
     noise_mask=noise.random_prefix_noise_mask,
     noise_density=0.5,
     concatenate=False,
@@ -121,26 +124,26 @@ prefix_lm = _objective(
 
 
 def lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
-    """Text to predict from nothing, concatenated and cut so that each piece and its EOS fill the targets."""
+    """Language modelling: text concatenated and split so that each piece and its EOS fill the targets."""
     length = _without_eos(needed_lengths(sequence_length, "targets"), "targets", output_features)
     return split_documents(dataset, length)
 
 
 def full_lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
-    """Text to predict from nothing: documents, each with its EOS, concatenated and cut to fill the targets.
+    """Language modelling: documents, each with its EOS, concatenated and split to fill the targets.
 
-    Pieces end where they are cut: no `append_eos_after_trim` follows.
+    Pieces get no EOS of their own: no `append_eos_after_trim` follows.
     """
     eos = output_features["targets"].vocabulary.eos_id
     return split_documents(dataset, needed_lengths(sequence_length, "targets")["targets"], eos=eos)
 
 
 def needed_lengths(sequence_length: Lengths | None, *needed: str) -> Lengths:
-    """The lengths, or ValueError where one that is needed was not given."""
+    """Return the lengths. Raises UserError if a needed one is missing."""
     missing = [name for name in needed if name not in (sequence_length or {})]
     if sequence_length is None or missing:
         raise UserError(
-            f"this objective cuts text to length: TASK_FEATURE_LENGTHS must give {', '.join(missing)}, "
+            f"this objective splits text by length: TASK_FEATURE_LENGTHS must give {', '.join(missing)}, "
             f"got {sequence_length}"
         )
     return sequence_length
@@ -151,9 +154,9 @@ def _without_eos(lengths: Lengths, feature: str, output_features: Features) -> i
 
 
 def random_spans_helper(inputs_length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """How many raw tokens fill inputs of `inputs_length` after span corruption, and how long the targets then are.
+    """Return the number of raw tokens that fill `inputs_length` after span corruption, and the length of the targets.
 
-    Both lengths count the EOS: (512, 0.15, 3.0) gives (568, 114). Source: t5's `random_spans_helper`.
+    Both lengths include EOS: (512, 0.15, 3.0) gives (568, 114). Source: t5's `random_spans_helper`.
     """
 
     def lengths(raw: int) -> tuple[int, int]:
@@ -174,21 +177,22 @@ def random_spans_helper(inputs_length: int, noise_density: float, mean_noise_spa
 
 
 def text_as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The string feature `text` as `targets`, and nothing else.
+    """Rename the string feature `text` to `targets`, and drop all others.
 
-    A step of its own, as in t5: SeqIO's seeds for the steps behind the cache depend on the number of those before it.
+    This is a separate step, as in t5, because SeqIO's seeds for the steps after the cache depend on the number of steps
+    before it.
     """
     return dataset.map(lambda x: {"targets": x["text"]})
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
-    """The strings `targets` as tokens, where there are any.
+    """Tokenise the strings `targets`, and drop empty ones.
 
-    tf-text is used, not the sentencepiece package, whose releases from 0.2.2 on are quicker and break ties between
-    equally good pieces differently: "???!" would be other tokens than T5 was trained with.
+    Uses tf-text instead of the faster sentencepiece package, which from 0.2.2 on breaks ties between equally good
+    pieces differently: "???!" would get other tokens than in T5's training.
     """
     vocabulary = vocabularies.resolved(output_features["targets"].vocabulary)
-    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):  # others take one text at a time
+    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):  # other vocabularies encode one text at a time
         tokens = dataset.map(lambda x: {"targets": vocabulary.encode_tf(x["targets"])}, tf.data.AUTOTUNE)
         return tokens.filter(lambda x: tf.size(x["targets"]) > 0)
 
@@ -202,15 +206,15 @@ def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dat
 def append_eos_after_trim(
     dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features
 ) -> tf.data.Dataset:
-    """seqio.preprocessors.append_eos_after_trim for examples of tokens alone, at a fifth of its cost."""
+    """seqio.preprocessors.append_eos_after_trim for token features only, at a fifth of its cost."""
     ends = {name: feature.vocabulary.eos_id for name, feature in output_features.items() if feature.add_eos}
 
     def append(name: str, tokens: tf.Tensor) -> tf.Tensor:
         if name not in ends:
             return tokens
         length = (sequence_length or {}).get(name)
-        kept = tokens if length is None else tokens[: length - 1]
-        return tf.concat([kept, tf.constant([ends[name]])], axis=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        trimmed = tokens if length is None else tokens[: length - 1]
+        return tf.concat([trimmed, tf.constant([ends[name]])], axis=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     return dataset.map(lambda x: {name: append(name, tokens) for name, tokens in x.items()})
 
@@ -218,11 +222,11 @@ def append_eos_after_trim(
 def split_documents(
     dataset: tf.data.Dataset, length: int, *, concatenate: bool = True, eos: int | None = None
 ) -> tf.data.Dataset:
-    """Cuts the `targets` of documents into pieces of `length` tokens; only the last of a cut text may be shorter.
+    """Split the `targets` of documents into pieces of `length` tokens; only the last piece of a text may be shorter.
 
-    Of a document longer than 65,536 tokens one chunk of that length is drawn. With `concatenate`, each 128 documents
-    are joined before they are cut, after `eos` was put behind each if given. t5 calls the steps select_random_chunk,
-    append_eos, reduce_concat_tokens and split_tokens.
+    From a document longer than 65,536 tokens one random chunk of that length is used. With `concatenate`, blocks of 128
+    documents are concatenated before splitting, each followed by `eos` if given. In t5 the steps are called
+    select_random_chunk, append_eos, reduce_concat_tokens and split_tokens.
     """
 
     def cut(documents: np.ndarray, seeds: np.ndarray) -> list[list[np.ndarray]]:
@@ -238,7 +242,7 @@ def split_documents(
         return [[text[i : i + length] for text in texts for i in range(0, len(text), length)]]
 
     pieces = map_blocks(dataset, cut, ["targets"])
-    _draw_seeds()  # t5's split_tokens takes one too (its pieces may have random lengths), and later steps count on it
+    _draw_seeds()  # t5's split_tokens also draws a seed, so the seeds of later steps depend on it
     return pieces
 
 
@@ -251,26 +255,26 @@ def denoise(
     inputs: Callable,
     targets: Callable | None,
 ) -> tf.data.Dataset:
-    """Makes `inputs` and `targets` from tokenised `targets` by a mask and encodings of `tasks.noise`.
+    """Make `inputs` and `targets` from tokenised `targets`, by a noise mask and encodings of `tasks.noise`.
 
-    `targets=None` keeps the whole text as target.
+    With `targets=None` the target is the whole text.
     """
     vocabulary = output_features["targets"].vocabulary
     if "inputs" in output_features and output_features["inputs"].vocabulary != vocabulary:
-        raise UserError("denoising makes inputs from tokenised targets: the two features need the same vocabulary")
+        raise UserError("denoising makes inputs from tokenised targets: both features need the same vocabulary")
 
     def corrupt(texts: np.ndarray, seeds: np.ndarray) -> list[list[np.ndarray]]:
         sizes = _sizes(texts)
-        made: list[list] = [[None] * len(texts), [None] * len(texts)]
+        columns: list[list] = [[None] * len(texts), [None] * len(texts)]
         for size in np.unique(sizes):
             rows = np.flatnonzero(sizes == size)
             tokens, keys = texts[rows, :size], noise.split(seeds[rows], 6)
             mask = noise_mask(int(size), noise_density, keys[:, :2])
-            for encode, keys_used, out in ((inputs, keys[:, 2:4], made[0]), (targets, keys[:, 4:6], made[1])):
-                values, kept = encode(tokens, mask, vocabulary, keys_used) if encode else (tokens, np.ones_like(mask))
-                for row, value, keep in zip(rows, values, kept, strict=True):
+            for encode, keys_used, out in ((inputs, keys[:, 2:4], columns[0]), (targets, keys[:, 4:6], columns[1])):
+                values, keeps = encode(tokens, mask, vocabulary, keys_used) if encode else (tokens, np.ones_like(mask))
+                for row, value, keep in zip(rows, values, keeps, strict=True):
                     out[row] = value[keep]
-        return made
+        return columns
 
     return map_blocks(dataset, corrupt, ["inputs", "targets"])
 
@@ -281,9 +285,10 @@ def map_blocks(
     outputs: Sequence[str],
     features: Sequence[str] = ("targets",),
 ) -> tf.data.Dataset:
-    """Calls `fn` on the `features` of each 128 examples in turn: (int32 [n, longest], ..., seeds int64 [n, 2]).
+    """Call `fn` on the `features` of each block of 128 examples: (int32 [n, longest], ..., seeds int64 [n, 2]).
 
-    It gives for each of `outputs` a list of token arrays, all lists equally long; these become the examples.
+    `fn` returns, for each name in `outputs`, a list of token arrays; all lists have the same length. These become the
+    examples.
     """
 
     def flat(*block: np.ndarray) -> list[np.ndarray]:
@@ -294,8 +299,8 @@ def map_blocks(
         return arrays
 
     def examples(block: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.RaggedTensor]:
-        given = [tf.cast(block[name], tf.int32) for name in features] + [seeds]
-        arrays = tf.numpy_function(flat, given, [tf.int32, tf.int64] * len(outputs), stateful=False)
+        arguments = [tf.cast(block[name], tf.int32) for name in features] + [seeds]
+        arrays = tf.numpy_function(flat, arguments, [tf.int32, tf.int64] * len(outputs), stateful=False)
         return dict(zip(outputs, _ragged(arrays), strict=True))
 
     spec: Any = dataset.element_spec
@@ -306,22 +311,22 @@ def map_blocks(
 
 
 def _ragged(arrays: list[tf.Tensor]) -> list[tf.RaggedTensor]:
-    """Values and row lengths in turn."""
+    """Make ragged tensors from alternating values and row lengths."""
     arrays = [tf.ensure_shape(x, [None]) for x in arrays]
     make = functools.partial(tf.RaggedTensor.from_row_lengths, validate=False)  # pyright: ignore
     return [make(values, sizes) for values, sizes in zip(arrays[::2], arrays[1::2], strict=True)]
 
 
 def _each(blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """The examples of blocks one by one, as plain tensors."""
+    """Unbatch blocks into examples of plain tensors."""
     rows = blocks.flat_map(tf.data.Dataset.from_tensor_slices)
     return rows.map(lambda x: {name: tf.ensure_shape(tokens, [None]) for name, tokens in x.items()})
 
 
 def _draw_seeds() -> tf.data.Dataset:
-    """Blocks of the seeds, int64 [128, 2], that seqio.map_over_dataset(num_seeds=1) would give its examples.
+    """Return blocks of the seeds, int64 [128, 2], that seqio.map_over_dataset(num_seeds=1) would give its examples.
 
-    Taking them moves SeqIO on to its next, which it counts in a private variable.
+    This advances SeqIO's private seed counter.
     """
     first = seqio.utils._NEXT_MAP_SEED
     if first is not None:
@@ -332,5 +337,5 @@ def _draw_seeds() -> tf.data.Dataset:
 
 
 def _sizes(tokens: np.ndarray) -> np.ndarray:
-    """The lengths of padded rows: padding is 0 and comes last."""
+    """Return the lengths of rows that are padded with trailing 0."""
     return (tokens != 0).sum(axis=1)

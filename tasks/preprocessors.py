@@ -1,6 +1,6 @@
-"""From raw examples to text: the `inputs` and `targets` of GLUE, SQuAD and plain text, as strings.
+"""Text preprocessors of GLUE and SQuAD: from raw examples to the strings `inputs` and `targets`.
 
-All agree with the t5 package (0.9.4) byte for byte. Must not know: files, TFDS, task names, vocabularies.
+All agree with the t5 package (0.9.4) byte for byte. Must not import: files, TFDS, task names, vocabularies.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-Example = dict[str, Any]  # feature to tensor; `answers` may nest
+Example = dict[str, Any]  # feature -> tensor; `answers` may be nested
 
 
 # ------------------------------------------------------------------------------------------------------- GLUE and SQuAD
 
 
 def glue(dataset: tf.data.Dataset, prefix: str, text_features: Sequence[str], labels: Sequence[str]) -> tf.data.Dataset:
-    """`prefix first: ... second: ...` with the features in order of their names; the target is the label's word.
+    """Make inputs `prefix first: ... second: ...`, with features sorted by name; the target is the label word.
 
     A label of -1 (GLUE's test sets) gives the target "<unk>".
     """
@@ -33,19 +33,19 @@ def glue(dataset: tf.data.Dataset, prefix: str, text_features: Sequence[str], la
 
 
 def stsb_label(score: tf.Tensor) -> tf.Tensor:
-    """A similarity in 0..5 as the nearest fifth, one decimal; rounded in float32, half to even: 2.5 gives "2.4"."""
+    """Round a similarity in 0..5 to the nearest fifth, in float32, half to even: 2.5 gives "2.4"."""
     return tf.strings.as_string(tf.round(score * 5) / 5, precision=1)
 
 
 @seqio.map_over_dataset
 def stsb(x: Example) -> Example:
-    """STS-B: the score is a word to be generated, one of 0.0, 0.2, ... 5.0."""
+    """Make STS-B's inputs; the target is the score as text, one of 0.0, 0.2, ... 5.0."""
     inputs = tf.strings.join(["stsb sentence1:", x["sentence1"], "sentence2:", x["sentence2"]], " ")
     return {"inputs": inputs, "targets": stsb_label(x["label"]), "idx": x["idx"]}
 
 
 def pad_punctuation(text: tf.Tensor) -> tf.Tensor:
-    """Spaces round every ASCII punctuation mark, then runs of white space as one space. Other marks are left alone."""
+    """Put spaces around ASCII punctuation and collapse white space. Other punctuation stays."""
     return _one_space(tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 "))
 
 
@@ -68,7 +68,7 @@ def _squad_example(
 
 @seqio.map_over_dataset
 def squad(x: Example) -> Example:
-    """t5's SQuAD: `question: ... context: ...` to the first answer, punctuation padded in all; answers are kept."""
+    """Make t5's SQuAD: `question: ... context: ...` -> first answer, with padded punctuation."""
     context, question = pad_punctuation(x["context"]), pad_punctuation(x["question"])
     inputs = _one_space(tf.strings.join(["question:", question, "context:", context], " "))
     return _squad_example(x, inputs, context, question, pad_punctuation(x["answers"]["text"]))
@@ -76,7 +76,7 @@ def squad(x: Example) -> Example:
 
 @seqio.map_over_dataset
 def squad_context_free(x: Example) -> Example:
-    """Closed-book SQuAD: `squad trivia question: ...`, to be answered from the parameters alone."""
+    """Make closed-book SQuAD: `squad trivia question: ...` without the context."""
     context, question = pad_punctuation(x["context"]), pad_punctuation(x["question"])
     inputs = _one_space(tf.strings.join(["squad trivia question:", question], " "))
     return _squad_example(x, inputs, context, question, pad_punctuation(x["answers"]["text"]))
@@ -84,6 +84,6 @@ def squad_context_free(x: Example) -> Example:
 
 @seqio.map_over_dataset
 def squad_unpadded(x: Example) -> Example:
-    """SQuAD as the paper prints it: `question: ... context: ...` with the text as the dataset has it."""
+    """Make SQuAD as printed in the T5 paper: `question: ... context: ...` with unchanged text."""
     inputs = tf.strings.join(["question:", x["question"], "context:", x["context"]], " ")
     return _squad_example(x, inputs, x["context"], x["question"], x["answers"]["text"])

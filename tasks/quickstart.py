@@ -1,16 +1,16 @@
-"""The embedded default: three tasks on the text that ships with Python, with their own small vocabulary.
+"""The quickstart mixture: three tasks on the text that ships with Python, with their own small vocabulary.
 
-  quickstart_span_corruption   T5's pre-training objective on the reference and the docstrings
-  quickstart_source            classification: "source sentence: ..." to what the sentence is about, class, function,
-                               module or language; as many of each
-  quickstart_qa                questions in SQuAD's form: the default of a parameter, given a signature and what its
-                               function does; the exception that a sentence names
-  quickstart                   the three, mixed
+  quickstart_span_corruption   T5's pre-training objective on the language reference and the docstrings
+  quickstart_source            classification: "source sentence: ..." to the topic of the sentence: class, function,
+                               module or language, in equal numbers
+  quickstart_qa                SQuAD-style questions: the default of a parameter, given the signature and summary of a
+                               function; the exception that a sentence mentions
+  quickstart                   the mixture of the three
 
-Neither text nor vocabulary is touched before first use. The vocabulary is learnt from the training split, in seconds,
-and kept in `$XDG_CACHE_HOME/t5x_lite` (or ~/.cache/t5x_lite). `baselines` says what the scores are to be compared with.
+Text and vocabulary are loaded on first use. The vocabulary is trained on the training split in a few seconds and cached
+in `$XDG_CACHE_HOME/t5x_lite` (or ~/.cache/t5x_lite). `baselines` returns reference scores.
 
-Must not know: models, training.
+Must not import: models, training.
 """
 
 import collections
@@ -32,24 +32,24 @@ from tasks import data_sources, metrics, objectives, preprocessors, stdlib_text
 from tasks.errors import UserFileError
 from tasks.vocabulary import trainer
 
-# Lengths that hold every example of the mixture, and as targets what span corruption makes of these inputs.
+# These lengths fit every example of the mixture; 32 is the length of span corruption targets for 128 inputs.
 FEATURE_LENGTHS = {"inputs": 128, "targets": 32}
-# Examples of each in the mixture. A span corruption example fills its inputs; three or four of the others share them.
+# Mixing rates. A span corruption example fills a row; three or four examples of the other tasks are packed into one.
 RATES = {"quickstart_span_corruption": 1.0, "quickstart_source": 1.0, "quickstart_qa": 2.0}
 
 EXTRA_IDS = 100
 PIECES = 4096 - EXTRA_IDS
-_TRAINER = {"size": PIECES, "character_coverage": 0.9999, "threads": 1}  # more threads would add in another order
+_TRAINER = {"size": PIECES, "character_coverage": 0.9999, "threads": 1}  # more threads would change the result
 
 # ----------------------------------------------------------------------------------------------------------- vocabulary
 
 
 def _vocabulary_lines() -> list[str]:
-    """What the vocabulary is learnt from: the training split of all three tasks, and the words of the templates."""
+    """Return the training text of the vocabulary: the training split of all three tasks, and template words."""
     prose = [s for passage in stdlib_text.texts()["train"].passages for s in passage.sentences]
-    asked = [f"question: {q.question} context: {q.context}" for q in stdlib_text.questions("train")]
+    question_lines = [f"question: {q.question} context: {q.context}" for q in stdlib_text.questions("train")]
     templates = [f"source sentence: {kind}" for kind in stdlib_text.KINDS] * (len(prose) // 50)
-    return prose + asked + templates
+    return prose + question_lines + templates
 
 
 def _cache_folder() -> pathlib.Path:
@@ -58,28 +58,26 @@ def _cache_folder() -> pathlib.Path:
 
 @functools.cache
 def vocabulary_file() -> str:
-    """The path of the SentencePiece model, learnt now if this text has not been seen before.
+    """Return the path of the SentencePiece model, trained now if it is not cached for this text.
 
-    A model is there whole or not at all: it is written beside its place and renamed, so that a run that is stopped, or
-    two that start at once, do no harm. Raises OSError where the cache folder cannot be written.
+    The model is written to a temporary file and renamed, so interrupted or concurrent runs are safe. Raises
+    UserFileError if the cache folder cannot be written.
     """
     lines = _vocabulary_lines()
     settings = json.dumps([_TRAINER, sentencepiece.__version__])
     digest = hashlib.sha256("\n".join([settings, *lines]).encode()).hexdigest()
     path = _cache_folder() / f"quickstart-{digest[:16]}" / "sentencepiece.model"
     if not path.exists():
-        logging.info("quickstart: learning a vocabulary of %d pieces from %d lines, into %s", PIECES, len(lines), path)
+        logging.info("quickstart: training a vocabulary of %d pieces on %d lines, to %s", PIECES, len(lines), path)
         try:
             trainer.train(lines, str(path), **_TRAINER)
         except OSError as error:
-            raise UserFileError(
-                f"{error}: set XDG_CACHE_HOME to a folder of yours to keep the vocabulary in"
-            ) from error
+            raise UserFileError(f"{error}: set XDG_CACHE_HOME to a writable folder for the vocabulary") from error
     return str(path)
 
 
 class _Vocabulary(seqio.SentencePieceVocabulary):
-    """Finds out its file when it is first used."""
+    """The quickstart vocabulary, whose file is created on first use."""
 
     def __init__(self) -> None:
         super().__init__("", extra_ids=EXTRA_IDS)
@@ -169,9 +167,9 @@ seqio.MixtureRegistry.add("quickstart", list(RATES.items()))
 
 
 def baselines(feature_lengths: Mapping[str, int] = FEATURE_LENGTHS) -> dict[str, dict[str, float | str]]:
-    """Scores on `validation` that need no model: by task, its metrics (as the task gives them) and `what` they are.
+    """Return baseline scores on `validation` by task: metrics with the task's names, and `what`, a description.
 
-    `loss` is in nats per target token, EOS and sentinels among them, to be compared with the cross entropy alone.
+    `loss` is in nats per target token, including EOS and sentinels; compare it with the cross entropy without z-loss.
     """
     return {
         "quickstart_span_corruption": _unigram_baseline(feature_lengths),
@@ -181,7 +179,7 @@ def baselines(feature_lengths: Mapping[str, int] = FEATURE_LENGTHS) -> dict[str,
 
 
 def _unigram_baseline(feature_lengths: Mapping[str, int]) -> dict[str, float | str]:
-    """No guess that ignores the inputs and the order of tokens can be better, even knowing all tokens' frequencies."""
+    """Return the lowest loss of a model that ignores the inputs and the order of the target tokens."""
     task = seqio.get_mixture_or_task("quickstart_span_corruption")
     dataset = task.get_dataset(feature_lengths, "validation", shuffle=False, seed=0)
     counts = collections.Counter(int(token) for x in dataset.as_numpy_iterator() for token in x["targets"])
@@ -195,17 +193,17 @@ def _majority_baseline() -> dict[str, float | str]:
     majority = max(kinds, key=lambda kind: (kinds[kind], kind))
     rows = stdlib_text.labelled_sentences("validation")
     score = metrics.accuracy([kind for _, kind in rows], [majority] * len(rows))
-    return {**score, "what": f"always {majority!r}, which no class outnumbers"}
+    return {**score, "what": f"always {majority!r}, the most frequent class (or tied)"}
 
 
 def _question_baseline() -> dict[str, float | str]:
-    """For each form of question, what does best on `train`: always one answer, or always one place in the context."""
+    """Score, per form of question, the fixed answer or context position that is best on `train`."""
     rules: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for q in stdlib_text.questions("train"):
-        right = {metrics.normalize_answer(answer) for answer in q.answers}
+        accepted = {metrics.normalize_answer(answer) for answer in q.answers}
         words = q.context.split()
-        places = {i for i in range(-len(words), len(words)) if metrics.normalize_answer(words[i]) in right}
-        rules[_form(q)].update([q.answers[0], *sorted(places)])
+        positions = {i for i in range(-len(words), len(words)) if metrics.normalize_answer(words[i]) in accepted}
+        rules[_form(q)].update([q.answers[0], *sorted(positions)])
     best = {form: counts.most_common(1)[0][0] for form, counts in rules.items()}
 
     def answer(q: stdlib_text.Question) -> str:
@@ -216,10 +214,10 @@ def _question_baseline() -> dict[str, float | str]:
 
     rows = stdlib_text.questions("validation")
     score = metrics.squad([list(q.answers) for q in rows], [answer(q) for q in rows])
-    said = [f"{form} ...? {repr(rule) if isinstance(rule, str) else f'word {rule}'}" for form, rule in best.items()]
+    rule_texts = [f"{k} ...? {repr(rule) if isinstance(rule, str) else f'word {rule}'}" for k, rule in best.items()]
     return {
         **score,
-        "what": f"the best fixed answer or place in the context for each question ({', '.join(sorted(said))})",
+        "what": f"the best fixed answer or context position per form of question ({', '.join(sorted(rule_texts))})",
     }
 
 

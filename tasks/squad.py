@@ -1,14 +1,14 @@
-"""SQuAD v1.1 as text, in two spellings, closed-book, and by position in the context.
+"""SQuAD v1.1 tasks: with and without padded punctuation, closed-book, and with span targets.
 
-  squad_v010_allanswers   t5's text, byte for byte: spaces round punctuation in question, context and answers. t5's
-                          checkpoints and numbers belong to it; its exact match is against padded answers.
-  squad_v110              the text as the dataset has it, scored as the official v1.1 script does.
-  squad_v010_context_free t5's closed-book form: the question alone.
+  squad_v010_allanswers   t5's text, byte for byte: spaces around punctuation in question, context and answers. Use it
+                          with t5's checkpoints and published scores; exact match compares padded answers.
+  squad_v110              the dataset's text unchanged, scored like the official v1.1 script.
+  squad_v010_context_free t5's closed-book task: the question only.
   squad_v010_allanswers_span
-                          t5's answer by position: "start: 3 end: 6". Its metric counts places in another way than its
-                          targets do: a model that predicts all of them gets an EM of 13 on the dev set.
+                          t5's span targets: "start: 3 end: 6". t5's metric counts positions differently from its
+                          targets: a model that predicts every target gets an EM of 13 on the dev set.
 
-Reads squad/{train,dev}-v1.1.json, or TFDS squad/v1.1:3.0.0. Must not know: mixtures, models.
+Reads squad/{train,dev}-v1.1.json, or TFDS squad/v1.1:3.0.0. Must not import: mixtures, models.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from tasks import data_sources, metrics, preprocessors, readers, vocabulary
 
 
 def read(paths: list[str], split: str) -> data_sources.Columns:
-    """All questions of the files, with TFDS's features; `answers` are ragged."""
+    """Return all questions of the files, with TFDS's features; `answers` are ragged."""
     rows = [row for path in paths for row in readers.squad_rows(path, readers.Skipped(path))]
     texts = {
         name: np.array([row[name].encode() for row in rows], object) for name in ("id", "title", "context", "question")
@@ -49,17 +49,17 @@ source = data_sources.CorpusSource(
 
 @seqio.map_over_dataset
 def span_targets(x: preprocessors.Example) -> preprocessors.Example:
-    """t5's span form: for targets the first and last place of the first answer in the context; nothing if not found.
+    """Make t5's span targets: positions of the first and last word of the first answer; empty if it is not found.
 
-    Places count what lies between single spaces once all that is not an ASCII letter, digit or _ is a space, so that
-    two spaces hold an empty word; t5's metric, in turning places back to words, counts no empty ones. Both are kept as
-    they are in t5, and so is that an answer is not looked for at the very end.
+    Every character except ASCII letters, digits and _ becomes a space, and positions count the words between single
+    spaces, including the empty word between two spaces. t5's metric does not count empty words. Both are kept as in t5,
+    as is the fact that an answer at the very end of the context is not found.
     """
     context, answer = _words(x["context"]), _words(x["targets"])
     starts = tf.range(tf.maximum(tf.size(context) - tf.size(answer), 0))
     windows = tf.gather(context, starts[:, None] + tf.range(tf.size(answer))[None])
-    found = tf.boolean_mask(starts, tf.reduce_all(windows == answer, axis=1))[:1]
-    first, last = tf.strings.as_string(found), tf.strings.as_string(found + tf.size(answer) - 1)
+    start = tf.boolean_mask(starts, tf.reduce_all(windows == answer, axis=1))[:1]
+    first, last = tf.strings.as_string(start), tf.strings.as_string(start + tf.size(answer) - 1)
     return {**x, "targets": tf.strings.reduce_join(tf.strings.join(["start: ", first, " end: ", last]))}
 
 
@@ -68,7 +68,7 @@ def _words(text: tf.Tensor) -> tf.Tensor:
 
 
 def leave_out_without_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Passes over examples whose answer was not found, as t5 does, in evaluation too."""
+    """Drop examples whose answer was not found, also in evaluation, as t5 does."""
     return dataset.filter(lambda x: tf.strings.length(x["targets"]) > 0)
 
 
@@ -87,7 +87,7 @@ _TASKS = {
 for _name, (_to_text, _answers, _metric) in _TASKS.items():
     seqio.TaskRegistry.add(
         _name,
-        source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
+        source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
         preprocessors=[
             *_to_text,
             seqio.preprocessors.tokenize,

@@ -1,11 +1,11 @@
-"""Real text that needs no download: what is written in every Python, split by source and made into examples.
+"""Real text that needs no download: Python's language reference and docstrings, split and turned into examples.
 
-Two kinds of source: a topic of the language reference (`pydoc_data.topics`) and a top-level module or package of the
-standard library (its docstrings and signatures, parsed from the files, never imported). A source is whole in `train`
-or in `validation`, by a hash of its name; a sentence or signature found in both is left out of `train`, and a repeated
-one is kept once. For one version of Python everything here is always the same.
+A source is a topic of the language reference (`pydoc_data.topics`) or a top-level module or package of the standard
+library (its docstrings and signatures, parsed from the files, never imported). Each source belongs to `train` or
+`validation`, by a hash of its name. Sentences and signatures are deduplicated; those in both splits are removed from
+`train`. The result is deterministic for a version of Python.
 
-Must not know: TensorFlow, SeqIO, tokens, models.
+Must not import: TensorFlow, SeqIO, tokens, models.
 """
 
 import ast
@@ -22,12 +22,21 @@ from tasks import metrics
 from tasks.errors import MissingFileError
 
 SPLITS = ("train", "validation")
-KINDS = ("class", "function", "language", "module")  # what a passage describes; "language" is the reference's
+KINDS = ("class", "function", "language", "module")  # topics of passages; "language" is the language reference
 
 _VALIDATION_SHARE = 1 / 8  # of the sources
 _NOT_LIBRARY = {
-    *("__pycache__", "dist-packages", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data"),
-    *("site-packages", "test", "tests", "turtledemo"),
+    "__pycache__",
+    "dist-packages",
+    "ensurepip",
+    "idlelib",
+    "lib-dynload",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
 }
 _MAX_PARAMETERS, _MAX_SUMMARY_WORDS, _MAX_DEFAULT = 8, 12, 20
 
@@ -41,7 +50,7 @@ class Passage(NamedTuple):
 
 
 class Function(NamedTuple):
-    """A signature; `self` and `cls` are left out, a parameter without default has None, `summary` may be empty."""
+    """A signature without `self` and `cls`. A parameter without default has None; `summary` may be empty."""
 
     source: str
     name: str
@@ -50,14 +59,14 @@ class Function(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What one split holds."""
+    """The passages and functions of a split."""
 
     passages: list[Passage]
     functions: list[Function]
 
 
 class Question(NamedTuple):
-    """As in SQuAD; each answer is right, and each is in the context."""
+    """A question as in SQuAD. All answers are accepted, and all are in the context."""
 
     context: str
     question: str
@@ -73,20 +82,20 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(A-Z])")
 
 
 def sentences(text: str) -> tuple[str, ...]:
-    """The English sentences of a docstring or topic, each on one line; code, grammar, tables and fragments left out."""
-    found = []
+    """Return the English sentences of a docstring or topic, without code, grammar, tables and fragments."""
+    result = []
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*[*+-] )", text):
         if _NOT_PROSE.search(paragraph):
             continue
         for sentence in _SENTENCE_END.split(" ".join(_BULLET.sub("", paragraph).split())):
             plain = sum(c.islower() or c == " " for c in sentence)
             if len(sentence.split()) >= 4 and len(sentence) <= 300 and plain >= 0.75 * len(sentence):
-                found += [sentence] if sentence[0].isupper() and not _CODE.search(sentence) else []
-    return tuple(found)
+                result += [sentence] if sentence[0].isupper() and not _CODE.search(sentence) else []
+    return tuple(result)
 
 
 def normalized(text: str) -> str:
-    """Letters and digits alone, in lower case: two texts that agree in this count as the same."""
+    """Return the letters and digits in lower case, the key for deduplication."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
@@ -98,7 +107,7 @@ def _hash(*parts: str) -> int:
 
 
 def _library_files() -> Iterator[tuple[str, str]]:
-    """Path and top-level name of each source file of the standard library, in a fixed order."""
+    """Yield path and top-level name of each source file of the standard library, in a fixed order."""
     root = sysconfig.get_path("stdlib")
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _NOT_LIBRARY)
@@ -126,9 +135,9 @@ def _function(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef, summary
 
 
 def _read() -> Text:
-    """All passages and functions, before they are split.
+    """Return all passages and functions, before they are split.
 
-    Raises FileNotFoundError where Python was installed without the sources of its standard library.
+    Raises MissingFileError if Python was installed without the sources of its standard library.
     """
     from pydoc_data.topics import topics
 
@@ -136,7 +145,7 @@ def _read() -> Text:
     functions = []
     for path, name in _library_files():
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in strings
+            warnings.simplefilter("ignore")  # invalid escapes in strings
             tree = ast.parse(file.read(), path)
         source = f"module {name.strip('_')}"
         for node in ast.walk(tree):
@@ -148,17 +157,18 @@ def _read() -> Text:
     if not functions:
         raise MissingFileError(
             f"no Python sources in {sysconfig.get_path('stdlib')}: the quickstart's text is the standard library. "
-            "Use a Python that has its .py files (python.org's, a distribution's, pyenv's, conda's or uv's)"
+            "Use a Python that includes its .py files (python.org's, a distribution's, pyenv's, conda's or uv's)"
         )
     return Text(passages, functions)
 
 
 def split_of(source: str) -> str:
-    """Where a source belongs, by its name alone."""
+    """Return the split of a source, by a hash of its name."""
     return "validation" if _hash("quickstart", source) < _VALIDATION_SHARE * 2**64 else "train"
 
 
-def _kept_once(seen: set[str], text: str) -> bool:
+def _is_new(seen: set[str], text: str) -> bool:
+    """Return whether `text` is not in `seen`, and add it."""
     key = normalized(text)
     if key in seen:
         return False
@@ -168,21 +178,21 @@ def _kept_once(seen: set[str], text: str) -> bool:
 
 @functools.cache
 def texts() -> dict[str, Text]:
-    """Both splits, without a sentence or a signature in common. Takes some seconds, once."""
+    """Return both splits, without common sentences or signatures. The first call takes some seconds."""
     everything = _read()
     splits: dict[str, Text] = {}
     seen_sentences: set[str] = set()
     seen_signatures: set[str] = set()
-    for name in ("validation", "train"):  # what is in both stays in validation
+    for name in ("validation", "train"):  # duplicates stay in validation
         passages, functions = [], []
         others = frozenset(seen_sentences)
         for passage in everything.passages:
             if split_of(passage.source) == name:
-                kept = tuple(s for s in passage.sentences if _kept_once(seen_sentences, s))
-                if kept:
-                    passages.append(passage._replace(sentences=kept))
+                unique = tuple(s for s in passage.sentences if _is_new(seen_sentences, s))
+                if unique:
+                    passages.append(passage._replace(sentences=unique))
         for function in everything.functions:
-            if split_of(function.source) == name and _kept_once(seen_signatures, signature(function)):
+            if split_of(function.source) == name and _is_new(seen_signatures, signature(function)):
                 foreign = normalized(function.summary) in others
                 functions.append(function._replace(summary="") if foreign else function)
         splits[name] = Text(passages, functions)
@@ -193,17 +203,17 @@ def texts() -> dict[str, Text]:
 
 
 def labelled_sentences(split: str) -> list[tuple[str, str]]:
-    """Sentences with the kind of thing they describe, as many of each kind: as many as the rarest has."""
+    """Return sentences with their kind, in equal numbers per kind (that of the rarest)."""
     by_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for passage in texts()[split].passages:
         by_kind[passage.kind] += passage.sentences
     size = min(map(len, by_kind.values()))
-    chosen = [(s, kind) for kind, found in by_kind.items() for s in sorted(found, key=_hash)[:size]]
+    chosen = [(s, kind) for kind, group in by_kind.items() for s in sorted(group, key=_hash)[:size]]
     return sorted(chosen, key=lambda pair: _hash(pair[0]))
 
 
 def signature(function: Function) -> str:
-    """`split ( sep = None , maxsplit = -1 )`: spaces round the marks, so that a name is written alike everywhere."""
+    """Return `split ( sep = None , maxsplit = -1 )`: punctuation is spaced, so that names tokenise consistently."""
     shown = [name if default is None else f"{name} = {default}" for name, default in function.parameters]
     return f"{function.name} ( {' , '.join(shown)} )"
 
@@ -217,7 +227,7 @@ def _default_questions(function: Function) -> Iterator[Question]:
     for name, default in function.parameters:
         if default is None or len(default) > _MAX_DEFAULT or " " in default or not name.strip("_"):
             continue
-        # More than half of all defaults are None: a quarter of those is enough, and leaves no answer that fits most.
+        # More than half of all defaults are None: a quarter of those is kept, so that no answer is in the majority.
         if not metrics.normalize_answer(default) or (default == "None" and _hash(shown, name) % 4):
             continue
         unquoted = default.strip("'")
@@ -236,11 +246,11 @@ def _exception_questions(passage: Passage) -> Iterator[Question]:
 
 
 def questions(split: str) -> list[Question]:
-    """The default of a parameter, given a signature and what its function does; the exception that a sentence names."""
+    """Return questions on the default of a parameter of a signature, and on the exception that a sentence mentions."""
 
     def collect(ask: Callable[..., Iterator[Question]], items: list) -> list[Question]:
         return [question for item in items for question in ask(item)]
 
     text = texts()[split]
-    found = collect(_default_questions, text.functions) + collect(_exception_questions, text.passages)
-    return sorted(found, key=lambda q: _hash(q.context, q.question))
+    result = collect(_default_questions, text.functions) + collect(_exception_questions, text.passages)
+    return sorted(result, key=lambda q: _hash(q.context, q.question))

@@ -1,11 +1,11 @@
-"""Your own files as a task, in one call and without writing a preprocessor.
+"""Register a task for your own files in one call, without writing a preprocessor.
 
     register_files("mine", "data/*.jsonl", inputs_template="question: {question} context: {context}",
                    targets_template="{answer}")
 
-Formats by ending: .txt (a document a line), .jsonl (an object a line), .csv, .tsv (a header and the usual quotes), each
-also with .gz; local or gs://; names or patterns. Up to `MEMORY_LIMIT` bytes are held in memory and shuffled whole;
-beyond that, lines are streamed and shuffled in windows. Must not know: the public corpora, mixtures.
+Formats by extension: .txt (a document per line), .jsonl (an object per line), .csv, .tsv (header and standard quoting),
+each also with .gz; paths or patterns, local or gs://. Up to `MEMORY_LIMIT` bytes are loaded into memory and fully
+shuffled; larger data are streamed and shuffled in a buffer. Must not import: the public corpora, mixtures.
 """
 
 import functools
@@ -22,12 +22,12 @@ from tasks import data_sources, metrics, objectives, readers, vocabulary
 from tasks.errors import MissingFileError, UserError
 
 MEMORY_LIMIT = 256 * 2**20
-_SHUFFLE_WINDOW = 10_000  # for what is streamed
+_SHUFFLE_WINDOW = 10_000  # buffer for streamed data
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ENDINGS = (".txt", ".jsonl", *_DELIMITERS)
 
 Objective = Literal["text_to_text", "span_corruption"]
-Templates = dict[str, str]  # feature to template
+Templates = dict[str, str]  # feature -> template
 
 
 def register_files(
@@ -40,22 +40,22 @@ def register_files(
     targets_template: str = "{targets}",
     text_template: str = "{text}",
 ) -> seqio.Task:
-    """Registers a SeqIO task that reads the given files; a task of the same name registered here before is replaced.
+    """Register a SeqIO task that reads the given files; an earlier task of the same name made here is replaced.
 
     Args:
-      name: the task's name.
-      train_files: a path or pattern, or several, for the split `train`.
-      eval_files: likewise for `validation`; without it the task has no such split and is not evaluated.
-      objective: "text_to_text" turns each row into inputs and targets by the two templates, and is scored by exact
-        match and F1 of words; "span_corruption" pre-trains on each row's text.
-      inputs_template, targets_template: text with {column} where a row's value goes; "{{" is a brace. For text_to_text.
-      text_template: likewise, for span corruption of files with columns. In a .txt file the line is the column `text`.
+      name: name of the task.
+      train_files: one or more paths or patterns for the split `train`.
+      eval_files: the same for `validation`; without it the task has no such split and is not evaluated.
+      objective: "text_to_text" makes inputs and targets from each row by the two templates, and is scored by exact
+        match and F1 of words; "span_corruption" pre-trains on the text of each row.
+      inputs_template, targets_template: text with {column} for the values of a row; "{{" is a brace. For text_to_text.
+      text_template: the same for span_corruption of files with columns. In a .txt file the line is the column `text`.
 
     Raises:
-      FileNotFoundError: no file matches.
-      ValueError: an ending it does not know, a template without a column, a column missing from a file's first row.
-        Later rows are checked as they are read (those of files held in memory: when the dataset is made). Bad rows may
-        be skipped instead: readers.set_bad_rows.
+      MissingFileError: no file matches.
+      UserError: unknown extension, template without a column, or a column missing from a file's first row. Later rows
+        are checked when they are read (for data in memory, when the dataset is built). Bad rows can be skipped instead,
+        see readers.set_bad_rows.
     """
     if objective == "text_to_text":
         templates = {"inputs": inputs_template, "targets": targets_template}
@@ -67,33 +67,33 @@ def register_files(
     if eval_files:
         paths["validation"] = find(eval_files)
     for feature, template in templates.items():
-        _columns(feature, template)  # refuses a template that names none
-    for split, found in paths.items():
-        good = [path for path in found if _check_first_row(path, templates, objective)]
+        _columns(feature, template)  # raises an error if there are no columns
+    for split, files in paths.items():
+        good = [path for path in files if _check_first_row(path, templates, objective)]
         if not good:
-            raise UserError(f"{', '.join(found)}: not one good row for {split}; the log says what is bad")
+            raise UserError(f"{', '.join(files)}: no good row for {split}; see the log for the problems")
 
-    everything = [path for found in paths.values() for path in found]
-    size = sum(tf.io.gfile.stat(path).length * (4 if path.endswith(".gz") else 1) for path in everything)
+    all_files = [path for files in paths.values() for path in files]
+    size = sum(tf.io.gfile.stat(path).length * (4 if path.endswith(".gz") else 1) for path in all_files)
     if size <= MEMORY_LIMIT:
         source: seqio.DataSource = data_sources.MemorySource(paths, functools.partial(_read, templates=templates))
         window = seqio.SHUFFLE_BUFFER_SIZE
     else:
-        delimited = [path for path in everything if _ending(path) in _DELIMITERS]
+        delimited = [path for path in all_files if _ending(path) in _DELIMITERS]
         if delimited:
             raise UserError(
-                f"{delimited[0]} and the other files come to about {size >> 20} MB; beyond {MEMORY_LIMIT >> 20} MB "
-                "only .txt and .jsonl can be streamed: convert to .jsonl"
+                f"{delimited[0]} and the other files have about {size >> 20} MB; above {MEMORY_LIMIT >> 20} MB only "
+                ".txt and .jsonl can be streamed: convert to .jsonl"
             )
         source = data_sources.LinesSource(paths, functools.partial(_fill_line, templates=templates), list(templates))
         window = _SHUFFLE_WINDOW
     if isinstance(seqio.TaskRegistry._REGISTRY.get(name), FilesTask):
         seqio.TaskRegistry.remove(name)
-    logging.info("%s: %d files, %s", name, len(everything), ", ".join(f"{s} {len(p)}" for s, p in paths.items()))
+    logging.info("%s: %d files, %s", name, len(all_files), ", ".join(f"{s} {len(p)}" for s, p in paths.items()))
     text_to_text = objective == "text_to_text"
     return seqio.TaskRegistry.add(
         name,
-        source=source,  # pyright: ignore[reportArgumentType]  SeqIO says int where its own sources give None
+        source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
         preprocessors=[
             seqio.preprocessors.tokenize if text_to_text else objectives.tokenize,
             seqio.CacheDatasetPlaceholder(),
@@ -112,17 +112,17 @@ class FilesTask(data_sources.CorpusTask):
 
 
 def find(patterns: str | Sequence[str]) -> list[str]:
-    """The files that match, sorted. Raises FileNotFoundError where none does, ValueError for a strange ending."""
-    found = []
+    """Return the matching files, sorted. Raises MissingFileError if none match, UserError for an unknown extension."""
+    paths = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [path for path in tf.io.gfile.glob(pattern) if not tf.io.gfile.isdir(path)]
         if not matches:
             raise MissingFileError(f"no file matches {pattern!r} (relative paths start at the current folder)")
-        found += matches
-    for path in found:
+        paths += matches
+    for path in paths:
         if _ending(path) not in _ENDINGS:
-            raise UserError(f"{path}: cannot tell its format; known endings: {', '.join(_ENDINGS)}, each also with .gz")
-    return sorted(set(found))
+            raise UserError(f"{path}: unknown format; known extensions: {', '.join(_ENDINGS)}, each also with .gz")
+    return sorted(set(paths))
 
 
 def _ending(path: str) -> str:
@@ -134,7 +134,7 @@ def _ending(path: str) -> str:
 
 
 def _rows(path: str, skipped: readers.Skipped) -> Iterator[tuple[int, dict]]:
-    """The rows of a file of any known format, with their line numbers; blank lines of plain text hold none."""
+    """Yield the rows of a file with their line numbers; blank lines of plain text are skipped."""
     if _ending(path) in _DELIMITERS:
         yield from readers.csv_rows(path, _DELIMITERS[_ending(path)], skipped)
         return
@@ -170,7 +170,7 @@ def _fill_line(path: str, number: int, line: str, templates: Templates) -> list[
 
 
 def _check_first_row(path: str, templates: Templates, objective: Objective) -> bool:
-    """Refuses a file whose first row is bad; where bad rows are skipped, gives whether there is a good one."""
+    """Raise an error if the first row is bad; if bad rows are skipped, return whether there is a good one."""
     if objective == "text_to_text" and _ending(path) == ".txt":
         raise UserError(
             f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
@@ -182,7 +182,7 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
             _fill(path, number, row, templates)
             return True
     with skipped:
-        raise readers.BadRow(f"{path}: holds no {'good ' if skipped.count else ''}rows")
+        raise readers.BadRow(f"{path}: has no {'good ' if skipped.count else ''}rows")
     return False
 
 
@@ -191,19 +191,19 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
 
 @functools.cache
 def _columns(feature: str, template: str) -> tuple[str, ...]:
-    """The columns that a template names."""
+    """Return the columns of a template."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(
             f"{feature} template {template!r}: {error}; write a literal brace as '{{{{' or '}}}}'"
         ) from error
-    named = [(column, spec, conversion) for _, column, spec, conversion in parts if column is not None]
-    if not named or any(not column or spec or conversion for column, spec, conversion in named):
+    fields = [(column, spec, conversion) for _, column, spec, conversion in parts if column is not None]
+    if not fields or any(not column or spec or conversion for column, spec, conversion in fields):
         raise UserError(
-            f"{feature} template {template!r}: name columns as {{column}}, at least one, nothing else in braces"
+            f"{feature} template {template!r}: it needs at least one {{column}}, and nothing else in braces"
         )
-    return tuple(column for column, _, _ in named)
+    return tuple(column for column, _, _ in fields)
 
 
 def _fill(path: str, number: int, row: dict, templates: Templates) -> list[str]:

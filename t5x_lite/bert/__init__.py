@@ -1,8 +1,7 @@
-"""BERT as published (Devlin et al. 2019) as a model family: `BertConfig` says what one BERT is.
+"""The BERT model family (Devlin et al. 2019) and its config, `BertConfig`.
 
-The other modules are its network, what training and tools may ask of it (model.py), its predictions, its
-classification tasks, and Hugging Face's names. Nothing outside of this folder imports them: `interface.FAMILIES` names
-them. Without the folder everything else works.
+The other modules are the network, the `interface.Model` (model.py), predictions, classification tasks and Hugging
+Face conversion. No module outside this folder imports them: `interface.FAMILIES` names them, so the folder is optional.
 """
 
 import dataclasses
@@ -19,14 +18,14 @@ Head = Literal["pooler", "mlm", "nsp", "classify"]
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig(ModelConfig):
-    """One BERT.
+    """Architecture of one BERT.
 
-    max_length: of a row: as many positions have an embedding.
-    heads: what is on top: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on the pooler "nsp" (whether
-      the second segment follows the first) and "classify" (`num_labels` classes, or one number).
-    labels: the names of the classes, where they are known: a checkpoint's are those of the task that it was trained on.
-    dtype, scan_layers, remat, attention: see T5Config. Dropout is at the published places; of attention weights it is
-      shared by the queries of a row, as in T5.
+    max_length: number of position embeddings, the maximum length of a row.
+    heads: "pooler" (a dense layer on [CLS]); "mlm" (masked tokens); and on top of the pooler "nsp" (whether the second
+      segment follows the first) and "classify" (`num_labels` classes, or a number).
+    labels: names of the classes if known; in a checkpoint, those of the task that it was trained on.
+    dtype, scan_layers, remat, attention: see T5Config. Dropout is applied as published, except that the mask of the
+      attention weights is shared by the queries of a row, as in T5.
     """
 
     d_model: int
@@ -72,9 +71,9 @@ class BertConfig(ModelConfig):
         if "classify" not in self.heads:
             return self
         labels = features["label"].vocabulary
-        if labels.vocab_size != self.num_labels:  # one number counts as one class
+        if labels.vocab_size != self.num_labels:  # a regression task has vocab_size 1
             raise UserError(
-                f"{name} has {labels.vocab_size} classes ({labels}), the model BertConfig.num_labels = "
-                f"{self.num_labels}: give it --gin.BertConfig.num_labels={labels.vocab_size}"
+                f"{name} has {labels.vocab_size} classes ({labels}), but BertConfig.num_labels = {self.num_labels}: "
+                f"set --gin.BertConfig.num_labels={labels.vocab_size}"
             )
         return dataclasses.replace(self, labels=getattr(labels, "words", ()))

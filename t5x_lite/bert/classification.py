@@ -1,9 +1,9 @@
-"""Classes for texts and pairs of texts: the metrics of tasks, and predictions for tasks and files of any size.
+"""Classification of texts and text pairs: task metrics, and predictions for tasks and files of any size.
 
-What inference/evaluator.py and batch_prediction.py are to models that write text, for an encoder with a classification
-head. The model comes as a function on numpy batches of always the same number of rows. This module knows SeqIO and
-text; it must not know the model or where it runs. Every process goes through all examples with the same calls; only the
-one that is given a place to write writes.
+This is the counterpart of inference/evaluator.py and batch_prediction.py for an encoder with a classification head. The
+model is passed as a function on numpy batches with a fixed number of rows. This module handles SeqIO and text; it must
+not depend on the model or on where it runs. Every process goes through all examples with the same calls; only the
+process that is given a path writes.
 """
 
 import logging
@@ -27,12 +27,12 @@ from tasks import bert, readers
 
 logger = logging.getLogger(__name__)
 
-# {"inputs": [B, S], "segments": [B, S]} to the logits of the classes [B, N], float32; of a number, [B, 1].
+# {"inputs": [B, S], "segments": [B, S]} -> logits of the classes [B, N], float32; [B, 1] for regression.
 Classify = Callable[[pipeline.Batch], Any]
 
 
 class Answer(NamedTuple):
-    """A class by its id and word with its log-likelihood, or a number, which has none."""
+    """A class (id, name and log-likelihood), or a number with no score."""
 
     value: int | float
     text: str
@@ -44,13 +44,13 @@ class Answer(NamedTuple):
 
 
 class Evaluation:
-    """The metrics of a task, or of each task of a mixture, on one split. Reads the data once, for any number of runs.
+    """The metrics of a task, or of each task of a mixture, on one split. Data are read once, for any number of runs.
 
-    Args: those of evaluator.Evaluation. A metric is a function of the classes that are right and those predicted, by
-    their ids, or of numbers. Examples whose label is not known have predictions and no part in it.
+    The arguments are those of evaluator.Evaluation. A metric is a function of (targets, predictions), as class ids or
+    numbers. Examples without a known label are predicted but not scored.
 
     Raises:
-      ValueError: a metric asks for something else.
+      UserError: a metric takes other arguments.
     """
 
     def __init__(
@@ -76,32 +76,32 @@ class Evaluation:
             self._examples[task.name] = list(task_source(task.name, lengths, **options).read(0))
 
     def run(self, classify: Classify, *, step: int) -> dict[str, dict[str, float]]:
-        """{task: {metric: value}}. A row of the predictions has `inputs`, `targets`, `prediction` and its `score`."""
-        found = {}
+        """Return {task: {metric: value}}. Prediction rows have `inputs`, `targets`, `prediction` and `score`."""
+        scores = {}
         for task in self._tasks:
             examples = self._examples[task.name]
             answers: dict[int, Answer] = {}
             for group in packing.by_length([len(e.input_tokens) for e in examples], self._batch_size):
-                chosen = [examples[i] for i in group]
-                width = batch_prediction.width(chosen, self._lengths, "inputs")
-                said = answered(classify, chosen, width, self._batch_size, task.output_features["label"])
-                answers |= zip(group, said, strict=True)
+                batch = [examples[i] for i in group]
+                width = batch_prediction.width(batch, self._lengths, "inputs")
+                predicted = answered(classify, batch, width, self._batch_size, task.output_features["label"])
+                answers |= zip(group, predicted, strict=True)
             labels = [np.asarray(example.target_tokens).item() for example in examples]
-            known = [i for i, label in enumerate(labels) if label >= 0]
-            right, values = [labels[i] for i in known], [answers[i].value for i in known]
-            found[task.name] = {}
-            for metric in task.metric_fns if known else ():
-                found[task.name] |= metric(right, values)
+            labelled = [i for i, label in enumerate(labels) if label >= 0]
+            targets, predictions = [labels[i] for i in labelled], [answers[i].value for i in labelled]
+            scores[task.name] = {}
+            for metric in task.metric_fns if labelled else ():
+                scores[task.name] |= metric(targets, predictions)
             if self._predictions is not None:
-                rows = (_said(example) | answers[i].row for i, example in enumerate(examples))
+                rows = (_text_fields(example) | answers[i].row for i, example in enumerate(examples))
                 write_whole(self._predictions / f"{task.name}-{step}.jsonl", rows)
-        return found
+        return scores
 
 
 def answered(
     classify: Classify, group: Sequence[Example], width: int, rows: int, label: seqio.utils.Feature
 ) -> list[Answer]:
-    """What the model says of at most `rows` examples, none longer than `width`."""
+    """Classify at most `rows` examples, none longer than `width`."""
     batch = {
         "inputs": batch_prediction.padded([example.input_tokens for example in group], width, rows),
         "segments": batch_prediction.padded([np.asarray(example.segments) for example in group], width, rows),
@@ -109,8 +109,8 @@ def answered(
     logits_BN = np.asarray(classify(batch), np.float32)
     if logits_BN.shape != (rows, label.vocabulary.vocab_size):
         raise UserError(
-            f"classify gave an array of shape {logits_BN.shape} for {rows} rows of {label.vocabulary.vocab_size} "
-            "classes: [B, N] is due"
+            f"classify returned an array of shape {logits_BN.shape}, expected [B, N] = "
+            f"{(rows, label.vocabulary.vocab_size)}"
         )
     if label.dtype.is_floating:
         return [Answer(float(x), f"{x:.3f}", None) for x in logits_BN[: len(group), 0]]
@@ -120,34 +120,34 @@ def answered(
 
 
 def word(label: seqio.utils.Feature, value: int | float) -> str:
-    """A class by its name, where the task gives them names; a number as it is; "<unk>" for what is not known."""
+    """Return the name of a class (its id if the task has no names), a number as text, or "<unk>" if unknown."""
     words = getattr(label.vocabulary, "words", ())
     if value < 0 and not label.dtype.is_floating:
         return "<unk>"
     return words[int(value)] if words else f"{value:g}"
 
 
-# Examples: a label is their target, as text and as an array of one.
+# The target of an example is its label, as text and as an array of size 1.
 
 
 def task_source(task_name: str, lengths: Mapping[str, int], **options: Any) -> Source:
-    """The examples of one task in the order of its split. Args: those of batch_prediction.task_source."""
+    """Return the examples of a task in the order of its split. Arguments: see batch_prediction.task_source."""
     pipeline.check_lengths(task_name, lengths, ClassifierFeatureConverter())
     return batch_prediction.task_source(task_name, lengths, **options, example=_labelled)
 
 
 def _labelled(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.utils.Feature]) -> Example:
     text = text_of(row, "inputs", features["inputs"])
-    right = word(features["label"], row["label"].item())
-    return Example(where, text, right, row["inputs"], row["label"], row["segments"])
+    label = word(features["label"], row["label"].item())
+    return Example(where, text, label, row["inputs"], row["label"], row["segments"])
 
 
 def file_source(
     path: str, vocabulary: seqio.Vocabulary, lengths: Mapping[str, int], *, num_examples: int | None = None
 ) -> Source:
-    """One example a line: of a .jsonl file "inputs", or "sentence1" and "sentence2"; of any other the line itself.
+    """Return one example per line: the line, or in .jsonl files its "inputs", or "sentence1" and "sentence2".
 
-    "targets", where they are there, go into the results. For the rest see batch_prediction.file_source.
+    "targets", if given, are copied to the results. For the rest see batch_prediction.file_source.
     """
     ids = bert.special(vocabulary)
 
@@ -156,8 +156,8 @@ def file_source(
 
     def check(number: int, row: Mapping[str, Any]) -> None:
         if not all(isinstance(text, str) for text in (*texts(row), row.get("targets", ""))):
-            said = '"inputs", or "sentence1" and "sentence2", and "targets" if there, must be strings'
-            raise readers.bad_row(path, number, f"{said}; the row has {', '.join(row) or 'nothing'}")
+            rule = '"inputs", or "sentence1" and "sentence2", and "targets" if given, must be strings'
+            raise readers.bad_row(path, number, f"{rule}; the row has {', '.join(row) or 'nothing'}")
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
         first, *rest = (list(vocabulary.encode(text)) for text in texts(row))
@@ -177,20 +177,20 @@ def write_predictions(
     batch_size: int,
     about: Mapping[str, Any],
 ) -> int:
-    """Writes `inputs`, `targets` (where there are), `prediction` and, of a class, its log-likelihood as `score`.
+    """Write `inputs`, `targets` (if given), `prediction` and, for a class, its log-likelihood as `score`.
 
-    Args: those of batch_prediction.write_predictions; `label` is the task's feature, which names the classes.
+    The arguments are those of batch_prediction.write_predictions; `label` is the task's feature, with the class names.
 
     Returns:
-      The number of lines, those of an earlier start included.
+      The number of lines, including those written before an interruption.
     """
 
-    def answer(group: list[Example]) -> batch_prediction.Rows:
+    def predict(group: list[Example]) -> batch_prediction.Rows:
         answers = answered(classify, group, batch_prediction.width(group, lengths, "inputs"), batch_size, label)
-        return [_said(example) | found.row for example, found in zip(group, answers, strict=True)]
+        return [_text_fields(example) | answer.row for example, answer in zip(group, answers, strict=True)]
 
-    return batch_prediction.write(source, answer, path, batch_size, {"mode": "infer", **about, **source.about})
+    return batch_prediction.write(source, predict, path, batch_size, {"mode": "infer", **about, **source.about})
 
 
-def _said(example: Example) -> dict[str, str]:
+def _text_fields(example: Example) -> dict[str, str]:
     return {"inputs": example.inputs} | ({} if example.targets is None else {"targets": example.targets})

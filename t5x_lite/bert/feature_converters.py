@@ -1,4 +1,4 @@
-"""How texts and the examples of BERT's tasks become the rows of a batch. Must not know text or datasets."""
+"""BERT's feature converters: turn the examples of its tasks into rows. Must not depend on text or datasets."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from t5x_lite.model.feature_converter import FeatureConverter
 
 
 class _BertFeatureConverter(FeatureConverter):
-    """The features of tasks/bert.py or tasks/glue_bert.py as they are, padded, one example in a row."""
+    """Pads the features of tasks/bert.py or tasks/glue_bert.py, one example per row."""
 
     lengths = ("inputs",)
-    of_one = ("random", "label")  # numbers, not tokens
+    scalars = ("random", "label")  # single numbers, not tokens
 
     def widths(self, lengths: Mapping[str, int], given: Collection[str]) -> dict[str, int]:
-        return {feature: 1 if feature in self.of_one else lengths["inputs"] for feature in self.features}
+        return {feature: 1 if feature in self.scalars else lengths["inputs"] for feature in self.features}
 
     def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int]:
         return widths
@@ -39,9 +39,9 @@ class ClassifierFeatureConverter(_BertFeatureConverter):
 def pair(
     first: Sequence[int], second: Sequence[int] | None, cls: int, sep: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] first [SEP], and second [SEP] where there is one, of at most `length` tokens; and their segments, 0 and 1.
+    """Return [CLS] first [SEP], plus second [SEP] if given, of at most `length` tokens, and their segments, 0 and 1.
 
-    As tasks.glue_bert has them: token by token the longer of the two loses its last, of two equals the second.
+    As in tasks.glue_bert, the longer of the two (or the second, if equal) loses its last token until they fit.
     """
     if second is not None:
         room = length - 3

@@ -1,7 +1,7 @@
-"""Hugging Face's BERT: names and config.json in both directions, as convert/huggingface_t5.py has them for T5.
+"""Convert parameter names and config.json between BertConfig and Hugging Face (see convert/huggingface_t5.py for T5).
 
-Models with Hugging Face's heads for pre-training, masked tokens, next sentences and sequence classification, or with
-none. Which of them a directory has is seen from its tensors. Must not know how files are made.
+Supports Hugging Face's heads for pre-training, masked tokens, next sentences and sequence classification, or none. The
+heads of a directory are inferred from its tensors. Must not handle file formats.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _MODULES = {
     "nsp": "cls.seq_relationship",
     "classify": "classifier",
 }
-# Our parameters and Hugging Face's; {} is the layer.
+# Parameter names here -> Hugging Face names; {} is the layer.
 NAMES = {
     "token_embedder/embedding": "embeddings.word_embeddings.weight",
     "position_embedding": "embeddings.position_embeddings.weight",
@@ -72,28 +72,28 @@ _ONLY = {
 }
 
 
-def source(folder: Path, hub: Mapping[str, Any], found: Mapping[str, Tensor]) -> Source:
-    """Raises ValueError: a config or a head that is not BERT's as published, or copies that differ."""
+def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
+    """Return the config and tensors. Raises UserError for an unsupported config or head, or copies that differ."""
     file = folder / "config.json"
     for name, value in _ONLY.items():
         if hub.get(name, value) != value:
-            raise UserError(f"{file}: {name} is {hub[name]!r}; BERT as published, and here, has {value!r}")
+            raise UserError(f"{file}: {name} is {hub[name]!r}; only {value!r}, as in the published BERT, is supported")
     others = set(hub.get("architectures") or ()) - set(_ARCHITECTURES.values())
     if others:
         raise UserError(
-            f"{file}: {', '.join(others)} is not read; {', '.join(sorted(set(_ARCHITECTURES.values())))} are"
+            f"{file}: {', '.join(others)} is not supported; {', '.join(sorted(set(_ARCHITECTURES.values())))} are"
         )
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in needed if name not in hub]:
-        raise UserError(f"{file} does not say {', '.join(missing)}")
-    held = {_modern(name): tensor for name, tensor in found.items()}
-    if len(held) < len(found):
-        raise UserError(f"{folder} holds tensors under two names: with `bert.` and without, or with gamma and weight")
+        raise UserError(f"{file} lacks {', '.join(missing)}")
+    by_name = {_modern(name): tensor for name, tensor in stored.items()}
+    if len(by_name) < len(stored):
+        raise UserError(f"{folder} has tensors under two names: with `bert.` and without, or with gamma and weight")
     for name in _UNUSED:
-        held.pop(name, None)
-    tensors.drop_copies(folder, held, _COPIES)
-    heads: tuple[Head, ...] = tuple(head for head, weight in _HEADS.items() if weight in held)
-    num_labels = held[_HEADS["classify"]].shape[0] if "classify" in heads else 2
+        by_name.pop(name, None)
+    tensors.drop_copies(folder, by_name, _COPIES)
+    heads: tuple[Head, ...] = tuple(head for head, weight in _HEADS.items() if weight in by_name)
+    num_labels = by_name[_HEADS["classify"]].shape[0] if "classify" in heads else 2
     labels = tuple(hub.get("id2label", {}).get(str(i), "LABEL_") for i in range(num_labels))
     named = "classify" in heads and not any(label.startswith("LABEL_") for label in labels)
     config = BertConfig(
@@ -109,7 +109,7 @@ def source(folder: Path, hub: Mapping[str, Any], found: Mapping[str, Tensor]) ->
         labels=labels if named else (),
         dropout_rate=hub.get("hidden_dropout_prob", 0.1),
     )
-    return Source(config, held, NAMES.__getitem__, is_transposed)
+    return Source(config, by_name, NAMES.__getitem__, is_transposed)
 
 
 def is_transposed(name: str) -> bool:
@@ -117,12 +117,12 @@ def is_transposed(name: str) -> bool:
 
 
 def _modern(name: str) -> str:
-    """Without the prefix of models with heads; the first BERTs' gamma and beta are weight and bias."""
+    """Strip the prefix of models with heads, and rename gamma and beta of the first BERTs to weight and bias."""
     return name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("Norm.beta", "Norm.bias")
 
 
 def name_of(config: BertConfig, name: str) -> str:
-    """What a model with these heads calls a parameter."""
+    """Return the Hugging Face name of a parameter in a model with these heads."""
     theirs = NAMES[name]
     inside = theirs.startswith(("embeddings.", "encoder.", "pooler."))
     return f"bert.{theirs}" if inside and _architecture(config) != "BertModel" else theirs
@@ -131,13 +131,13 @@ def name_of(config: BertConfig, name: str) -> str:
 def _architecture(config: BertConfig) -> str:
     heads = frozenset(config.heads)
     if heads not in _ARCHITECTURES:
-        known = "; ".join(", ".join(sorted(known)) for known in _ARCHITECTURES if known)
-        raise UserError(f"heads={config.heads}: Hugging Face has no BERT with these together; it has {known}")
+        supported = "; ".join(", ".join(sorted(heads)) for heads in _ARCHITECTURES if heads)
+        raise UserError(f"heads={config.heads}: Hugging Face has no BERT with this combination; it has {supported}")
     return _ARCHITECTURES[heads]
 
 
 def described(config: BertConfig) -> dict[str, Any]:
-    """config.json. Raises ValueError: Hugging Face has no class with these heads."""
+    """Return config.json. Raises UserError if Hugging Face has no class with these heads."""
     labels = config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]
     return {
         "architectures": [_architecture(config)],

@@ -1,4 +1,4 @@
-"""BERT as `interface.Model` asks: for pre-training, and for classification where it has that head."""
+"""BERT's implementation of `interface.Model`, for pre-training and, with the "classify" head, for classification."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ class BertModel:
         return {head: logits for head, logits in outputs.items() if head != "pooler"}
 
     def targets(self, batch: interface.Batch) -> Mapping[str, tuple[Num[Array, "B _"], Float[Array, "B _"]]]:
-        of_batch = network.targets(batch)
-        if not of_batch.keys() & set(self.config.heads):
+        targets = network.targets(batch)
+        if not targets.keys() & set(self.config.heads):
             raise UserError(
-                f"BertConfig.heads={self.config.heads}: of these none learns from the task, whose features "
-                f"({', '.join(batch)}) are for {' and '.join(of_batch)}"
+                f"BertConfig.heads={self.config.heads}: none of these learns from the task, whose features "
+                f"({', '.join(batch)}) are for {' and '.join(targets)}"
             )
-        return {head: pair for head, pair in of_batch.items() if head in self.config.heads}
+        return {head: pair for head, pair in targets.items() if head in self.config.heads}
 
     def feature_converter(self, pack: bool) -> FeatureConverter:
         if "classify" in self.config.heads:

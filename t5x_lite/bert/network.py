@@ -1,9 +1,9 @@
-"""BERT as published (Devlin et al. 2019): an encoder that sees both ways, with its heads.
+"""BERT as published (Devlin et al. 2019): a bidirectional encoder with its heads.
 
-Beside T5's parts (attention, token table, the stack of layers with its scan and remat) it has what T5 left out: norms
-after each addition, with centre and bias; biases everywhere; learned embeddings of positions and segments; logits
-divided by sqrt(K). Dimensions are those of model/t5.py, and N classes. Token 0 is padding, which nothing sees.
-This module knows nothing of losses, optimizers, data or files.
+It shares T5's attention, token embedding and layer stack (scan, remat). Unlike T5, it is post-norm, with centred layer
+norms and a bias in every layer, learned position and segment embeddings, and attention logits divided by sqrt(K).
+Letters of axes are those of model/t5.py; N is classes. Token 0 is padding and masked. This module does not depend on
+losses, optimizers, data or files.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ from t5x_lite.model.layers import Embed, named_axes, project
 from t5x_lite.model.transformer import stack
 from t5x_lite.sharding import constrain
 
-# Cut at two standard deviations, as `create_initializer` of google-research/bert has it.
+# Truncated at two standard deviations, as `create_initializer` of google-research/bert.
 _INIT = nn.initializers.truncated_normal(0.02)
-_EPSILON = 1e-12  # of norms
+_EPSILON = 1e-12  # in layer norms
 
 
 class LayerNorm(nn.Module):
@@ -71,7 +71,10 @@ class SelfAttention(nn.Module):
         rate = c.dropout_rate if self.train else 0.0
         y_BSHK = dot_product_attention(
             heads("query") * c.head_dim**-0.5,
-            *(heads("key"), heads("value"), None, attention_mask),
+            heads("key"),
+            heads("value"),
+            None,
+            attention_mask,
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=c.attention,
@@ -81,7 +84,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """gelu(x W_i + b_i) W_o + b_o, with the exact gelu (the error function's)."""
+    """gelu(x W_i + b_i) W_o + b_o, with the exact (erf) gelu."""
 
     config: BertConfig
 
@@ -116,7 +119,7 @@ class BertLayer(nn.Module):
         return constrain(x_BSD, "batch", "length", "embed"), None
 
     def kept(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> tuple[Array, Array]:
-        """The same, and once more what comes out, for a stack to keep of every layer."""
+        """Like `__call__`, but also returns the output, so that `scan` collects every layer."""
         x_BSD, _ = self(x_BSD, attention_mask)
         return x_BSD, x_BSD
 
@@ -138,7 +141,7 @@ class Encoder(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """Logits of the token at each place: a transform, and the transposed token table with a bias."""
+    """The masked-LM head: a transform, then the transposed token embedding and a bias; logits for each position."""
 
     config: BertConfig
 
@@ -153,9 +156,9 @@ class MaskedLM(nn.Module):
 
 
 class Bert(nn.Module):
-    """`Bert(config, train=True)` has dropout on and needs a "dropout" key where the rate is above 0.
+    """The BERT model. `Bert(config, train=True)` turns dropout on and needs a "dropout" key if the rate is above 0.
 
-    All take tokens; segments, 0 or 1 (None: all 0); and a mask, 0 for what nothing may see (None: for padding).
+    All methods take tokens; segments, 0 or 1 (None: all 0); and a mask, 0 where masked (None: at padding).
     """
 
     config: BertConfig
@@ -186,19 +189,19 @@ class Bert(nn.Module):
         segments_BS: Int[Array, "B S"] | None = None,
         mask_BS: Int[Array, "B S"] | None = None,
     ) -> dict[str, Array]:
-        """What each of the config's heads says: pooler [B, D] in the config's dtype, and logits in float32: mlm
-        [B, S, V], nsp [B, 2] (the first: it follows), classify [B, N]."""
+        """Return the output of each head of the config: pooler [B, D] in the config's dtype, and float32 logits: mlm
+        [B, S, V], nsp [B, 2] (class 0: it follows), classify [B, N]."""
         x_BSD = self.encoder(*self._embedded(tokens_BS, segments_BS, mask_BS))
-        said: dict[str, Array] = {}
+        outputs: dict[str, Array] = {}
         if "mlm" in self.config.heads:
-            said["mlm"] = self.mlm(x_BSD, self.token_embedder)
+            outputs["mlm"] = self.mlm(x_BSD, self.token_embedder)
         if "pooler" in self.config.heads:
-            said["pooler"] = pooled_BD = nn.tanh(self.pooler(x_BSD[:, 0]))
+            outputs["pooler"] = pooled_BD = nn.tanh(self.pooler(x_BSD[:, 0]))
             if "nsp" in self.config.heads:
-                said["nsp"] = self.nsp(pooled_BD)
+                outputs["nsp"] = self.nsp(pooled_BD)
             if "classify" in self.config.heads:
-                said["classify"] = self.classify(self.dropout(pooled_BD))
-        return said
+                outputs["classify"] = self.classify(self.dropout(pooled_BD))
+        return outputs
 
     def hidden(
         self,
@@ -206,7 +209,7 @@ class Bert(nn.Module):
         segments_BS: Int[Array, "B S"] | None = None,
         mask_BS: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "_ B S D"]:
-        """The embeddings, and what comes out of every layer: L + 1 of them."""
+        """Return the embeddings and the output of every layer, L + 1 arrays."""
         x_BSD, attention_mask = self._embedded(tokens_BS, segments_BS, mask_BS)
         return jnp.concatenate([x_BSD[None], self.encoder.hidden(x_BSD, attention_mask)])
 
@@ -215,7 +218,7 @@ class Bert(nn.Module):
     ) -> tuple[Float[Array, "B S D"], AttentionMask]:
         c, length = self.config, tokens_BS.shape[1]
         if length > c.max_length:
-            raise UserError(f"a row of {length} tokens: BertConfig.max_length is {c.max_length}, cut it to that")
+            raise UserError(f"a row has {length} tokens, but BertConfig.max_length is {c.max_length}: truncate it")
         segments_BS = jnp.zeros_like(tokens_BS) if segments_BS is None else segments_BS
         position_SD = constrain(self.position_embedding, None, None)[:length]
         segment_BSD = jnp.take(constrain(self.segment_embedding, None, None), segments_BS, axis=0)
@@ -228,28 +231,28 @@ class Bert(nn.Module):
 def forward(
     config: BertConfig, params: Any, batch: Mapping[str, Array], dropout_key: Key[Array, ""] | None = None
 ) -> dict[str, Array]:
-    """What each head says of a batch with `inputs` and `segments` [B, S]; with dropout if a key is given."""
+    """Return the output of each head for `inputs` and `segments` [B, S]; dropout is on if a key is given."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     model = Bert(config, train=dropout_key is not None)
-    said = model.apply({"params": params}, batch["inputs"], batch["segments"], rngs=rngs)
-    assert isinstance(said, dict)
-    return said
+    outputs = model.apply({"params": params}, batch["inputs"], batch["segments"], rngs=rngs)
+    assert isinstance(outputs, dict)
+    return outputs
 
 
 def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Num[Array, "B _"], Float[Array, "B _"]]]:
-    """Of each head that the batch has something for: what is right, and weights, 0 where nothing was asked.
+    """Return targets and weights of each head that the batch has targets for; ignored positions have weight 0.
 
-    These are the tokens chosen, `targets` [B, S] that are not 0, for "mlm"; `random` [B, 1] for "nsp"; and for
-    "classify" `label` [B, 1], a class or, as a float, a number to be hit; below 0 it is not known. Rows of padding do
-    not count. The loss is the sum of the heads' means over what counts in the batch: cross entropy (run_pretraining.py
-    and run_classifier.py of google-research/bert) or, of numbers, the squared error.
+    "mlm": `targets` [B, S], where not 0. "nsp": `random` [B, 1]. "classify": `label` [B, 1], a class id, or a float for
+    regression; below 0 it is unknown and has weight 0. Padding rows have weight 0. The loss is the sum of the heads'
+    weighted means over the batch: cross entropy (run_pretraining.py and run_classifier.py of google-research/bert) or,
+    for regression, squared error.
     """
     real_B1 = jnp.any(batch["inputs"] != 0, axis=-1, keepdims=True)
-    asked: dict[str, tuple[Array, Array]] = {}
+    by_head: dict[str, tuple[Array, Array]] = {}
     if "targets" in batch:
-        asked["mlm"] = (batch["targets"], batch["targets"] != 0)
+        by_head["mlm"] = (batch["targets"], batch["targets"] != 0)
     if "random" in batch:
-        asked["nsp"] = (batch["random"], real_B1)
+        by_head["nsp"] = (batch["random"], real_B1)
     if "label" in batch:
-        asked["classify"] = (jnp.maximum(batch["label"], 0), real_B1 & (batch["label"] >= 0))
-    return {head: (right, weights.astype(jnp.float32)) for head, (right, weights) in asked.items()}
+        by_head["classify"] = (jnp.maximum(batch["label"], 0), real_B1 & (batch["label"] >= 0))
+    return {head: (labels, weights.astype(jnp.float32)) for head, (labels, weights) in by_head.items()}

@@ -1,4 +1,4 @@
-"""Predictions of BERT: classes of texts and pairs of texts; while it is pre-trained, none."""
+"""BERT's predictors: classes of texts and text pairs, and an error for a BERT with pre-training heads only."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,16 +17,16 @@ from t5x_lite.training.partitioner import Partitioner
 class PretrainingPredictor(Predictor):
     def check(self, mode: Mode, has_task: bool) -> None:
         raise UserError(
-            f"--mode={mode}: a BERT that is being pre-trained makes no predictions. Fine-tune it first "
-            "(--gin_file=runs/finetune_bert.gin), or take its logits from t5x_lite.load(MODEL_DIR) in Python"
+            f"--mode={mode}: a BERT without a classification head makes no predictions. Fine-tune it first "
+            "(--gin_file=runs/finetune_bert.gin), or get its logits with t5x_lite.load(MODEL_DIR) in Python"
         )
 
     def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
-        raise UserError("--decode: an encoder alone does not decode")
+        raise UserError("--decode: an encoder-only model cannot decode")
 
     def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
         other = "--gin_file=runs/finetune_bert.gin --gin.MODEL_DIR=\"'runs/mrpc'\""
-        return "or fine-tune it, on a task of GLUE, say", (f"{run} {other} \\\n    {initial_checkpoint}",)
+        return "or fine-tune it, for example on a GLUE task", (f"{run} {other} \\\n    {initial_checkpoint}",)
 
 
 class ClassPredictor(Predictor):
@@ -35,14 +35,14 @@ class ClassPredictor(Predictor):
         self._classify = partitioner.with_params(_classify, config=config)
 
     def classify(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits of the classes [B, N] of `inputs` and `segments` [B, S]."""
+        """Return the logits of the classes [B, N] for `inputs` and `segments` [B, S]."""
         return jax.device_get(self._classify(params, self._on_mesh(dict(rows))))
 
     def check(self, mode: Mode, has_task: bool) -> None:
         if mode == "score":
-            raise UserError("--mode=score is for models that write text; --mode=infer gives the score of each class")
+            raise UserError("--mode=score is for models that generate text; --mode=infer scores the predicted class")
         if not has_task:
-            raise UserError("--mode=infer of a classifier needs MIXTURE_OR_TASK_NAME: the task names the classes")
+            raise UserError("--mode=infer with a classifier needs MIXTURE_OR_TASK_NAME, which defines the class names")
 
     def evaluator(self, name: str, lengths: Mapping[str, int], **options: Any) -> Callable[[Any, int], Scores]:
         from t5x_lite.bert import classification
@@ -77,8 +77,8 @@ class ClassPredictor(Predictor):
         return self._classify.lower(self._partitioner.abstract.params, {"inputs": rows, "segments": rows})
 
     def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
-        ask = "or ask it something, a text a line, or JSON lines with sentence1 and sentence2"
-        return ask, (f"{run} --mode=infer --gin.INFER_INPUT=\"'pairs.jsonl'\"",)
+        description = "or classify texts, one per line, or JSON lines with sentence1 and sentence2"
+        return description, (f"{run} --mode=infer --gin.INFER_INPUT=\"'pairs.jsonl'\"",)
 
 
 def _classify(params: Any, rows: Mapping[str, jax.Array], *, config: BertConfig) -> jax.Array:

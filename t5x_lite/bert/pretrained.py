@@ -1,6 +1,6 @@
-"""A trained BERT in Python: texts or tokens in; classes, logits, a row's summary or features out; by `t5x_lite.load`.
+"""A trained BERT in Python (`t5x_lite.load`): classes, logits, pooled output or features of texts or tokens.
 
-Must not know files.
+Must not handle files.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ Texts = Sequence[str | tuple[str, str]]
 
 
 class LoadedBert:
-    """A BERT and its parameters, ready to use: what `t5x_lite.load` gives for one.
+    """A BERT with its parameters, as returned by `t5x_lite.load`.
 
-    `predict` takes texts; all others take tokens [B, S]; segments, 0 or 1 (None: all 0); and an attention mask, 0 for
-    what nothing may see (None: for padding, token 0). Results are float32. ValueError where the model lacks the head.
+    `predict` and `tokens` take texts. The other methods take tokens [B, S]; segments, 0 or 1 (None: all 0); and an
+    attention mask, 0 where masked (None: at padding, token 0). Results are float32. A method whose head the model lacks
+    raises UserError.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class LoadedBert:
         self.config, self.params, self.vocabulary = config, params, vocabulary
         self._mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
         model = Bert(config)
-        # Of one head at a time, so that the compiler leaves out the others.
+        # The function returns one head, so that the compiler removes the others.
         self._head = jax.jit(
             lambda params, head, *args: model.apply({"params": params}, *args)[head].astype(jnp.float32),
             static_argnums=1,
@@ -50,40 +51,38 @@ class LoadedBert:
         )
 
     def logits(self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None) -> Array:
-        """Of the token at each place, [B, S, V]; of the first other head where there is none for that."""
+        """Return masked-LM logits [B, S, V], or the logits of the first other head if the model has no "mlm"."""
         head = next((head for head in self.config.heads if head != "pooler"), "mlm")
-        return self._said(head, tokens, segments, attention_mask)
+        return self._output(head, tokens, segments, attention_mask)
 
     def next_sentence(self, tokens: Ids, segments: Ids | None, attention_mask: Ids | None = None) -> Array:
-        """Logits that segment 1 follows segment 0 in its document, and that it is from another, [B, 2]."""
-        return self._said("nsp", tokens, segments, attention_mask)
+        """Return logits [B, 2]: segment 1 follows segment 0 in its document, or is from another one."""
+        return self._output("nsp", tokens, segments, attention_mask)
 
     def classify(self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None) -> Array:
-        """Logits of the classes, [B, N]."""
-        return self._said("classify", tokens, segments, attention_mask)
+        """Return the logits of the classes, [B, N]."""
+        return self._output("classify", tokens, segments, attention_mask)
 
     def predict(self, texts: Texts, *, batch_size: int = 16) -> list[str] | list[float]:
-        """The class of each text, or pair of texts, by its name (its number, where the model knows no names); of a
-        model with one label the number that it says."""
-        said: list[Any] = []
+        """Return the class name of each text or text pair (the class id if the model has no names), or, for a model
+        with one label, the predicted number."""
+        predictions: list[Any] = []
         for start in range(0, len(texts), batch_size):
             group = [*texts[start : start + batch_size]]
             tokens, segments = self.tokens(group + group[-1:] * (batch_size - len(group)))
             logits_BN = np.asarray(self.classify(tokens, segments))[: len(group)]
-            said += logits_BN[:, 0].tolist() if self.config.num_labels == 1 else logits_BN.argmax(-1).tolist()
+            predictions += logits_BN[:, 0].tolist() if self.config.num_labels == 1 else logits_BN.argmax(-1).tolist()
         if self.config.num_labels == 1:
-            return said
-        return [self.config.labels[i] if self.config.labels else str(i) for i in said]
+            return predictions
+        return [self.config.labels[i] if self.config.labels else str(i) for i in predictions]
 
     def tokens(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and segments [B, S] of texts, or pairs of texts, with their special tokens; cut to `max_length`.
+        """Return tokens and segments [B, S] of texts or text pairs, with special tokens, truncated to `max_length`.
 
-        Raises ValueError: the model came without a tokenizer.
+        Raises UserError if the model has no tokenizer.
         """
         if self.vocabulary is None:
-            raise UserError(
-                "this BERT came without a tokenizer: put its vocab.txt or spiece.model beside it, or give it tokens"
-            )
+            raise UserError("this BERT has no tokenizer: put its vocab.txt or spiece.model next to it, or pass tokens")
         v, most, rows = self.vocabulary, self.config.max_length, []
         for text in texts:
             first, *rest = (v.encode(part) for part in ((text,) if isinstance(text, str) else text))
@@ -95,23 +94,23 @@ class LoadedBert:
         return tokens, segments
 
     def pooled(self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None) -> Array:
-        """The pooler's output, a row's summary from its first token, [B, D]."""
-        return self._said("pooler", tokens, segments, attention_mask)
+        """Return the pooler's output, a summary of the row from its first token, [B, D]."""
+        return self._output("pooler", tokens, segments, attention_mask)
 
     def hidden(self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None) -> Array:
-        """The embeddings and what comes out of every layer, [L + 1, B, S, D]."""
+        """Return the embeddings and the output of every layer, [L + 1, B, S, D]."""
         with sharding.use_mesh(self._mesh):
             return self._hidden(self.params, *_int32(tokens, segments, attention_mask))
 
     def features(
         self, tokens: Ids, segments: Ids | None = None, attention_mask: Ids | None = None, *, layers: int = 4
     ) -> Array:
-        """The last layers side by side, [B, S, layers * D]; the paper's choice of four did best (5.3)."""
+        """Return the last layers concatenated, [B, S, layers * D]; four did best in the BERT paper (5.3)."""
         if not 1 <= layers <= self.config.num_layers:
-            raise UserError(f"layers={layers} must lie in 1..{self.config.num_layers}, the model's")
+            raise UserError(f"layers={layers} must be in 1..{self.config.num_layers}, the number of layers")
         return jnp.concatenate([*self.hidden(tokens, segments, attention_mask)[-layers:]], axis=-1)
 
-    def _said(self, head: str, *args: Ids | None) -> Array:
+    def _output(self, head: str, *args: Ids | None) -> Array:
         if head not in self.config.heads:
             raise UserError(f"this BERT has no {head!r} head; it has {self.config.heads or 'none'}")
         with sharding.use_mesh(self._mesh):

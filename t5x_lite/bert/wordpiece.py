@@ -1,6 +1,6 @@
-"""BERT's text to tokens without TensorFlow: the WordPiece tokenizer of a vocab.txt.
+"""The WordPiece tokenizer of a vocab.txt, without TensorFlow.
 
-Must not know models, checkpoints or tasks.
+Must not depend on models, checkpoints or tasks.
 """
 
 import json
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from t5x_lite.errors import UserError
 
-_LONGEST = 100  # characters of a word; what is longer is unknown
+_LONGEST = 100  # characters; longer words become [UNK]
 
 
 class WordPiece:
-    """The pieces of a vocab.txt, a line each; the same tokens as Hugging Face's BertTokenizer.
+    """A tokenizer from a vocab.txt, one piece per line; gives the same tokens as Hugging Face's BertTokenizer.
 
-    Text is lower-cased and loses its accents where `do_lower_case` of the tokenizer_config.json beside says so (without
-    a word of it, yes); where there is no such file, if no piece has a capital.
+    Text is lower-cased and accents are stripped by `do_lower_case` (default true) of the tokenizer_config.json in the
+    same folder; without that file, if no piece has a capital letter.
 
-    Raises ValueError: [PAD] is not its first line, or another special token is missing.
+    Raises UserError if [PAD] is not on the first line or another special token is missing.
     """
 
     def __init__(self, file: str | Path):
@@ -28,7 +28,7 @@ class WordPiece:
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
         if self._pieces[0] != "[PAD]" or not self._ids.keys() >= set(special):
-            raise UserError(f"{file} is no BERT's vocab.txt: it needs [PAD] in its first line, and {special[1:]}")
+            raise UserError(f"{file} is not a BERT vocab.txt: it needs [PAD] on its first line, and {special[1:]}")
         _, self._unknown, self.cls, self.sep, self.mask = (self._ids[piece] for piece in special)
         config = file.parent / "tokenizer_config.json"
         if config.is_file():
@@ -40,7 +40,7 @@ class WordPiece:
         return len(self._pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Without special tokens."""
+        """Return token ids, without special tokens."""
         text = "".join(map(_cleaned, text))
         if self._lower_case:
             text = unicodedata.normalize("NFD", text.lower())
@@ -49,12 +49,12 @@ class WordPiece:
         return [token for word in text.split() for token in self._word(word)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Words with single spaces between them, padding left out; special tokens as they are written."""
-        known = (self._pieces[i] if i < len(self._pieces) else "[UNK]" for i in map(int, tokens) if i)
-        return " ".join(known).replace(" ##", "")
+        """Return the words joined by single spaces, without padding; special tokens are written out."""
+        pieces = (self._pieces[i] if i < len(self._pieces) else "[UNK]" for i in map(int, tokens) if i)
+        return " ".join(pieces).replace(" ##", "")
 
     def _word(self, word: str) -> list[int]:
-        """The longest piece that the word begins with, then of what is left: one unknown where there is none."""
+        """Tokenize a word greedily, longest piece first; [UNK] if a part of it has no piece."""
         tokens, start = [], 0
         while start < len(word):
             prefix = "##" if start else ""
@@ -74,15 +74,21 @@ def _cleaned(c: str) -> str:
     return "" if c == "\ufffd" or kind in ("Cc", "Cf", "Co", "Cs") else c
 
 
-# Of Chinese and Japanese characters, as BERT has them.
+# Code point ranges of Chinese and Japanese characters, as in BERT.
 _IDEOGRAPHS = (
-    *((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)),
-    *((0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)),
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
 )
 
 
 def _alone(c: str) -> bool:
-    """Whether a character is a word of its own: punctuation (ASCII's symbols, too) and ideographs."""
+    """Return whether a character is a token of its own: punctuation (and ASCII symbols) or an ideograph."""
     code = ord(c)
     if code < 128:
         return 32 < code and not c.isalnum() and code != 127

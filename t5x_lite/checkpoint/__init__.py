@@ -1,6 +1,6 @@
-"""Checkpoints: which one to read, whether it is sound, whether it fits, and its parameters alone.
+"""Find, verify and read checkpoints.
 
-`saving.py` says what they are made of. This module knows Orbax and trees of arrays, and must not know the model, the
+See `saving.py` for their format. This module uses Orbax and trees of arrays; it must not depend on the model, the
 optimizer, SeqIO or TensorFlow.
 """
 
@@ -29,14 +29,14 @@ from t5x_lite.errors import MissingFileError, UserError
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-CHECKSUMS = "checksums"  # true in the `info` part of a checkpoint that was written with them
-_LISTED = 12  # lines of each kind that a mismatch prints
+CHECKSUMS = "checksums"  # key in `info`: true if the checkpoint was written with checksums
+_LISTED = 12  # maximum lines of each kind that a mismatch prints
 
-# Parameters alone, of anybody's checkpoint, without an optimizer.
+# Parameters only, without optimizer state.
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path | None:
-    """The step folder meant by `path`: itself, or the newest finished one of a MODEL_DIR or its ``checkpoints``."""
+    """Return `path` if it is a step folder, else the newest finished checkpoint in a MODEL_DIR or ``checkpoints``."""
     folder = absolute(path)
     if (folder / "params").exists():
         return folder
@@ -47,22 +47,22 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path | None:
 
 
 def _steps(folder: epath.Path) -> list[int]:
-    """The finished checkpoints in `folder`, in rising order."""
+    """Return the steps of the finished checkpoints in `folder`, in ascending order."""
     if str(folder).startswith("gs://"):
         try:
             importlib.import_module("google.cloud.storage")
         except ImportError:
-            cure = "Orbax lists buckets by a package that is not installed: pip install google-cloud-storage"
+            cure = "Orbax needs a package that is not installed to list buckets: pip install google-cloud-storage"
             raise UserError(f"{folder}: {cure}") from None
     return sorted(s.step for s in ocp.path.step.standard_name_format().find_all(folder)) if folder.exists() else []
 
 
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `info` part of a checkpoint (see `saving.Checkpointer`); {} where it has none.
+    """Return the `info` part of a checkpoint (see `saving.Checkpointer`), or {} if it has none.
 
-    Raises FileNotFoundError: no checkpoint there. ValueError: the part is damaged.
+    Raises FileNotFoundError if `path` holds no checkpoint, ValueError if the part is damaged.
     """
-    file = _found(path) / "info" / "metadata"
+    file = _require_checkpoint(path) / "info" / "metadata"
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
@@ -78,73 +78,73 @@ def restore_params(
     left_out: str | None = None,
     verified: bool = False,
 ):
-    """The parameters of a checkpoint, without its optimizer state. What it leaves to its base comes from there.
+    """Read the parameters of a checkpoint, without optimizer state; parameters it does not hold come from its base.
 
     Args:
       path: a MODEL_DIR, its ``checkpoints`` folder or one ``<step>`` folder.
-      abstract_params: tree of jax.ShapeDtypeStruct with shardings to restore onto, cast to its dtypes; None gives a
-        nested dict of numpy arrays as they were saved.
+      abstract_params: tree of jax.ShapeDtypeStruct with the shardings and dtypes to restore to. If None, a nested dict
+        of numpy arrays is returned, with the dtypes as saved.
       info: this run's facts as given to `Checkpointer`, to explain a mismatch.
-      fresh: "a/b/c" -> value of parameters that the checkpoint may be without, or, where `left_out` is found in their
-        name, have in another shape.
-      left_out: a regular expression; parameters in whose name it is found are not asked for: the checkpoint may have
-        them beyond those of abstract_params.
-      verified: its files have been compared with their checksums already, as `choose_start` does in a MODEL_DIR.
+      fresh: "a/b/c" -> value of each parameter that the checkpoint may lack or, if `left_out` matches its name, may
+        hold in another shape.
+      left_out: a regular expression, searched in parameter names. The checkpoint may hold matching parameters that
+        abstract_params lacks; they are not read.
+      verified: the checksums have already been compared, as `choose_start` does in a MODEL_DIR.
 
     Raises:
-      FileNotFoundError: no checkpoint there, or not its base.
-      ValueError: the files are damaged, the base is another than it was, or the parameters are not those of
-        abstract_params; all differences are listed, no array is read.
+      FileNotFoundError: the checkpoint or its base does not exist.
+      ValueError: the files are damaged, the base has been replaced, or the parameters do not match abstract_params. All
+        differences are listed, and no array is read.
     """
-    folder = _found(path)
+    folder = _require_checkpoint(path)
     if not verified:
-        _refuse_damaged(folder)
+        _raise_if_damaged(folder)
     saved = _saved(folder, "params")
     if left_out is not None and abstract_params is not None:
         wanted = {name: leaf.shape for name, leaf in flat(abstract_params).items()}
         spare = [k for k, (_, leaf) in saved.items() if re.search(left_out, k) and wanted.get(k) != tuple(leaf.shape)]
-        saved = {name: of for name, of in saved.items() if name not in spare}
+        saved = {name: entry for name, entry in saved.items() if name not in spare}
         if spare:
-            log.info("%d parameters of %s are left out: %s", len(spare), folder, ", ".join(sorted(spare)))
+            log.info("%d parameters of %s are not read: %s", len(spare), folder, ", ".join(sorted(spare)))
     origins = {name: origin for name, (origin, _) in saved.items()}
     for origin in dict.fromkeys(o for o in origins.values() if o != folder):
-        _refuse_damaged(origin)
+        _raise_if_damaged(origin)
     if abstract_params is None:
         leaves = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, (_, leaf) in saved.items()}
         return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
     leaves = flat(abstract_params)
     new = {k: v for k, v in (fresh or {}).items() if k not in saved}
-    here = {k: v for k, v in leaves.items() if k not in new}
-    check(folder, "params", here, info or {}, same_dtype=False, saved={k: leaf for k, (_, leaf) in saved.items()})
+    required = {k: v for k, v in leaves.items() if k not in new}
+    check(folder, "params", required, info or {}, same_dtype=False, saved={k: leaf for k, (_, leaf) in saved.items()})
     if new:
-        log.info("%d parameters that %s is without begin as initialised: %s", len(new), folder, ", ".join(sorted(new)))
+        log.info("%d parameters missing in %s keep their initial values: %s", len(new), folder, ", ".join(sorted(new)))
     return like(abstract_params, traverse_util.unflatten_dict(_read(leaves, origins) | new, sep="/"))
 
 
-def _refuse_damaged(folder: epath.Path) -> None:
-    if wrong := damage(folder, ("params",)):
-        raise UserError(f"{_said_damaged(folder, wrong)} Give an earlier checkpoint.")
+def _raise_if_damaged(folder: epath.Path) -> None:
+    if problems := damage(folder, ("params",)):
+        raise UserError(f"{_damage_message(folder, problems)} Give an earlier checkpoint.")
 
 
 def _read(leaves: Mapping[str, Any], origins: Mapping[str, epath.Path], kind: type | None = None) -> dict[str, Any]:
-    """The arrays of those parameters that a checkpoint has, each as its leaf says, or as a `kind`."""
+    """Read the arrays in `origins`, with the shape, dtype and sharding of their leaves, or as instances of `kind`."""
     reader, arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), {}
     for origin in dict.fromkeys(origins.values()):
         target = nested(placed({k: v for k, v in leaves.items() if origins.get(k) == origin}))
-        how = ocp.checkpoint_utils.construct_restore_args(target)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         if kind is not None:
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=kind), target)
-        asked = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
-        arrays |= flat(reader.restore(origin / "params", args=asked))
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=kind), target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        arrays |= flat(reader.restore(origin / "params", args=args))
     return arrays
 
 
-# Where a run starts.
+# The start of a run.
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins. `reason` is the line for the log, `damaged` the steps passed over on the way."""
+    """The checkpoint that a run starts from, the log line that explains why, and the damaged steps to move away."""
 
     kind: Literal["resume", "initial", "fresh"]
     path: str | None
@@ -153,7 +153,7 @@ class Start:
 
     @property
     def step(self) -> int | None:
-        """The step to resume at; None where the run begins at 0."""
+        """The step to resume at, or None if the run starts at step 0."""
         return int(epath.Path(self.path).name) if self.kind == "resume" and self.path else None
 
 
@@ -164,93 +164,94 @@ def choose_start(
     parts: Collection[str] | None = None,
     strict: bool = False,
 ) -> Start:
-    """Which checkpoint a run starts from: the newest sound one of `model_dir`, or `initial_checkpoint_path`, or none.
+    """Choose the newest intact checkpoint of `model_dir`, else `initial_checkpoint_path`, else a fresh start.
 
-    All files of a checkpoint in `model_dir` are read to see that it is sound. Nothing is written.
+    All files of a checkpoint in `model_dir` are read to verify their checksums. Nothing is written.
 
     Args:
-      parts: which of its parts must be sound, such as "params"; None: all.
-      strict: refuse, where the newest is damaged, instead of going back to one before it.
+      parts: the parts that must be intact, such as "params"; None means all.
+      strict: raise an error if the newest checkpoint is damaged, instead of falling back to an earlier one.
 
     Raises:
       FileNotFoundError: `initial_checkpoint_path` is needed and holds no checkpoint.
-      ValueError: `model_dir` holds damaged checkpoints only, or `strict` and the newest is damaged.
+      ValueError: all checkpoints in `model_dir` are damaged, or the newest is and `strict` is set.
     """
     folder = checkpoints_folder(model_dir)
     steps, damaged = _steps(folder), []
     for step in reversed(steps):
-        own = folder / str(step)
-        wrong = damage(own, parts)
-        if not wrong:
-            older = [s for s in steps if s < step and damage(folder / str(s), ("metrics",))]  # these are read, too
-            reason = f"Resuming at step {step} from {own}: MODEL_DIR already holds this run"
+        step_folder = folder / str(step)
+        problems = damage(step_folder, parts)
+        if not problems:
+            # Orbax reads the metrics of older checkpoints, too.
+            older = [s for s in steps if s < step and damage(folder / str(s), ("metrics",))]
+            reason = f"Resuming at step {step} from {step_folder}: MODEL_DIR already holds this run"
             if initial_checkpoint_path:
                 reason += f", so INITIAL_CHECKPOINT_PATH={str(initial_checkpoint_path)!r} is not read (it would be in a"
                 reason += " new MODEL_DIR)"
-            return Start("resume", str(own), reason + ".", (*damaged, *older))
-        said = _said_damaged(own, wrong)
+            return Start("resume", str(step_folder), reason + ".", (*damaged, *older))
+        message = _damage_message(step_folder, problems)
         if strict:
-            raise UserError(f"{said} Without --strict the newest sound one is used instead.")
-        log.warning("%s The one before it is looked at.", said)
+            raise UserError(f"{message} Without --strict the newest intact one is used instead.")
+        log.warning("%s Trying the one before it.", message)
         damaged.append(step)
     if damaged:
         raise UserError(
-            f"All checkpoints in {folder} are damaged: {', '.join(map(str, damaged))}; of the last, {said} "
-            "Begin a new MODEL_DIR, or bring back a copy of one."
+            f"All checkpoints in {folder} are damaged: {', '.join(map(str, damaged))}. {message} "
+            "Use a new MODEL_DIR, or restore one of them from a copy."
         )
     nothing = f"MODEL_DIR={str(model_dir)!r} holds no finished checkpoint"
     if initial_checkpoint_path:
-        found = _found(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH")
-        reason = f"Starting at step 0 with the parameters of {found} and a fresh optimizer: {nothing} and"
-        return Start("initial", str(found), f"{reason} INITIAL_CHECKPOINT_PATH names this one.")
+        initial = _require_checkpoint(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH")
+        reason = f"Starting at step 0 with the parameters of {initial} and a fresh optimizer: {nothing} and"
+        return Start("initial", str(initial), f"{reason} INITIAL_CHECKPOINT_PATH names this one.")
     return Start("fresh", None, f"Starting at step 0 from random parameters: {nothing} and no INITIAL_CHECKPOINT_PATH.")
 
 
 def damage(folder: epath.Path, parts: Collection[str] | None = None) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line for each; several hosts share the reading.
+    """Return one line for each damaged file of a checkpoint; several hosts share the reading.
 
-    A checkpoint from before there were checksums, whose `info` does not promise them, is taken as sound.
+    A checkpoint whose `info` does not announce checksums (it is older than they are) is taken as intact.
     """
-    here = (jax.process_index(), jax.process_count())
-    wrong = checksums.damage(folder, parts, here)
-    if wrong is None:
+    share = (jax.process_index(), jax.process_count())
+    problems = checksums.damage(folder, parts, share)
+    if problems is None:
         info = folder / "info" / "metadata"
         if not info.exists():
             foreign = (folder / "params").exists() and not (folder / "optimizer").exists()
-            wrong = [] if foreign else ["info/metadata: missing"]
+            problems = [] if foreign else ["info/metadata: missing"]
         else:
-            promised = f'"{CHECKSUMS}"'.encode() in info.read_bytes()
-            wrong = [f"{checksums.FILE}: missing"] if promised else []
-    if here[1] == 1:
-        return wrong
-    text = "\n".join(wrong).encode()[:1024]
+            has_checksums = f'"{CHECKSUMS}"'.encode() in info.read_bytes()
+            problems = [f"{checksums.FILE}: missing"] if has_checksums else []
+    if jax.process_count() == 1:
+        return problems
+    text = "\n".join(problems).encode()[:1024]
     padded = np.frombuffer(text.ljust(1024, b"\0"), np.uint8)
-    every = multihost_utils.process_allgather(padded)
-    return [line for row in every for line in row.tobytes().rstrip(b"\0").decode(errors="replace").splitlines()]
+    rows = multihost_utils.process_allgather(padded)
+    return [line for row in rows for line in row.tobytes().rstrip(b"\0").decode(errors="replace").splitlines()]
 
 
-def _said_damaged(folder: epath.Path, wrong: list[str]) -> str:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"The checkpoint {folder} is damaged: {'; '.join(wrong[:3])}{more}."
+def _damage_message(folder: epath.Path, problems: list[str]) -> str:
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return f"The checkpoint {folder} is damaged: {'; '.join(problems[:3])}{more}."
 
 
-def _found(path: str | os.PathLike[str], name: str = "The path") -> epath.Path:
-    found = find_checkpoint(path)
-    if found is not None:
-        return found
+def _require_checkpoint(path: str | os.PathLike[str], name: str = "The path") -> epath.Path:
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        return checkpoint
     folder = absolute(path)
     if folder.exists():
         content = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["a file"]
-        there = f"It holds: {', '.join(content[:_LISTED]) or 'nothing'}" + (" ..." if len(content) > _LISTED else "")
+        state = f"It holds: {', '.join(content[:_LISTED]) or 'nothing'}" + (" ..." if len(content) > _LISTED else "")
     else:
-        there = "It does not exist"
+        state = "It does not exist"
     raise MissingFileError(
-        f"{name} {str(path)!r} ({folder}) holds no finished checkpoint. {there}. "
+        f"{name} {str(path)!r} ({folder}) holds no finished checkpoint. {state}. "
         f"Give a MODEL_DIR, its '{FOLDER}' folder, or one '{FOLDER}/<step>' folder with a 'params' folder in it."
     )
 
 
-# Trees as flat dicts of "a/b/c", so that neither a leaf's name nor a file depends on a Python class.
+# Trees as flat dicts with keys "a/b/c", so that names of leaves and files do not depend on Python classes.
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -259,20 +260,21 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Without leaves of size 0, which Orbax does not write: they hold nothing, and `like` makes them anew."""
+    """Nest a flat dict, without leaves of size 0: Orbax does not write them, and `like` recreates them."""
     return traverse_util.unflatten_dict({k: v for k, v in leaves.items() if math.prod(v.shape)}, sep="/")
 
 
 def placed(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """Return the shape, dtype and sharding of each leaf; a leaf without a sharding goes to the first local device."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
-        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=getattr(v, "sharding", None) or here)
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=getattr(v, "sharding", None) or default)
         for k, v in leaves.items()
     }
 
 
 def like(tree: Any, nested: Mapping[str, Any]) -> Any:
-    """The leaves of `nested` in the structure of `tree`."""
+    """Return the leaves of `nested` in the structure of `tree`."""
     values = traverse_util.flatten_dict(nested, sep="/")
     leaves = [
         values[k] if k in values else jnp.zeros(v.shape, v.dtype, device=v.sharding)
@@ -281,44 +283,44 @@ def like(tree: Any, nested: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-# Comparing a checkpoint with what is wanted of it.
+# Compare a checkpoint with the state that a run needs.
 
 
 def parameter_names(path: str | os.PathLike[str]) -> set[str]:
-    """What a checkpoint and its base hold."""
-    return set(_saved(_found(path), "params"))
+    """Return the names of all parameters in a checkpoint and its base."""
+    return set(_saved(_require_checkpoint(path), "params"))
 
 
 def base_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the `info` of a checkpoint says of its base: where it is, and a checksum of it."""
-    folder = _found(path)
+    """Return the entry that identifies `path` as a base in another checkpoint's `info`: its path and a checksum."""
+    folder = _require_checkpoint(path)
     file = folder / checksums.FILE
     return {"path": str(folder), "checksum": zlib.crc32(file.read_bytes()) if file.exists() else None}
 
 
 def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
-    """name -> the checkpoint that holds an array, this one or a base of it, and its shape and dtype."""
-    found = {name: (folder, leaf) for name, leaf in _saved_here(folder, part).items()}
+    """Return name -> (the checkpoint that holds the array, this one or its base; a leaf with shape and dtype)."""
+    entries = {name: (folder, leaf) for name, leaf in _saved_here(folder, part).items()}
     base = read_info(folder).get("base") if part == "params" else None
     if base is None:
-        return found
+        return entries
     if find_checkpoint(base["path"]) is None:
         raise MissingFileError(
-            f"{folder} holds only what was trained; the other parameters are in {base['path']}, where it began, which "
-            "is not there any more: put it back"
+            f"{folder} holds only the trained parameters; the others are in {base['path']}, which does not exist any "
+            "more: restore that checkpoint"
         )
     if base_of(base["path"]) != dict(base):
         raise UserError(
-            f"{folder} holds only what was trained; the other parameters are in {base['path']}, where it began, but "
-            "that is another checkpoint now: put the one back that was there"
+            f"{folder} holds only the trained parameters; the others are in {base['path']}, but that is another "
+            "checkpoint now: restore the original one"
         )
-    return _saved(_found(base["path"]), part) | found
+    return _saved(_require_checkpoint(base["path"]), part) | entries
 
 
 def _saved_here(folder: epath.Path, part: str) -> dict[str, Any]:
     if not (folder / part).exists():
         content = ", ".join(sorted(p.name for p in folder.iterdir()))
-        raise MissingFileError(f"{folder} has no '{part}' folder, only: {content}. It is no whole checkpoint.")
+        raise MissingFileError(f"{folder} has no '{part}' folder, only: {content}. It is not a complete checkpoint.")
     metadata = ocp.PyTreeCheckpointHandler().metadata(folder / part)
     return traverse_util.flatten_dict(metadata.tree, sep="/")
 
@@ -331,9 +333,9 @@ def check(
     same_dtype: bool,
     saved: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises ValueError with all differences between the `part` saved in `folder` (or `saved` of it) and the wanted."""
+    """Raise ValueError with all differences between `wanted` and `saved` (None: the `part` saved in `folder`)."""
 
-    def described(leaf: Any) -> str:
+    def describe(leaf: Any) -> str:
         return f"{list(leaf.shape)}" + (f" {np.dtype(leaf.dtype)}" if same_dtype else "")
 
     wanted = {k: v for k, v in wanted.items() if math.prod(v.shape)}
@@ -342,54 +344,54 @@ def check(
     both = wanted.keys() & saved.keys()
     groups = {
         "missing (in this run, not in the checkpoint)": [
-            f"{k} {described(wanted[k])}" for k in sorted(wanted.keys() - saved.keys())
+            f"{k} {describe(wanted[k])}" for k in sorted(wanted.keys() - saved.keys())
         ],
         "extra (in the checkpoint, not in this run)": [
-            f"{k} {described(saved[k])}" for k in sorted(saved.keys() - wanted.keys())
+            f"{k} {describe(saved[k])}" for k in sorted(saved.keys() - wanted.keys())
         ],
         "different": [
-            f"{k}: checkpoint {described(saved[k])}, this run {described(wanted[k])}"
+            f"{k}: checkpoint {describe(saved[k])}, this run {describe(wanted[k])}"
             for k in sorted(both)
-            if described(saved[k]) != described(wanted[k])
+            if describe(saved[k]) != describe(wanted[k])
         ],
     }
     if not any(groups.values()):
         return
-    what = {"params": "parameters", "optimizer": "optimizer state"}[part]
-    lines = [f"The {what} in {folder} do not fit this run."]
+    part_name = {"params": "parameters", "optimizer": "optimizer state"}[part]
+    lines = [f"The {part_name} in {folder} do not fit this run."]
     for title, entries in groups.items():
         if entries:
             lines += [f"  {title}: {len(entries)}"] + [f"    {e}" for e in entries[:_LISTED]]
             lines += [f"    ... and {len(entries) - _LISTED} more"] if len(entries) > _LISTED else []
-    lines += _explained(folder, info)
+    lines += _differing_facts(folder, info)
     if part == "params":
         lines.append("Use the model config that the checkpoint was trained with, or another checkpoint.")
     else:
         lines.append(
-            "Use the optimizer that the checkpoint was trained with, or begin a new MODEL_DIR with this checkpoint as "
+            "Use the optimizer that the checkpoint was trained with, or start a new MODEL_DIR with this checkpoint as "
             "INITIAL_CHECKPOINT_PATH, which starts a fresh optimizer."
         )
     raise UserError("\n".join(lines))
 
 
-def _explained(folder: epath.Path, info: Mapping[str, Any]) -> list[str]:
-    """One line for every fact of the `info` part in which checkpoint and run differ."""
+def _differing_facts(folder: epath.Path, info: Mapping[str, Any]) -> list[str]:
+    """Return one line for each fact of the `info` part in which checkpoint and run differ."""
     flat_saved = traverse_util.flatten_dict(read_info(folder), sep=".")
-    flat_here = traverse_util.flatten_dict(json.loads(json.dumps(dict(info))), sep=".")
+    flat_run = traverse_util.flatten_dict(json.loads(json.dumps(dict(info))), sep=".")
     return [
-        f"  {k}: checkpoint {flat_saved[k]!r}, this run {flat_here[k]!r}"
-        for k in sorted(flat_saved.keys() & flat_here.keys())
-        if flat_saved[k] != flat_here[k]
+        f"  {k}: checkpoint {flat_saved[k]!r}, this run {flat_run[k]!r}"
+        for k in sorted(flat_saved.keys() & flat_run.keys())
+        if flat_saved[k] != flat_run[k]
     ]
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """Orbax wants absolute paths; gs:// and the like are left alone."""
+    """Return an absolute path, which Orbax requires; URLs such as gs:// are unchanged."""
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
 def checkpoints_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """That of a MODEL_DIR, which may itself be meant."""
+    """Return the ``checkpoints`` folder of a MODEL_DIR; `path` may also be that folder."""
     folder = absolute(path)
     return folder if folder.name == FOLDER else folder / FOLDER

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files: written when it is finished, compared before it is believed.
+"""Checksums of a checkpoint's files: written before the commit, verified before the checkpoint is read.
 
-`checksums.json` in a checkpoint's folder holds the size and the CRC-32 of every file in the folders below it, and what
-Orbax says of the whole in a file that it changes once more when it commits. This module knows files and no arrays.
+`checksums.json` in a checkpoint's folder holds the size and the CRC-32 of every file in its subfolders. It also holds
+the content of Orbax's `_CHECKPOINT_METADATA` without the commit time, because Orbax rewrites that file when it commits.
 """
 
 import json
@@ -20,11 +20,11 @@ _THREADS = 8  # reading and zlib.crc32 release the GIL
 
 
 def write(folder: epath.Path) -> None:
-    """Adds `checksums.json` to a checkpoint that is complete but for its commit, and sees all of it onto the disk."""
+    """Add `checksums.json` to a checkpoint that is complete but not committed, and fsync all of its files."""
     local = "://" not in str(folder)
     files = {str(file.relative_to(folder)): file for part in sorted(_parts(folder)) for file in _files(part)}
-    found = _of_all(lambda file: _checksum(file, sync=local), files)
-    content = {"files": found, "orbax": _orbax(folder)}
+    sums = _map_in_threads(lambda file: _checksum(file, sync=local), files)
+    content = {"files": sums, "orbax": _orbax_metadata(folder)}
     with (folder / FILE).open("w") as file:
         file.write(json.dumps(content, indent=0))
         if local:
@@ -38,25 +38,25 @@ def write(folder: epath.Path) -> None:
 def damage(
     folder: epath.Path, parts: Collection[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> list[str] | None:
-    """What is wrong with the files of a checkpoint, one line for each; None: it has no checksums to compare with.
+    """Return one line for each damaged file of a checkpoint, or None if it has no checksums.
 
     Args:
-      parts: the folders to look at, such as "params"; None: all.
-      share: (i, n): only every n-th file from the i-th on, where n hosts look together.
+      parts: the folders to check, such as "params"; None means all.
+      share: (i, n): check only every n-th file from the i-th on, so that n hosts share the work.
     """
     if not (folder / FILE).exists():
         return None
     try:
-        said = json.loads((folder / FILE).read_text())
-        files: Mapping[str, list[int]] = said["files"]
-        orbax, wrong = said["orbax"], []
-        if parts is None and orbax != _orbax(folder):
-            wrong.append(f"{_ORBAX}: other content")
+        content = json.loads((folder / FILE).read_text())
+        files: Mapping[str, list[int]] = content["files"]
+        orbax, problems = content["orbax"], []
+        if parts is None and orbax != _orbax_metadata(folder):
+            problems.append(f"{_ORBAX}: other content")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{FILE} or {_ORBAX} cannot be read: {error}"]
     chosen = [name for name in sorted(files) if parts is None or name.split("/")[0] in parts][share[0] :: share[1]]
 
-    def compared(name: str) -> str | None:
+    def compare(name: str) -> str | None:
         try:
             size, checksum = _checksum(folder / name)
         except FileNotFoundError:
@@ -67,10 +67,11 @@ def damage(
             return None
         return f"{name}: " + ("other content" if size == files[name][0] else f"{size} bytes of {files[name][0]}")
 
-    return wrong + [line for line in _of_all(compared, dict(zip(chosen, chosen, strict=True))).values() if line]
+    lines = _map_in_threads(compare, dict(zip(chosen, chosen, strict=True))).values()
+    return problems + [line for line in lines if line]
 
 
-def _of_all(function: Callable[[Any], Any], items: Mapping[str, Any]) -> dict[str, Any]:
+def _map_in_threads(function: Callable[[Any], Any], items: Mapping[str, Any]) -> dict[str, Any]:
     with ThreadPoolExecutor(_THREADS) as threads:
         return dict(zip(items, threads.map(function, items.values()), strict=True))
 
@@ -97,7 +98,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def _orbax(folder: epath.Path) -> dict[str, Any]:
+def _orbax_metadata(folder: epath.Path) -> dict[str, Any]:
     content = json.loads((folder / _ORBAX).read_text())
     return {key: value for key, value in content.items() if key != "commit_timestamp_nsecs"}
 

@@ -1,7 +1,4 @@
-"""The data position as a part of an Orbax checkpoint: files that the data iterator writes and reads back.
-
-It knows neither what is in the files nor the rest of the checkpoint.
-"""
+"""The data position as a part of an Orbax checkpoint: files that the data iterator writes and reads back."""
 
 import dataclasses
 import tempfile
@@ -16,10 +13,10 @@ from orbax.checkpoint import future
 
 @runtime_checkable
 class DataIterator(Protocol):
-    """What can be saved beside the state: writes its position as files into an empty local folder, reads it back.
+    """An iterator that can write its position as files into an empty local folder, and restore it from them.
 
-    Each process writes what is its own, under names that no other process uses; when it is read, all is in one folder,
-    local or not.
+    Each process writes its own files, under names that no other process uses. `restore` gets one folder with the files
+    of all processes, which may be remote.
     """
 
     def save(self, path: str) -> None: ...
@@ -52,7 +49,7 @@ class DataPositionSave(ocp.args.CheckpointArgs):
 
     @classmethod
     def of(cls, iterator: DataIterator) -> "DataPositionSave":
-        """Where `iterator` is now: the caller is held up, for it must belong to the same moment as the arrays."""
+        """Capture the position of `iterator` synchronously, so that it belongs to the same step as the arrays."""
         with tempfile.TemporaryDirectory() as folder:
             iterator.save(folder)
             return cls({path.name: path.read_bytes() for path in Path(folder).iterdir()})

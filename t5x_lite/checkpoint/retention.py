@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, and the best by each of some metrics. Knows Orbax's policies, and numbers."""
+"""Checkpoint retention: an Orbax policy that keeps the newest checkpoints and the best by each of some metrics."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class KeepLastAndBest:
-    """Orbax preservation policy: the last `last` checkpoints and, beside them, the `best` by each of `metrics`.
+    """Orbax preservation policy that keeps the `last` newest checkpoints and also the `best` by each of `metrics`.
 
-    A checkpoint saved without a metric, or with a NaN, is never among its best. Of equals the earlier one stays.
+    A checkpoint whose value of a metric is missing or NaN never counts as best. Ties keep the earlier checkpoint.
     """
 
     last: int | None
@@ -29,6 +29,6 @@ class KeepLastAndBest:
         return [i in keep for i in range(len(checkpoints))]
 
     def value(self, scores: Mapping[str, float] | None, metric: str) -> float:
-        """A metric with its sign turned so that lower is better; NaN where there is none."""
+        """Return a metric with its sign chosen so that lower is better, or NaN if it is missing."""
         value = float((scores or {}).get(metric, math.nan))
         return -value if self.mode == "max" else value

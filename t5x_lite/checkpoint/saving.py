@@ -1,21 +1,20 @@
-"""Saving checkpoints: the training state and the data position, written as one, restored onto any mesh.
+"""Save the training state and the data position as one checkpoint; restore them onto any mesh.
 
-A run's checkpoints lie in ``MODEL_DIR/checkpoints/<step>/``, each with four parts: ``params`` (the parameter tree;
-where a run trains a part of one that it began with, that part, and ``info`` says where the rest is), ``optimizer``
-(step and optimizer state), ``data`` (the position in the data) and ``info`` (JSON: step, model config and what else
-explains a mismatch), and ``checksums.json`` over all of them. Orbax writes them in the background and renames the
-whole folder into place at the end, so a checkpoint is there with all its parts or not at all. What a save replaces is
-deleted only after that.
+A run's checkpoints are in ``MODEL_DIR/checkpoints/<step>/``. Each has four parts: ``params`` (the parameter tree; if
+only some parameters train, those alone, and ``info`` names the base checkpoint that holds the others), ``optimizer``
+(step and optimizer state), ``data`` (the position in the data) and ``info`` (JSON: step, model config and other facts
+that explain a mismatch). ``checksums.json`` covers all parts. Orbax writes them in the background and renames the whole
+folder into place at the end, so a checkpoint is complete or absent. The checkpoints it replaces are deleted afterwards.
 
-Orbax's v0 API is used, in this package and in convert/tensors.py. Orbax 1.0 will put its v1 API in its place, which
-requirements.txt therefore excludes. v1 reads these checkpoints. What will change here: `training.Checkpointer` for
-`CheckpointManager` and `save_checkpointables` for `args.Composite`; a `CheckpointableHandler` for the handler in
-data_state.py; `load` with an abstract tree, and its partial form, for `PyTreeRestore`. It has no `barrier_sync_fn` (as
-of 0.12.8), which commit_barrier.py needs so that a host whose save failed does not hold up the others.
+This package and convert/tensors.py use Orbax's v0 API. Orbax 1.0 will replace it by the v1 API, so requirements.txt
+excludes 1.0. v1 reads these checkpoints. A migration replaces `CheckpointManager` by `training.Checkpointer`,
+`args.Composite` by `save_checkpointables`, the handler in data_state.py by a `CheckpointableHandler`, and
+`PyTreeRestore` by `load` with an abstract tree, whole or partial. v1 has no `barrier_sync_fn` (as of 0.12.8), which
+commit_barrier.py needs so that a host whose save failed does not block the others.
 
-This module knows Orbax and trees of arrays. It must not know the model, the optimizer, SeqIO or TensorFlow: a state is
-anything with ``step``, ``params``, ``opt_state`` and ``replace``; a data iterator anything with ``save(folder)`` and
-``restore(folder)``.
+This module uses Orbax and trees of arrays. It must not depend on the model, the optimizer, SeqIO or TensorFlow: a state
+is any object with ``step``, ``params``, ``opt_state`` and ``replace``; a data iterator is any object with
+``save(folder)`` and ``restore(folder)``.
 """
 
 import contextlib
@@ -34,26 +33,26 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import checkpoint
 from t5x_lite.checkpoint import checksums
-from t5x_lite.checkpoint.commit_barrier import Agreement, on_all_hosts
+from t5x_lite.checkpoint.commit_barrier import CommitBarrier, on_all_hosts
 from t5x_lite.checkpoint.data_state import DataIterator, DataPositionRestore, DataPositionSave
 from t5x_lite.checkpoint.retention import KeepLastAndBest
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
 
 log = logging.getLogger(__name__)
 
-FAILED_SAVES = 3  # in a row, that end a run
-_PATIENCE_SECONDS = 10  # for all writers of a failed save: what one of them leaves later, the next save removes
-EVALUATED = "evaluated"  # false in the `info` of a checkpoint that was saved before its scores were known
-DAMAGED = "damaged"  # in MODEL_DIR: where damaged checkpoints are put out of the way of new ones
+FAILED_SAVES = 3  # number of consecutive failed saves that ends a run
+_PATIENCE_SECONDS = 10  # to wait for the writers of a failed save; the next save removes what they write later
+EVALUATED = "evaluated"  # key in `info`: false if the checkpoint was saved before its evaluation
+DAMAGED = "damaged"  # folder in MODEL_DIR that damaged checkpoints are moved to
 
 
 class _WithoutOrbaxChatter(logging.Filter):
-    """Drops what Orbax says below WARNING, some forty lines a save through absl's one logger, and its tracebacks of a
-    failed save, of which `Checkpointer` says in one line; asyncio adds one for each array that it left alone."""
+    """Drops Orbax's records below WARNING (about forty lines a save, through absl's one logger) and its tracebacks of a
+    failed save, which `Checkpointer` reports in one line; asyncio adds one for each array not awaited."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        raised = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
-        files = [record.pathname, *(frame.f_code.co_filename for frame, _ in raised)]
+        frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+        files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
         ours = not any(f"{os.sep}orbax{os.sep}" in file for file in files)
         return ours or (record.levelno >= logging.WARNING and record.exc_info is None)
 
@@ -62,26 +61,26 @@ for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_WithoutOrbaxChatter())
 
 
-# A training state (step.TrainState), a dataclass: step is an int32 scalar, params a nested dict, opt_state any tree.
+# A dataclass such as step.TrainState: step is an int32 scalar, params a nested dict, opt_state any tree.
 State = Any
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of one run. Every process of the run makes one and calls it alike.
+    """Saves and restores the checkpoints of one run. Every process creates one and makes the same calls.
 
     Args:
-      directory: MODEL_DIR, or its ``checkpoints`` folder; created where missing. What a killed save left is removed.
-      damaged: steps whose checkpoints go to MODEL_DIR/damaged, so that they can be saved anew.
+      directory: MODEL_DIR, or its ``checkpoints`` folder; created if missing. Remains of a killed save are removed.
+      damaged: steps whose checkpoints are moved to MODEL_DIR/damaged, so that the steps can be saved again.
       keep_last: how many of the newest checkpoints to keep; None keeps all.
-      keep_best_metric: "task/metric", a key of the metrics given to `save`, or several; None: no checkpoint is kept for
+      keep_best_metric: "task/metric", a key of the metrics given to `save`, or several. None keeps no checkpoint for
         its score.
-      keep_best: how many of the best by each to keep beside the newest.
+      keep_best: how many of the best checkpoints by each metric to keep in addition to the newest.
       best_mode: whether "max" or "min" is best.
-      info: facts for the `info` part, such as {"model": {...}}; what JSON can hold. {"base": checkpoint.base_of(...)}:
-        where the parameters are that are not saved.
-      trained: names of the parameters that are saved, where the others are in a base; None: all.
-      before_commit: called in the background, by the first process, when a checkpoint is about to count. Where it
-        raises, the save has failed.
+      info: JSON-serialisable facts for the `info` part, such as {"model": {...}}. {"base": checkpoint.base_of(...)}
+        names the checkpoint with the parameters that are not saved.
+      trained: names of the parameters to save if the others are in a base; None saves all.
+      before_commit: called in the background, by the first process, just before a checkpoint is committed. If it
+        raises, the save fails.
     """
 
     def __init__(
@@ -102,24 +101,24 @@ class Checkpointer:
         if keep_best < 1 or best_mode not in ("max", "min"):
             raise UserError(f'keep_best={keep_best} must be at least 1 and best_mode={best_mode!r} "max" or "min".')
         self.directory = checkpoint.checkpoints_folder(directory)
-        kept_by = (keep_best_metric,) if isinstance(keep_best_metric, str) else tuple(keep_best_metric or ())
-        self._policy = KeepLastAndBest(keep_last, kept_by, keep_best, best_mode)
+        best_metrics = (keep_best_metric,) if isinstance(keep_best_metric, str) else tuple(keep_best_metric or ())
+        self._policy = KeepLastAndBest(keep_last, best_metrics, keep_best, best_mode)
         self._info, self._trained, self._before = dict(info or {}), trained, before_commit
-        self._agreement = Agreement() if jax.process_count() > 1 else None
+        self._commit_barrier = CommitBarrier() if jax.process_count() > 1 else None
         self._saving: int | None = None  # the step being saved
         self._failure: OSError | None = None  # of the last save
-        self._failures = 0  # in a row
-        self._left_behind = False  # by a failed save
-        self._put_aside(damaged)
+        self._failures = 0  # consecutive
+        self._has_leftovers = False  # of a failed save
+        self._move_damaged(damaged)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                # Without it Orbax stores no metrics; what it says, the policy above does not ask.
-                best_fn=(lambda scores: self._policy.value(scores, kept_by[0])) if kept_by else None,
+                # Without best_fn Orbax stores no metrics; the policy does not use its value.
+                best_fn=(lambda scores: self._policy.value(scores, best_metrics[0])) if best_metrics else None,
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
-                    post_finalization_callback=self._before_commit, barrier_sync_fn=self._agreement
+                    post_finalization_callback=self._before_commit, barrier_sync_fn=self._commit_barrier
                 ),
             ),
         )
@@ -128,7 +127,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes. Where something else has been raised already, a failed save is only logged."""
+        """Close. If another exception is being raised, a failed save is only logged."""
         try:
             self.close()
         except OSError:
@@ -136,11 +135,11 @@ class Checkpointer:
                 raise
 
     def latest_step(self) -> int | None:
-        """The newest step saved or being saved."""
+        """Return the newest step that is saved or being saved."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """The steps kept, in rising order, with the one being saved."""
+        """Return the saved steps, including the one being saved, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(
@@ -150,27 +149,27 @@ class Checkpointer:
         iterator: DataIterator | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> bool:
-        """Copies state and data position now and writes them in the background.
+        """Copy state and data position synchronously, and write them in the background.
 
-        Waits first for a save still under way. The state may be donated as soon as this returns. A save that fails is
-        logged, and leaves nothing but the checkpoints there were.
+        Waits first for a save in progress. The state may be donated as soon as this returns. A failed save is logged
+        and leaves the earlier checkpoints as they were.
 
         Args:
-          metrics: scores of this step by "task/metric"; those of the best checkpoint decide what keep-best keeps. None:
-            not known yet, which `info` notes.
+          metrics: scores of this step by "task/metric", used by keep-best. None means that the step is not evaluated
+            yet, which `info` records.
 
         Returns:
-          False where this step is already saved, or could not be.
+          False if this step is already saved or the save failed.
 
         Raises:
-          ValueError: metrics are given and one to keep the best by is not among them.
-          OSError: this is the `FAILED_SAVES`-th save in a row that failed.
+          ValueError: metrics are given and lack a metric of keep_best_metric.
+          OSError: this is the `FAILED_SAVES`-th consecutive save that failed.
         """
         for metric in self._policy.metrics:
             if metrics is not None and metric not in metrics:
-                known = ", ".join(sorted(metrics))
-                raise UserError(f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {known}.")
-        self._settle()
+                names = ", ".join(sorted(metrics))
+                raise UserError(f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {names}.")
+        self._wait_for_save()
         if step in self._manager.all_steps():
             return False
         facts = {"step": step, "processes": jax.process_count(), EVALUATED: metrics is not None}
@@ -188,24 +187,24 @@ class Checkpointer:
         try:
             if iterator is not None:
                 parts["data"] = on_all_hosts(lambda: DataPositionSave.of(iterator))
-            if self._agreement is not None:
-                self._agreement.begin()
+            if self._commit_barrier is not None:
+                self._commit_barrier.begin()
             with jax.transfer_guard("allow"):
                 return self._manager.save(step, args=ocp.args.Composite(**parts), metrics=scores, force=True)
-        except Exception as error:  # of the disk, of Orbax or of TensorStore, which has classes of its own
-            self._failed(error)
+        except Exception as error:  # an I/O error, or one of Orbax's or TensorStore's own classes
+            self._record_failure(error)
             return False
 
     def restore(self, step: int, abstract_state: State, iterator: DataIterator | None = None) -> State:
-        """The state of `step`, bit for bit, and the iterator put where it was.
+        """Return the state of `step`, bit for bit, and move the iterator to its saved position.
 
         Args:
           abstract_state: the state's structure with jax.ShapeDtypeStruct leaves that carry their sharding; the mesh
             may differ from the one it was saved on.
 
         Raises:
-          FileNotFoundError: no such step, or an iterator is given and no data position was saved.
-          ValueError: parameters or optimizer state differ (all differences are listed; no array is read then).
+          FileNotFoundError: the step is not saved, or an iterator is given and no data position was saved.
+          ValueError: parameters or optimizer state differ. All differences are listed, and no array is read.
         """
         self.wait()
         folder = self.directory / str(step)
@@ -213,7 +212,7 @@ class Checkpointer:
             raise MissingFileError(f"No checkpoint of step {step} in {self.directory}: it has {self.all_steps()}.")
         if iterator is not None and not (folder / "data").exists():
             raise MissingFileError(
-                f"{folder} holds no data position, so the run cannot go on where its data stopped. Begin a new "
+                f"{folder} holds no data position, so the run cannot resume where its data stopped. Start a new "
                 "MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
             )
         wanted = {
@@ -241,96 +240,96 @@ class Checkpointer:
         )
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises OSError: the last one failed."""
-        self._settle()
+        """Wait until no save is in progress. Raises OSError if the last save failed."""
+        self._wait_for_save()
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """Waits, then ends the background threads. Raises OSError: the last save failed."""
+        """Wait, then end the background threads. Raises OSError if the last save failed."""
         try:
             self.wait()
         finally:
             self._manager.close()
 
-    def _settle(self) -> None:
-        """Waits for the save under way, and counts it if it failed."""
+    def _wait_for_save(self) -> None:
+        """Wait for the save in progress, and record its success or failure."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             _wait_for_writers()
-            self._failed(error)
+            self._record_failure(error)
         else:
             if self._saving is not None:
                 self._failure, self._failures = None, 0
         self._saving = None
-        if self._left_behind:
-            self._left_behind = self._remove_left_behind()
+        if self._has_leftovers:
+            self._has_leftovers = self._remove_leftovers()
 
-    def _failed(self, error: Exception) -> None:
+    def _record_failure(self, error: Exception) -> None:
         step, self._saving = self._saving, None
-        self._manager.reload()  # it has already forgotten what this save would have replaced
-        why = f"{type(error).__name__}: {str(error).strip()}"
+        self._manager.reload()  # the manager has already dropped the checkpoints that this save would have replaced
+        reason = f"{type(error).__name__}: {str(error).strip()}"
         if step in self._manager.all_steps():
             self._failure, self._failures = None, 0
-            log.warning("Step %s is saved, but something remains that should have been deleted (%s).", step, why)
+            log.warning("Step %s is saved, but an old checkpoint could not be deleted (%s).", step, reason)
             return
-        self._failures, self._left_behind = self._failures + 1, True
+        self._failures, self._has_leftovers = self._failures + 1, True
         self._failure = UserFileError(
-            f"Step {step} could not be saved ({why}). The newest checkpoint in {self.directory} is of step "
-            f"{self.latest_step()}: once it can be written to, start the same command again, and it goes on from there."
+            f"Step {step} could not be saved ({reason}). The newest checkpoint in {self.directory} is of step "
+            f"{self.latest_step()}: make the folder writable and start the same command again; it resumes from there."
         )
         if self._failures >= FAILED_SAVES:
             raise UserFileError(f"{self._failures} saves in a row have failed. {self._failure}") from error
-        log.warning("Step %s could not be saved, and training goes on (%s).", step, why)
+        log.warning("Step %s could not be saved; training continues (%s).", step, reason)
 
-    def _remove_left_behind(self) -> bool:
-        """Makes room, for half a checkpoint helps nobody. True: to be done again, for TensorStore or another host may
-        have gone on writing."""
+    def _remove_leftovers(self) -> bool:
+        """Delete incomplete checkpoints. Returns True if it must run again, because TensorStore or another host may
+        still have been writing."""
         if jax.process_index() != 0:
             return False
         with contextlib.suppress(OSError):
-            left = list(ocp.path.step.all_temporary_paths(self.directory))
-            for path in left:
+            leftovers = list(ocp.path.step.all_temporary_paths(self.directory))
+            for path in leftovers:
                 path.get().rmtree()
-            return bool(left)
+            return bool(leftovers)
         return True
 
     def _before_commit(self) -> None:
-        """Called in the background by the first process, when all parts have been written by all."""
+        """Write the checksums. The first process calls this in the background, after all processes have written."""
         self._before()
         for path in ocp.path.step.all_temporary_paths(self.directory):
             if path.get_final().name == str(self._saving):
                 checksums.write(path.get())
 
-    def _put_aside(self, damaged: Collection[int]) -> None:
+    def _move_damaged(self, damaged: Collection[int]) -> None:
         if jax.process_index() == 0:
             for step in damaged:
                 folder = self.directory.parent / DAMAGED
                 folder.mkdir(parents=True, exist_ok=True)
-                taken = sum(path.name.split("-")[0] == str(step) for path in folder.iterdir())
-                aside = folder / (f"{step}-{taken + 1}" if taken else str(step))
-                (self.directory / str(step)).rename(aside)
-                log.warning("The damaged checkpoint of step %d is in %s now.", step, aside)
+                count = sum(path.name.split("-")[0] == str(step) for path in folder.iterdir())
+                target = folder / (f"{step}-{count + 1}" if count else str(step))
+                (self.directory / str(step)).rename(target)
+                log.warning("Moved the damaged checkpoint of step %d to %s.", step, target)
         if damaged and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+            multihost_utils.sync_global_devices("damaged checkpoints moved")
 
 
 def _wait_for_writers() -> None:
-    """Orbax says that a save has failed when the first of its parts has, while it still writes the others."""
+    """Wait for Orbax's threads, which still write the other parts when the first part has failed."""
     until = time.monotonic() + _PATIENCE_SECONDS
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            threading.Thread.join(thread, max(until - time.monotonic(), 0))  # its own raises what was raised in it
+            threading.Thread.join(thread, max(until - time.monotonic(), 0))  # Orbax's own join re-raises
 
 
-# Parameters alone.
+# Parameters only.
 
 
 def save_params(path: str | os.PathLike[str], params: Any, *, info: Mapping[str, Any] | None = None) -> None:
-    """Writes parameters alone, with `info`, as a checkpoint that runs can start from but not resume.
+    """Write only parameters and `info`, as a checkpoint that runs can start from but not resume.
 
-    Raises ValueError: the folder exists.
+    Raises ValueError if the folder exists.
     """
     tree = checkpoint.nested(checkpoint.flat(params))
     parts = {"params": ocp.args.StandardSave(tree), "info": ocp.args.JsonSave(dict(info or {}))}

@@ -1,4 +1,4 @@
-"""`--dry_run`: check all that a mode needs before it computes anything."""
+"""`--dry_run`: check the inputs of a mode without computing anything."""
 
 from t5x_lite import checkpoint
 from t5x_lite.cli import task_setup
@@ -6,7 +6,7 @@ from t5x_lite.run_config import RunConfig, last_step
 
 
 def dry_run(run: RunConfig, mode: str) -> None:
-    """Builds what `mode` starts from and prints a summary; computes and writes nothing."""
+    """Builds the inputs of `mode` and prints a summary; computes and writes nothing."""
     partitioner = task_setup.partitioner(run)
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"

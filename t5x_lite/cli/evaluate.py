@@ -32,6 +32,6 @@ def evaluate(run: RunConfig) -> None:
         if confusions := report.confusions(folder.path, at_step):
             print(f"\n{confusions}\n")
         if scores:
-            written = report.write_page(folder.path, about)
+            page = report.write_page(folder.path, about)
             folder.publish()
-            print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{written.name}")
+            print(f"predictions: {folder}/predictions/*-{at_step}.jsonl\nfor a browser: {folder}/{page.name}")

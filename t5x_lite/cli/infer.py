@@ -32,8 +32,8 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     predictor = task_setup.predictor(run, partitioner)
     predictor.check(mode, has_task=bool(run.mixture_or_task_name))
     path, at_step, restore = task_setup.checkpoint_to_read(run)
-    named = run.mixture_or_task_name or run.train_files or run.infer_input is None
-    name = task_setup.register_tasks(run) if named else task_setup.import_tasks(run)
+    has_task = run.mixture_or_task_name or run.train_files or run.infer_input is None
+    name = task_setup.register_tasks(run) if has_task else task_setup.import_tasks(run)
     from t5x_lite.data import pipeline
     from tasks import vocabulary
 
@@ -42,8 +42,8 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     tasks = pipeline.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
     if run.infer_output is not None and run.infer_input is None and len(tasks) != 1:
         raise UserError(
-            f"INFER_OUTPUT = {run.infer_output!r} is one file, and there are {len(tasks)} tasks with the split "
-            f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or name one task"
+            f"INFER_OUTPUT = {run.infer_output!r} is one file, but {len(tasks)} tasks have the split "
+            f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or choose one task"
         )
     if run.infer_input is not None:
         source = predictor.file_source(run.infer_input, features, lengths, mode, num_examples=count)
@@ -56,8 +56,8 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     folder = MirroredDirectory(run.model_dir)
     for task, source in sources.items():
         output = run.infer_output or folder.path / mode / f"{task}-{at_step}.jsonl"
-        written = predictor.write(mode, params, source, output, features, lengths=lengths, batch_size=size, about=about)
-        log.info("%d lines in %s", written, run.infer_output or f"{folder}/{mode}/{task}-{at_step}.jsonl")
+        lines = predictor.write(mode, params, source, output, features, lengths=lengths, batch_size=size, about=about)
+        log.info("%d lines in %s", lines, run.infer_output or f"{folder}/{mode}/{task}-{at_step}.jsonl")
     if jax.process_index() == 0:
         folder.publish()
 
@@ -72,7 +72,8 @@ def _provenance(run: RunConfig, path: str, features: Mapping[str, Any]) -> dict[
         "model": str(run.model),
         "vocabulary": {
             name: [
-                *(type(feature.vocabulary).__name__, feature.vocabulary.vocab_size),
+                type(feature.vocabulary).__name__,
+                feature.vocabulary.vocab_size,
                 getattr(feature.vocabulary, "sentencepiece_model_file", None),
             ]
             for name, feature in features.items()

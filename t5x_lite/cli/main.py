@@ -1,4 +1,4 @@
-"""The command: reads flags and gin files, and runs one mode. The only file that knows gin.
+"""The command: reads flags and gin files, and runs one mode.
 
     python run.py --gin_file=models/t5_1_1/small.gin --gin_file=runs/pretrain.gin --gin.BATCH_SIZE=64
                   --gin.MODEL_DIR="'/tmp/m'" [--mode=eval]
@@ -7,7 +7,7 @@ Every option of t5x_lite/run_config.py is a macro, with its default. The gin fil
 given; the last one to set a value wins. A relative gin path is looked up in the current folder, then in gin_configs/,
 then in --gin_search_paths.
 
-What the user got wrong (a name, a type, a file) is said in one line, with the nearest valid names; the exit code is 2.
+A wrong name, type or file is reported in one line, with the nearest valid names; the exit code is 2.
 """
 
 import difflib

@@ -45,7 +45,7 @@ def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
 
 
 def step_plan(run: RunConfig, place: "Topology", on_paper: bool = False) -> "Plan":
-    """The plan of a run's training step. Args: those of plan.of_step."""
+    """Returns the plan of a run's training step; `place` and `on_paper` are those of plan.of_step."""
     from t5x_lite import plan as planning
 
     partitioner = task_setup.partitioner(run, place.devices)
@@ -65,7 +65,7 @@ def step_plan(run: RunConfig, place: "Topology", on_paper: bool = False) -> "Pla
 
 
 def abstract_batch(run: RunConfig, partitioner: Partitioner) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a global training batch."""
+    """Returns shapes and shardings of a global training batch."""
     shapes = task_setup.feature_converter(run).batch(run.task_feature_lengths, run.batch_size)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.batch_sharding)
@@ -74,7 +74,7 @@ def abstract_batch(run: RunConfig, partitioner: Partitioner) -> dict[str, jax.Sh
 
 
 def decode_memory(run: RunConfig, place: "Topology") -> "Memory":
-    """The memory that each device needs to predict for a batch of EVAL_BATCH_SIZE rows."""
+    """Returns the memory that each device needs to predict for a batch of EVAL_BATCH_SIZE rows."""
     from t5x_lite import plan as planning
 
     predictor = task_setup.predictor(run, task_setup.partitioner(run, place.devices))

@@ -1,8 +1,8 @@
-"""One training run in a MODEL_DIR at a time.
+"""Lock a MODEL_DIR, so that only one run trains in it at a time.
 
-The lock is the operating system's (flock) on MODEL_DIR/lock, so that it ends with the process that holds it, however
-it ends; what the file says is only for the message. Network file systems pass it on (NFS from version 4 on). A bucket
-has no such thing: a MODEL_DIR gs://... is not locked.
+The lock is an operating system lock (flock) on MODEL_DIR/lock, so it is released however the process ends. The file's
+content is only for the error message. Network file systems support the lock (NFS from version 4). Buckets do not: a
+MODEL_DIR gs://... is not locked.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ _UNKNOWN_TO_FILE_SYSTEM = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def held(model_dir: str) -> Iterator[None]:
-    """Holds the lock of `model_dir`, which is made where missing.
+    """Hold the lock of `model_dir`, which is created if missing.
 
     Raises:
-      ValueError: another run holds it; says which.
+      ValueError: another run holds the lock; the message names it.
       OSError: the folder cannot be written.
     """
     if "://" in model_dir:
@@ -40,20 +40,20 @@ def held(model_dir: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise UserFileError(f"MODEL_DIR = {model_dir!r} cannot be written: {error}. Name another folder.") from None
+        raise UserFileError(f"MODEL_DIR = {model_dir!r} cannot be written: {error}. Choose another folder.") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"MODEL_DIR = {model_dir!r} is in use: {_described(file.read())}. Two runs would spoil each other's "
-                "checkpoints: end that one, or give this one another MODEL_DIR."
+                f"MODEL_DIR = {model_dir!r} is in use: {_describe_holder(file.read())}. Two runs would overwrite each "
+                "other's checkpoints: stop that one, or give this one another MODEL_DIR."
             ) from None
         except OSError as error:
             if error.errno not in _UNKNOWN_TO_FILE_SYSTEM:
                 raise
-            log.warning("MODEL_DIR = %r is not locked, for its file system has no locks (%s).", model_dir, error)
+            log.warning("MODEL_DIR = %r is not locked, because its file system has no locks (%s).", model_dir, error)
         else:
             file.truncate(0)
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -62,9 +62,9 @@ def held(model_dir: str) -> Iterator[None]:
         yield
 
 
-def _described(content: str) -> str:
+def _describe_holder(content: str) -> str:
     try:
-        said = json.loads(content)
-        return f"process {said['pid']} on {said['host']} trains in it since {said['started']}"
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']} has been training in it since {holder['started']}"
     except (ValueError, KeyError, TypeError):
-        return "another process trains in it"
+        return "another process is training in it"

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from t5x_lite import checkpoint
+from t5x_lite.data import tensorflow_start
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference.predictor import Predictor, Scores
 from t5x_lite.model.feature_converter import FeatureConverter
@@ -34,7 +35,7 @@ def register_tasks(run: RunConfig) -> str:
     """Registers all tasks, including the user's. Returns the name of the run's task or mixture, validated."""
     if not (run.mixture_or_task_name or run.train_files):
         raise UserError(
-            "nothing to work on: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
+            "no task is set: set MIXTURE_OR_TASK_NAME to a SeqIO task or mixture, or TRAIN_FILES to your own files"
         )
     import_tasks(run)
     from t5x_lite.data import pipeline
@@ -42,13 +43,13 @@ def register_tasks(run: RunConfig) -> str:
     name = run.mixture_or_task_name or ""
     if run.train_files:
         if name:
-            log.info("TRAIN_FILES is set: the run is on these files, not on MIXTURE_OR_TASK_NAME = %r.", name)
+            log.info("TRAIN_FILES is set: the run uses these files, not MIXTURE_OR_TASK_NAME = %r.", name)
         name = _register_files(run)
     from tasks import cache, data_sources
 
     describe = cache.describe if run.use_cached_tasks else data_sources.describe
-    for task, read in describe(pipeline.find_provider(name)).items():
-        log.info("%s reads %s", task, read)
+    for task, files in describe(pipeline.find_provider(name)).items():
+        log.info("%s reads %s", task, files)
     pipeline.check_vocabulary(name, run.model.vocab_size)
     pipeline.check_lengths(name, run.task_feature_lengths, feature_converter(run))
     with_labels(run, name)  # checks the task against the model
@@ -56,14 +57,14 @@ def register_tasks(run: RunConfig) -> str:
 
 
 def with_labels(run: RunConfig, name: str) -> RunConfig:
-    """Returns `run` with what the task adds to the model config, such as the names of classes, for checkpoints."""
+    """Returns `run` with the task's additions to the model config, such as class names, to store in checkpoints."""
     from t5x_lite.data import pipeline
 
     return dataclasses.replace(run, model=run.model.for_task(name, pipeline.find_provider(name).output_features))
 
 
 def partitioner(run: RunConfig, devices: Sequence[Any] | None = None) -> Partitioner:
-    """Args: those of Partitioner."""
+    """Creates the run's Partitioner; `devices` are those of a plan, None means all devices."""
     return Partitioner(
         run.model,
         run.optimizer,
@@ -77,14 +78,14 @@ def partitioner(run: RunConfig, devices: Sequence[Any] | None = None) -> Partiti
     )
 
 
-def predictor(run: RunConfig, of: Partitioner) -> Predictor:
+def predictor(run: RunConfig, partitioner: Partitioner) -> Predictor:
     feature_converter(run)
     length = run.max_decode_length or run.task_feature_lengths.get("targets", 0)
-    return model_of(run.model).predictor(of, run.decoding, length, run.random_seed)
+    return model_of(run.model).predictor(partitioner, run.decoding, length, run.random_seed)
 
 
 def feature_converter(run: RunConfig) -> FeatureConverter:
-    """Raises UserError if TASK_FEATURE_LENGTHS are not the model's."""
+    """Returns the model's feature converter. Raises UserError if TASK_FEATURE_LENGTHS do not match it."""
     converter = model_of(run.model).feature_converter(run.pack)
     converter.check_lengths(run.task_feature_lengths)
     return converter
@@ -94,6 +95,7 @@ def import_tasks(run: RunConfig) -> None:
     """Imports this project's tasks and MIXTURE_OR_TASK_MODULE; sets the vocabulary, BAD_ROWS and cache folders."""
     log.info("Loading TensorFlow and SeqIO ...")
     with _without_chatter():
+        tensorflow_start.import_tensorflow()
         import seqio
 
         import tasks
@@ -106,9 +108,9 @@ def import_tasks(run: RunConfig) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # a module that the user's module asks for
+                raise  # a module that the user's module imports
             raise UserError(
-                f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or among those installed"
+                f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or the installed packages"
             ) from None
     if run.vocabulary:
         tasks.vocabulary.set_default(run.vocabulary)
@@ -121,13 +123,13 @@ def _without_chatter() -> Iterator[None]:
     """Discards what TensorFlow's C++ code writes to stderr during import, unless the import fails."""
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
+            captured.seek(0)
+            os.write(stderr, captured.read())
             raise
         finally:
             os.dup2(stderr, 2)
@@ -189,7 +191,7 @@ def build_evaluator(
         for task in pipeline.tasks_with_split(name, run.eval_split)
     }
     if not batches:
-        log.info("Nothing is evaluated: no task of %s has the split %r.", name, run.eval_split)
+        log.info("No evaluation: no task of %s has the split %r.", name, run.eval_split)
     metrics = predictor.evaluator(
         name,
         run.task_feature_lengths,
@@ -201,17 +203,17 @@ def build_evaluator(
         predictions=_only_first(folder.path / "predictions"),
     )
 
-    def evaluated(params: Any, at_step: int) -> Scores:
+    def evaluate(params: Any, at_step: int) -> Scores:
         scores = {task: predictor.loss(params, rows) for task, rows in batches.items()}
-        of_tasks = metrics(params, at_step)
-        scores = {task: {**values, **of_tasks.get(task, {})} for task, values in scores.items()}
+        task_metrics = metrics(params, at_step)
+        scores = {task: {**values, **task_metrics.get(task, {})} for task, values in scores.items()}
         return scores | evaluator.averages(scores)
 
-    return evaluated
+    return evaluate
 
 
 def _only_first(path: Path) -> Path | None:
-    """The path, on the one process that writes."""
+    """Returns the path on the process that writes, None on the others."""
     return path if jax.process_index() == 0 else None
 
 
@@ -224,8 +226,8 @@ def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
         raise MissingFileError(
             f"no checkpoint to read: MODEL_DIR = {run.model_dir!r} holds none, and INITIAL_CHECKPOINT_PATH is not set"
         )
-    why = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
-    log.info("Reading the checkpoint %s: %s.", start.path, why)
+    reason = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
+    log.info("Reading the checkpoint %s: %s.", start.path, reason)
     step_name = Path(start.path).name
     restore = partial(checkpoint.restore_params, start.path, verified=start.kind == "resume")
     return start.path, int(step_name) if step_name.isdecimal() else 0, restore
@@ -254,7 +256,7 @@ def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
 
 
 def tool(name: str) -> Any:
-    """A package that may have been removed, such as "report"; None if it has been."""
+    """Imports an optional package of t5x_lite, such as "report"; returns None if it has been removed."""
     try:
         return importlib.import_module(f"t5x_lite.{name}")
     except ModuleNotFoundError as error:
@@ -269,7 +271,7 @@ def about(run: RunConfig, name: str) -> Any:
 
 
 def rates(name: str) -> dict[str, float]:
-    """The share of each task of a mixture in training, largest first."""
+    """Returns each task's share of the training mixture, largest first."""
     import seqio
 
     from t5x_lite.data import pipeline

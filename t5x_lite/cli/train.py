@@ -155,7 +155,9 @@ def _tracker(run: RunConfig, model_dir: Path) -> Callable[[], metric_logger.Trac
     if run.wandb_project is None:
         return None
     options = {field.name.upper(): getattr(run, field.name) for field in dataclasses.fields(run)}
-    return partial(wandb_run.WandbRun, run.wandb_project, model_dir, {name: str(value) for name, value in options.items()})
+    return partial(
+        wandb_run.WandbRun, run.wandb_project, model_dir, {name: str(value) for name, value in options.items()}
+    )
 
 
 def _profiler(run: RunConfig, model_dir: Path) -> loop.Profiler | None:

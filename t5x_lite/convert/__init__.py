@@ -1,14 +1,14 @@
-"""Parameters from Hugging Face and T5X into our tree, and back to Hugging Face.
+"""Convert checkpoints from Hugging Face and T5X to t5x_lite, and back to Hugging Face.
 
     python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite
 
 SOURCE is a Hugging Face directory (T5 1.0 and 1.1, Flan, mT5, ByT5, UMT5; BERT), a T5X checkpoint (one msgpack file, a
-folder of msgpack and zarr, or Orbax's), or our own: a MODEL_DIR or one of its checkpoints. DEST is a Hugging Face
-directory, or a folder that INITIAL_CHECKPOINT_PATH takes. A tokenizer's files go along where SOURCE has them.
+folder of msgpack and zarr, or Orbax), a MODEL_DIR, or one of its checkpoints. DEST is a new Hugging Face directory, or
+a folder for INITIAL_CHECKPOINT_PATH. Tokenizer files in SOURCE are copied.
 
-Every tensor of a source is used once, with the shape that the model asks for, or refused by name. They are read one
-stack of layers at a time, straight onto the mesh: the host holds one parameter and what lies on its devices. This
-module knows what lies where; not how others name and store it (huggingface.py, t5x.py), nor what a tokenizer does.
+Every tensor of a source must be used exactly once, with the shape of the model's parameter; otherwise a UserError names
+it. Parameters are read one by one directly onto the mesh, so the host holds one parameter plus the shards on its
+devices. Names and formats of other systems are in huggingface.py and t5x.py.
 """
 
 import dataclasses
@@ -43,13 +43,10 @@ _HUB_TOKENIZER_FILES = (
 )
 
 
-# What lies where
-
-
 def abstract_params(
     config: ModelConfig, mesh: sharding.AnyMesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> dict[str, Any]:
-    """Shapes and shardings of a model's parameters; without a mesh, on the first device."""
+    """Return shapes and shardings of a model's parameters; without a mesh, on the first device."""
     return step.abstract_params(config, mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1]), rules)
 
 
@@ -59,14 +56,14 @@ def read(
     rules: sharding.Rules = sharding.RULES,
     **changes: Any,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the parameters, on the mesh, of whatever `path` holds.
+    """Return the config and the parameters, on the mesh, of a checkpoint in any supported format.
 
     Args:
-      changes: values for fields of the config that do not touch parameters, such as dtype.
+      changes: values for config fields that do not affect parameters, such as dtype.
 
     Raises:
-      FileNotFoundError: nothing there that is known.
-      ValueError: a tensor is unknown, missing or of the wrong shape; a config that is of no known model type.
+      MissingFileError: `path` does not contain a supported format.
+      UserError: a tensor is unknown, missing or of the wrong shape, or the model type is unknown.
     """
     path = Path(path).expanduser()
     if (path / "config.json").exists():
@@ -77,43 +74,43 @@ def read(
     elif path.exists() and tensors.is_t5x(path):
         source = t5x.read(path)
     else:
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
+        content = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
         raise MissingFileError(
-            f"{path} is no model: expected a Hugging Face directory (config.json), a MODEL_DIR or one of its "
-            f"checkpoints, or a T5X checkpoint; found: {there or 'an empty folder'}"
+            f"{path} is not a model: expected a Hugging Face directory (config.json), a MODEL_DIR or one of its "
+            f"checkpoints, or a T5X checkpoint; found: {content or 'an empty folder'}"
         )
     config = dataclasses.replace(source.config, **changes)
     return config, _placed(_claim(path, source), abstract_params(config, mesh, rules))
 
 
 def info(config: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint says of its model."""
+    """Return the description of the model that a checkpoint stores."""
     return {"model": dataclasses.asdict(config), "model_type": type(config).__name__}
 
 
 def _own_config(path: Path) -> ModelConfig:
-    said = checkpoint.read_info(path)
-    if "model" not in said:
-        raise UserError(f"{path}: the checkpoint's info says no model config, so it cannot be built")
-    kinds, said_type = interface.config_types(), said.get("model_type")
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in said["model"].items()}
-    if said_type is not None and said_type not in kinds:
-        raise UserError(f"{path}: its model is of type {said_type}, which is none of these types: {', '.join(kinds)}")
-    # Checkpoints of earlier versions do not say of which type their model is.
-    for kind in kinds.values() if said_type is None else [kinds[said_type]]:
+    stored_info = checkpoint.read_info(path)
+    if "model" not in stored_info:
+        raise UserError(f"{path}: the checkpoint's info has no model config, so the model cannot be built")
+    kinds, model_type = interface.config_types(), stored_info.get("model_type")
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored_info["model"].items()}
+    if model_type is not None and model_type not in kinds:
+        raise UserError(f"{path}: its model is of type {model_type}, which is none of these types: {', '.join(kinds)}")
+    # Checkpoints of earlier versions have no model_type.
+    for kind in kinds.values() if model_type is None else [kinds[model_type]]:
         unknown = set(fields) - set(kind.__dataclass_fields__)
         if not unknown:
             return kind(**fields)
     raise UserError(f"{path}: its model config has {', '.join(sorted(unknown))}, unknown to {', '.join(kinds)}")
 
 
-# Each parameter is a list of the source's tensors: one, or one for each layer.
+# The source tensors of each parameter: one, or one per layer.
 
 Parts = Mapping[str, list[Tensor]]
 
 
 def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads each parameter and puts it on its devices before the next is read: of it, only what lies on this host."""
+    """Read the parameters one by one onto their devices; only the shards of this host are read."""
     placed = {}
     for name, leaf in tensors.flat(abstract).items():
         layers = parts[name]
@@ -121,10 +118,10 @@ def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
         def part(index: Any, layers: list[Tensor] = layers, leaf: Any = leaf) -> np.ndarray:
             if len(layers[0].shape) == len(leaf.shape):
                 return layers[0].read(index).astype(leaf.dtype)
-            chosen = range(len(layers))[index[0]]
+            layer_numbers = range(len(layers))[index[0]]
             shape = [len(range(size)[i]) for size, i in zip(leaf.shape, index, strict=True)]
             stack = np.empty(shape, leaf.dtype)
-            for row, layer in enumerate(chosen):
+            for row, layer in enumerate(layer_numbers):
                 stack[row] = layers[layer].read(index[1:])
             return stack
 
@@ -133,9 +130,9 @@ def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
-    """The tensors of each parameter.
+    """Return the tensors of each parameter.
 
-    Raises ValueError: one is missing, not asked for, or of the wrong shape; all are named.
+    Raises UserError that names all tensors that are missing, unknown or of the wrong shape.
     """
     parts: dict[str, list[Tensor]] = {}
     missing, wrong, used = [], [], set()
@@ -157,39 +154,36 @@ def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
     unknown = sorted(f"{name} {list(source.tensors[name].shape)}" for name in source.tensors.keys() - used)
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     if any(problems.values()):
-        lines = [f"{path} does not hold the tensors of {source.config}."]
-        for what, names in problems.items():
+        lines = [f"{path} does not contain the tensors of {source.config}."]
+        for problem, names in problems.items():
             if names:
-                lines += [f"  {what}: {len(names)}", *(f"    {name}" for name in names[:12])]
+                lines += [f"  {problem}: {len(names)}", *(f"    {name}" for name in names[:12])]
         raise UserError("\n".join(lines))
     return parts
 
 
-# The command
-
-
 def tokenizer_file(path: str | Path) -> Path | None:
-    """The tokenizer's file that goes with a model: beside it, or what the config.gin of its run names."""
+    """Return the tokenizer file of a model: next to it, or the VOCABULARY of its run's config.gin."""
     path = Path(path).expanduser()
-    found = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
-    run = Path(found).parent.parent if found is not None and found.parent.name == checkpoint.FOLDER else path
+    newest = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
+    run = Path(newest).parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
     for folder in (path, run):
         for name in (*TOKENIZER_FILES, "vocab.txt"):
             if (folder / name).is_file():
                 return folder / name
     gin = run / "config.gin"
-    said = re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(), re.MULTILINE) if gin.is_file() else None
-    return Path(said[2]) if said and Path(said[2]).is_file() else None
+    binding = re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(), re.MULTILINE) if gin.is_file() else None
+    return Path(binding[2]) if binding and Path(binding[2]).is_file() else None
 
 
 def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
-    """Writes the model in `source` to the folder `dest`; returns its config.
+    """Write the model in `source` to the folder `dest` and return its config.
 
-    Raises FileExistsError: `dest` holds something; and what `read` raises.
+    Raises ExistingFileError if `dest` exists and is not empty, and the errors of `read`.
     """
     source, dest = Path(source).expanduser(), Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ExistingFileError(f"{dest} is there and not empty: name a new folder")
+        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     config, params = read(source, host)
     if to == "t5x_lite":
@@ -202,33 +196,33 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
 
 
 def model_gin(config: ModelConfig) -> str:
-    """The model's sizes as a gin file for run.py; what a run decides (dropout, dtype ...) is left to its macros."""
-    name, of_a_run = type(config).__name__, ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
-    values = {key: value for key, value in vars(config).items() if key not in of_a_run}
+    """Return the model's sizes as a gin file for run.py; settings of a run (dropout, dtype ...) are left to macros."""
+    name, run_settings = type(config).__name__, ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
+    values = {key: value for key, value in vars(config).items() if key not in run_settings}
     lines = [f"    {key} = {value!r}" for key, value in values.items()]
-    head = "# The model of this checkpoint: give it to run.py as a --gin_file."
+    head = "# The model of this checkpoint: pass it to run.py as a --gin_file."
     return "\n".join((head, "", f"Run.model = @{name}()", f"{name}:", *lines)) + "\n"
 
 
 def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, Mapping[str, Any]]:
-    """The same model without LoRA: what it adds is added to the kernels."""
+    """Return the model without LoRA, with the LoRA products added to the kernels."""
     if not getattr(config, "lora_rank", 0):
         return config, params
     leaves = {name: np.asarray(leaf) for name, leaf in tensors.flat(params).items()}
     for name in [name for name in leaves if name.endswith("_lora/a/kernel")]:
-        of = name.removesuffix("_lora/a/kernel")
-        leaves[f"{of}/kernel"] = leaves[f"{of}/kernel"] + leaves.pop(name) @ leaves.pop(f"{of}_lora/b/kernel")
+        layer = name.removesuffix("_lora/a/kernel")
+        leaves[f"{layer}/kernel"] = leaves[f"{layer}/kernel"] + leaves.pop(name) @ leaves.pop(f"{layer}_lora/b/kernel")
     return dataclasses.replace(config, lora_rank=0), traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
-    """The files of a model's tokenizer, those that there are."""
+    """Copy the tokenizer files of a model, if there are any."""
     if (file := tokenizer_file(source)) is not None:
         shutil.copyfile(file, dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model"))
-        if (config_file := file.parent / "tokenizer_config.json").is_file():  # a vocab.txt alone does not say its case
+        if (config_file := file.parent / "tokenizer_config.json").is_file():  # it has do_lower_case
             shutil.copyfile(config_file, dest / config_file.name)
     elif (model := tokenizer.rebuilt(source)) is not None:
-        (dest / "spiece.model").write_bytes(model)  # which SeqIO needs
+        (dest / "spiece.model").write_bytes(model)  # SeqIO reads no tokenizer.json
     for name in _HUB_TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, dest / name)

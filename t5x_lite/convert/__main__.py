@@ -13,15 +13,15 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m t5x_lite.convert", description=(convert.__doc__ or "").split("\n")[0]
     )
     parser.add_argument("source", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
-    parser.add_argument("dest", help="folder to make")
+    parser.add_argument("dest", help="folder to create")
     parser.add_argument("--to", required=True, choices=get_args(convert.Format))
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        config = convert.convert(asked.source, asked.dest, asked.to)
+        config = convert.convert(args.source, args.dest, args.to)
     except (UserError, OSError) as error:
         print(f"t5x_lite.convert: {error}", file=sys.stderr)
         return 2
-    print(f"{asked.dest}: {config}")
+    print(f"{args.dest}: {config}")
     return 0
 
 

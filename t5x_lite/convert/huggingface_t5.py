@@ -1,6 +1,6 @@
-"""Hugging Face's T5 (1.0 and 1.1, Flan, ByT5), mT5 and UMT5: names, layouts and config.json in both directions.
+"""Convert parameter names, layouts and config.json of Hugging Face's T5 (1.0, 1.1, Flan, ByT5), mT5 and UMT5.
 
-Must not know how files are made.
+Must not handle file formats.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from t5x_lite.model.config import T5Config
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _MLP = ("wi", "wi_0", "wi_1", "wo")
 
-# Our parameters and Hugging Face's; {} is the layer. Hugging Face has kernels as [out, in], relative biases as
-# [buckets, heads].
+# Parameter names here -> Hugging Face names; {} is the layer. Hugging Face stores kernels as [out, in] and relative
+# biases as [buckets, heads].
 NAMES = {
     "token_embedder/embedding": "shared.weight",
     "encoder/relpos_bias/rel_embedding": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -53,12 +53,12 @@ NAMES = {
     "decoder/logits_dense/kernel": "lm_head.weight",
 }
 
-# What Hugging Face's T5 directories hold beside: copies of other tensors, and one that its own code never reads.
+# Additional tensors in Hugging Face's T5 directories: copies of other tensors, and one that its code never reads.
 _SHARED = "shared.weight"
 _COPIES = {"encoder.embed_tokens.weight": _SHARED, "decoder.embed_tokens.weight": _SHARED}
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
-# Hugging Face's names for the MLP; its "gelu" of a gated layer is the tanh approximation, which is ours and T5X's.
+# Hugging Face's names of the MLP activations. Its gated "gelu" is the tanh approximation, as here and in T5X.
 _ACTIVATIONS = {
     "relu": ("relu",),
     "gelu_new": ("gelu",),
@@ -69,14 +69,15 @@ _ACTIVATIONS = {
 }
 
 
-def source(folder: Path, hub: Mapping[str, Any], found: Mapping[str, Tensor]) -> Source:
-    """Raises UserError: a config that is not T5's, or copies that differ."""
-    config, held = _config_of(folder / "config.json", hub), dict(found)
-    held.pop(_UNUSED, None)
-    tensors.drop_copies(folder, held, _COPIES | ({"lm_head.weight": _SHARED} if config.tie_embeddings else {}))
-    if not config.tie_embeddings and hub.get("tie_word_embeddings", True) and _SHARED in held:
-        held.setdefault("lm_head.weight", held[_SHARED])  # one table, and yet no scale: transformers 5 writes such
-    return Source(config, held, NAMES.__getitem__, is_transposed)
+def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
+    """Return the config and tensors. Raises UserError for an unsupported config, or copies that differ."""
+    config, by_name = _config_of(folder / "config.json", hub), dict(stored)
+    by_name.pop(_UNUSED, None)
+    tensors.drop_copies(folder, by_name, _COPIES | ({"lm_head.weight": _SHARED} if config.tie_embeddings else {}))
+    if not config.tie_embeddings and hub.get("tie_word_embeddings", True) and _SHARED in by_name:
+        # transformers 5 writes files with a tied table that is not scaled.
+        by_name.setdefault("lm_head.weight", by_name[_SHARED])
+    return Source(config, by_name, NAMES.__getitem__, is_transposed)
 
 
 def is_transposed(name: str) -> bool:
@@ -84,7 +85,7 @@ def is_transposed(name: str) -> bool:
 
 
 def name_of(config: T5Config, name: str) -> str:
-    """Hugging Face's name of a parameter; {} is the layer."""
+    """Return Hugging Face's name of a parameter; {} is the layer."""
     return NAMES[name]
 
 
@@ -97,10 +98,11 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
         raise UserError(f"{file}: layer_norm_epsilon is {hub['layer_norm_epsilon']}; T5's is 1e-06")
     needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     if missing := [name for name in needed if name not in hub]:
-        raise UserError(f"{file} does not say {', '.join(missing)}")
-    # T5 1.0 has one table for inputs and outputs, and scales the outputs. transformers 5 writes every T5 as tied, and
-    # `scale_decoder_outputs` has the old meaning; mT5 is never scaled. UMT5 is where the file says tied; transformers 5
-    # scales all of them, also Google's own, whose files say otherwise: its logits are theirs / sqrt(d_model).
+        raise UserError(f"{file} lacks {', '.join(missing)}")
+    # T5 1.0 ties input and output embeddings and scales the outputs by 1/sqrt(d_model). transformers 5 marks every T5
+    # as tied, and `scale_decoder_outputs` tells whether it is scaled. mT5 is never scaled. UMT5 is scaled if the file
+    # says tied; transformers 5 scales every UMT5, also Google's, whose files say untied, so its logits are smaller by
+    # sqrt(d_model).
     tied = hub.get("tie_word_embeddings", True)
     scaled = {"t5": hub.get("scale_decoder_outputs", tied), "mt5": False, "umt5": tied}[kind]
     return T5Config(
@@ -121,9 +123,9 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
 
 
 def described(config: T5Config) -> dict[str, Any]:
-    """config.json. Raises ValueError: the config is none of Hugging Face's T5s."""
+    """Return config.json. Raises UserError if Hugging Face has no such T5."""
     if config.decoder_only:
-        raise UserError("Hugging Face has no T5 of a decoder alone (num_encoder_layers=0): convert it --to=t5x_lite")
+        raise UserError("Hugging Face has no decoder-only T5 (num_encoder_layers=0): convert it --to=t5x_lite")
     projections = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if config.adapter_size:
         raise UserError(
@@ -132,7 +134,7 @@ def described(config: T5Config) -> dict[str, Any]:
         )
     if config.mlp_activations not in projections:
         raise UserError(
-            f"mlp_activations={config.mlp_activations} cannot be said in a Hugging Face config; these can: "
+            f"mlp_activations={config.mlp_activations} has no name in a Hugging Face config; supported: "
             f"{', '.join(map(str, projections))}"
         )
     umt5 = config.relative_bias == "per_layer"

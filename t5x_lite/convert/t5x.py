@@ -1,7 +1,7 @@
-"""T5X's checkpoints: T5X's names are ours, with `layers_{}` in place of `layers`. They are read, not written.
+"""Read T5X checkpoints. T5X uses the same parameter names, with `layers_{}` in place of `layers`.
 
-Knows T5X's trees, scanned and unscanned, and what their shapes say of a config; not how its files are made
-(tensors.py), nor where parameters will lie (convert.py).
+This module handles T5X's trees, scanned and unscanned, and infers the config from shapes. File formats are in
+tensors.py, placement on devices is in convert.
 """
 
 import functools
@@ -16,24 +16,23 @@ from t5x_lite.model.t5 import T5Config
 
 
 def read(path: Path) -> Source:
-    """The config is inferred from shapes, for T5X saves none: what they do not show is T5's.
+    """Return tensors and config. T5X saves no config: it is inferred from shapes, the other fields are T5's defaults.
 
-    A decoder alone is taken for a prefix language model, as T5X decodes it, and which a plain one is where nothing says
-    what the inputs are.
+    A decoder-only model is read as a prefix LM, which is how T5X decodes it. Without inputs it equals a causal LM.
 
-    Raises ValueError: no T5.
+    Raises UserError if the checkpoint is not a T5.
     """
     state = tensors.read_t5x(path)
     root = next((r for r in ("optimizer/target/", "target/", "params/") if any(n.startswith(r) for n in state)), None)
     if root is None:
-        held = ", ".join(sorted({name.split("/")[0] for name in state})) or "nothing"
-        raise UserError(f"{path} has no parameters under optimizer/target, target or params; it has {held}")
-    found: dict[str, Tensor] = {}
+        top_level = ", ".join(sorted({name.split("/")[0] for name in state})) or "nothing"
+        raise UserError(f"{path} has no parameters under optimizer/target, target or params; it has {top_level}")
+    tensors_by_name: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith(root):
-            found |= _unscanned(name.removeprefix(root), tensor)
-    config = _inferred(path, found)
-    return Source(config, found, functools.partial(name_of, config))
+            tensors_by_name |= _unscanned(name.removeprefix(root), tensor)
+    config = _inferred(path, tensors_by_name)
+    return Source(config, tensors_by_name, functools.partial(name_of, config))
 
 
 def name_of(config: T5Config, name: str) -> str:
@@ -43,7 +42,7 @@ def name_of(config: T5Config, name: str) -> str:
 
 
 def _unscanned(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """T5X's scanned stacks have the layers on axis 1, under `layers`, or under the stack's name a second time."""
+    """Split a scanned stack: T5X has its layers on axis 1, under `layers` or a second time under the stack's name."""
     match = re.fullmatch(r"(encoder|decoder)/(?:layers|\1)/(.*)", name)
     if match is None or len(tensor.shape) < 2:
         return {name: tensor}
@@ -51,20 +50,20 @@ def _unscanned(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{stack}/layers_{i}/{rest}": tensor.at(i, 1) for i in range(tensor.shape[1])}
 
 
-def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
+def _inferred(path: Path, stored: Mapping[str, Tensor]) -> T5Config:
     def shape(name: str) -> tuple[int, ...]:
-        if name not in found:
-            raise UserError(f"{path} has no {name}: it is no T5. It has " + ", ".join(sorted(found)[:12]))
-        return found[name].shape
+        if name not in stored:
+            raise UserError(f"{path} has no {name}: it is not a T5. It has " + ", ".join(sorted(stored)[:12]))
+        return stored[name].shape
 
     def layers(stack: str) -> int:
-        numbers = [int(m[1]) for name in found if (m := re.match(rf"{stack}/layers_(\d+)/", name))]
+        numbers = [int(m[1]) for name in stored if (m := re.match(rf"{stack}/layers_(\d+)/", name))]
         return max(numbers, default=-1) + 1
 
-    decoder_only = "decoder/token_embedder/embedding" in found
+    decoder_only = "decoder/token_embedder/embedding" in stored
     stack, attention = ("decoder", "self_attention") if decoder_only else ("encoder", "attention")
     vocab_size, d_model = shape("decoder/token_embedder/embedding" if decoder_only else "token_embedder/embedding")
-    per_layer = f"{stack}/layers_0/relpos_bias/rel_embedding" in found
+    per_layer = f"{stack}/layers_0/relpos_bias/rel_embedding" in stored
     num_heads, buckets = shape(f"{stack}/{'layers_0/' * per_layer}relpos_bias/rel_embedding")
     _, joined = shape(f"{stack}/layers_0/{attention}/query/kernel")
     d_ff, _ = shape(f"{stack}/layers_0/mlp/wo/kernel")
@@ -75,8 +74,8 @@ def _inferred(path: Path, found: Mapping[str, Tensor]) -> T5Config:
         head_dim=joined // num_heads,
         num_encoder_layers=layers("encoder"),
         num_decoder_layers=layers("decoder"),
-        mlp_activations=("relu",) if f"{stack}/layers_0/mlp/wi/kernel" in found else ("gelu", "linear"),
-        tie_embeddings="decoder/logits_dense/kernel" not in found,
+        mlp_activations=("relu",) if f"{stack}/layers_0/mlp/wi/kernel" in stored else ("gelu", "linear"),
+        tie_embeddings="decoder/logits_dense/kernel" not in stored,
         vocab_size=vocab_size,
         prefix_lm=decoder_only,
         relative_bias="per_layer" if per_layer else "shared",

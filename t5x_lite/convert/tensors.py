@@ -1,8 +1,8 @@
-"""Tensors in files of other systems, by name, each read only when and as far as it is asked for.
+"""Lazily read tensors, by name, from files of other systems.
 
-Knows file formats: safetensors (read and written), PyTorch's .bin, T5X's msgpack with zarr folders, Orbax. It must not
-know any model, what a name means, or meshes. Nothing here holds more of a file than the part asked for, except .bin
-and msgpack files without folders, which are read as one.
+Formats: safetensors (read and written), PyTorch's .bin, T5X's msgpack with zarr folders, Orbax. Only the requested part
+of a file is read, except .bin and msgpack files without folders, which are read whole. Must not depend on models,
+parameter names or meshes.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Index = tuple[slice | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that lies in a file. `read` takes an index for every axis and returns that part."""
+    """An array in a file. `read` takes an index for every axis and returns that part."""
 
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
@@ -41,7 +41,7 @@ class Tensor:
         return Tensor(self.shape[::-1], lambda index: self.read(index[::-1]).T)
 
     def at(self, i: int, axis: int) -> "Tensor":
-        """Entry `i` of one axis, which is gone from the result."""
+        """Return entry `i` of one axis, which the result lacks."""
         shape = self.shape[:axis] + self.shape[axis + 1 :]
         return Tensor(shape, lambda index: self.read((*index[:axis], i, *index[axis:])))
 
@@ -55,10 +55,10 @@ def in_memory(array: Any) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Another system's model: its config in our words, its tensors, and what it calls our parameters.
+    """A model of another system: its config as a `ModelConfig`, its tensors, and the mapping of names.
 
-    name_of: our parameter to its name there, with {} for the layer.
-    is_transposed: whether our parameter has its axes the other way round there.
+    name_of: maps a parameter name to the source's name, with {} for the layer.
+    is_transposed: whether the source stores a parameter transposed.
     """
 
     config: Any
@@ -68,25 +68,25 @@ class Source:
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": leaf}} to {"a/b": leaf}."""
+    """Flatten {"a": {"b": leaf}} to {"a/b": leaf}."""
 
     def is_leaf(_: Any, node: Mapping) -> bool:
-        return "driver" in node  # a tensorstore spec, which is a dict itself
+        return "driver" in node  # a tensorstore spec, a dict that is a leaf
 
     return traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=is_leaf)
 
 
-def drop_copies(folder: Path, found: dict[str, Tensor], copies: Mapping[str, str]) -> None:
-    """Takes out copies of other tensors; where a copy is alone, it takes the other's name.
+def drop_copies(folder: Path, stored: dict[str, Tensor], copies: Mapping[str, str]) -> None:
+    """Remove copies of other tensors; a copy whose original is missing is renamed to it.
 
-    Raises ValueError: a copy differs.
+    Raises UserError if a copy differs.
     """
     for copy, original in copies.items():
-        if copy not in found:
+        if copy not in stored:
             continue
-        tensor = found.pop(copy)
-        if not _equal(tensor, found.setdefault(original, tensor)):
-            raise UserError(f"{folder}: {copy} differs from {original}, and a model of this config has them as one")
+        tensor = stored.pop(copy)
+        if not _equal(tensor, stored.setdefault(original, tensor)):
+            raise UserError(f"{folder}: {copy} differs from {original}, but a model with this config shares them")
 
 
 def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
@@ -95,46 +95,46 @@ def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
     return a.shape == b.shape and all(np.array_equal(a.read(block), b.read(block)) for block in blocks)
 
 
-# safetensors: the length of a header (8 bytes), the header (JSON: dtype, shape, offsets), the numbers.
+# safetensors format: length of the header (8 bytes), header (JSON: dtype, shape, offsets), data.
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("int64"),  # positions 0, 1, 2, ... in old BERTs, which nothing asks for
+    "I64": np.dtype("int64"),  # position ids in old BERTs, which are not used
 }
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Raises ValueError: a tensor of another type than floats, or the file is shorter than its header says."""
+    """Read a safetensors file. Raises UserError for an unsupported dtype or a damaged or truncated file."""
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if not 0 < length <= file.stat().st_size - 8:
-            raise UserError(f"{file} is no safetensors file, or only a part of one: download it again")
+            raise UserError(f"{file} is not a safetensors file, or is truncated: download it again")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if file.stat().st_size != end:
         raise UserError(f"{file} has {file.stat().st_size} bytes, its header says {end}: download it again")
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise UserError(f"{file}: {name} is {entry['dtype']}; only {', '.join(_SAFETENSORS_DTYPES)} are read")
+            raise UserError(f"{file}: {name} is {entry['dtype']}; supported are {', '.join(_SAFETENSORS_DTYPES)}")
         dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
         start = 8 + length + entry["data_offsets"][0]
 
         def read(index: Index, dtype: np.dtype = dtype, shape: tuple = shape, start: int = start) -> np.ndarray:
-            # Mapped for this read alone, for pages of a map count as memory of the process for as long as it lives.
+            # Map the file for this read only, because the pages of a map count as memory of the process.
             flat = np.memmap(file, np.uint8, "r", start, (math.prod(shape) * dtype.itemsize,))
             return np.array(flat.view(dtype).reshape(shape)[index])
 
-        found[name] = Tensor(shape, read)
-    return found
+        tensors[name] = Tensor(shape, read)
+    return tensors
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """All as float32, each read when it is written."""
+    """Write all tensors as float32; each is read when it is written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -149,19 +149,19 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """Raises ModuleNotFoundError where PyTorch is not installed; ValueError: other things than tensors are in it."""
+    """Read a PyTorch file. Raises MissingPackageError without PyTorch, UserError if it contains more than tensors."""
     if importlib.util.find_spec("torch") is None:
         raise MissingPackageError(
-            f"{file} is PyTorch's own format, which only PyTorch reads: pip install torch, or get the model's "
+            f"{file} is in PyTorch's format, which needs PyTorch: pip install torch, or download the model's "
             "model.safetensors"
         )
     import torch  # pyright: ignore[reportMissingImports]
 
-    # Files from before 2020 are no zip archives, and cannot be mapped.
+    # Files from before 2020 are not zip archives and cannot be memory-mapped.
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file} holds more than tensors, or is damaged; other objects are never loaded") from error
+        raise UserError(f"{file} contains more than tensors, or is damaged; other objects are never loaded") from error
 
     def read(tensor: Any, index: Index) -> np.ndarray:
         part = tensor.detach()[index]
@@ -174,11 +174,11 @@ def read_torch(file: Path) -> dict[str, Tensor]:
 
 
 def read_hub(folder: Path) -> dict[str, Tensor]:
-    """Those of a Hugging Face directory, whole or in shards; safetensors where there are both formats.
+    """Read the tensors of a Hugging Face directory, whole or sharded; safetensors is preferred over .bin.
 
     Raises:
-      FileNotFoundError: neither format, or a shard is missing.
-      ValueError: an index says otherwise than its shards.
+      MissingFileError: there is neither format, or a shard is missing.
+      UserError: an index and its shards disagree.
     """
     for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
         if (folder / stem).exists():
@@ -188,51 +188,51 @@ def read_hub(folder: Path) -> dict[str, Tensor]:
             continue
         shard_of = json.loads(index.read_text())["weight_map"]
         if missing := sorted(name for name in set(shard_of.values()) if not (folder / name).exists()):
-            raise MissingFileError(f"{index} names shards that are not there: {', '.join(missing)}: download them")
-        found: dict[str, Tensor] = {}
+            raise MissingFileError(f"{index} names missing shards: {', '.join(missing)}: download them")
+        by_name: dict[str, Tensor] = {}
         for shard in sorted(set(shard_of.values())):
             tensors = read(folder / shard)
-            if set(tensors) != {name for name, at in shard_of.items() if at == shard}:
-                raise UserError(f"{folder / shard} does not hold the tensors that {index.name} says: download it again")
-            found |= tensors
-        return found
-    raise MissingFileError(f"{folder} has a config.json and no model.safetensors, pytorch_model.bin or their indexes")
+            if set(tensors) != {name for name, file in shard_of.items() if file == shard}:
+                raise UserError(f"{folder / shard} does not match {index.name}: download it again")
+            by_name |= tensors
+        return by_name
+    raise MissingFileError(f"{folder} has a config.json but no model.safetensors, pytorch_model.bin or index of one")
 
 
-# T5X and Orbax: a tree, its leaves in one msgpack file or in a folder (zarr) or key-value store (OCDBT) beside it.
+# T5X and Orbax: a tree whose leaves are in a msgpack file, in zarr folders, or in a key-value store (OCDBT).
 
 
 def is_t5x(path: Path) -> bool:
-    """Whether this is T5X's: a msgpack file, a folder with one, or a folder that Orbax wrote."""
+    """Return whether `path` is a T5X checkpoint: a msgpack file, a folder with one, or an Orbax folder."""
     return path.is_file() or (path / "checkpoint").is_file() or _orbax_folder(path) is not None
 
 
 def read_t5x(path: Path) -> dict[str, Tensor]:
-    """The whole training state, by "a/b/c".
+    """Read the whole training state, keyed by "a/b/c".
 
-    Raises ValueError: no msgpack; FileNotFoundError: an array's folder is missing.
+    Raises UserError if the file is not msgpack, MissingFileError if an array's folder is missing.
     """
     if (orbax := _orbax_folder(path)) is not None:
         return _read_orbax(orbax)
     file = path if path.is_file() else path / "checkpoint"
     try:
-        # Off the accelerator: what it holds decides what it is, and optimizer state is not wanted there.
+        # Read on the CPU: the optimizer state must not take accelerator memory.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             tree = flax.serialization.msgpack_restore(file.read_bytes())
         assert isinstance(tree, dict)
     except Exception as error:
-        raise UserError(f"{file} is no T5X checkpoint: it is not the msgpack of a tree ({error})") from error
-    found = {}
+        raise UserError(f"{file} is not a T5X checkpoint: it is not a msgpack tree ({error})") from error
+    state = {}
     for name, leaf in flat(tree).items():
         if hasattr(leaf, "shape"):
-            found[name] = in_memory(leaf)
+            state[name] = in_memory(leaf)
         elif (folder := _array_folder(leaf)) is not None:
-            found[name] = _open({"driver": "file", "path": str(path / folder)})
-    return found
+            state[name] = _open({"driver": "file", "path": str(path / folder)})
+    return state
 
 
 def _array_folder(leaf: Any) -> str | None:
-    """The folder that stands for an array in a msgpack: T5X's specs, or Orbax's string. Other leaves: None."""
+    """Return the array folder that a msgpack leaf refers to (T5X's spec or Orbax's string), else None."""
     if isinstance(leaf, str) and leaf.startswith("PLACEHOLDER://"):
         return leaf.removeprefix("PLACEHOLDER://")
     if isinstance(leaf, dict) and leaf.get("driver") == "zarr":
@@ -242,9 +242,9 @@ def _array_folder(leaf: Any) -> str | None:
 
 
 def _orbax_folder(path: Path) -> Path | None:
-    """Where Orbax's tree is: the folder itself or one part of a checkpoint of several parts."""
-    places: Iterable[Path] = (path, path / "state", path / "default", path / "items", path / "params")
-    return next((p for p in places if (p / "_METADATA").exists()), None)
+    """Return the folder of Orbax's tree: `path`, or one item of a checkpoint with several items."""
+    folders: Iterable[Path] = (path, path / "state", path / "default", path / "items", path / "params")
+    return next((p for p in folders if (p / "_METADATA").exists()), None)
 
 
 def _read_orbax(folder: Path) -> dict[str, Tensor]:
@@ -265,5 +265,5 @@ def _open(store: dict[str, Any]) -> Tensor:
     try:
         array = tensorstore.open({"driver": "auto", "kvstore": store}, read=True).result()  # zarr, version 2 or 3
     except (ValueError, OSError) as error:
-        raise MissingFileError(f"{store['path']} holds no array, though the checkpoint names one: {error}") from error
+        raise MissingFileError(f"{store['path']} has no array, but the checkpoint refers to one: {error}") from error
     return Tensor(tuple(array.shape), lambda index: array[index].read().result())

@@ -1,7 +1,7 @@
-"""Text to tokens and back without TensorFlow: SentencePiece models as SeqIO reads them, and ByT5's bytes.
+"""Tokenizers without TensorFlow: SentencePiece models, as SeqIO reads them, and ByT5's bytes.
 
-Knows tokenizers' files: SentencePiece's, and Hugging Face's tokenizer.json of such a model. It must not know models,
-checkpoints or tasks.
+Reads SentencePiece files and Hugging Face's tokenizer.json of such a model. Must not depend on models, checkpoints or
+tasks.
 """
 
 import base64
@@ -23,12 +23,13 @@ _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
 class Vocabulary:
-    """A SentencePiece model with T5's sentinels after its own pieces: <extra_id_0> is the last id.
+    """A SentencePiece model with T5's sentinels after its pieces; <extra_id_0> is the last id.
 
-    The same ids and text as seqio.SentencePieceVocabulary(file, 100). A model that has sentinels itself gets no others.
+    Ids and text equal those of seqio.SentencePieceVocabulary(file, 100). No sentinels are added to a model that has
+    its own.
 
     Args:
-      model: the model's file, or what is in it.
+      model: the model's file, or its content as bytes.
     """
 
     def __init__(self, model: str | Path | bytes, extra_ids: int = 100):
@@ -49,28 +50,29 @@ class Vocabulary:
 
     @property
     def cls(self) -> int:
-        """[CLS] of a BERT that was pre-trained with this vocabulary: <extra_id_1>; [MASK] is <extra_id_0>."""
+        """The [CLS] id of a BERT pre-trained with this vocabulary, <extra_id_1>; [MASK] is <extra_id_0>."""
         return len(self) - 2
 
     @property
     def sep(self) -> int:
-        """[SEP], likewise: <extra_id_2>."""
+        """The [SEP] id of such a BERT, <extra_id_2>."""
         return len(self) - 3
 
     def encode(self, text: str) -> list[int]:
-        """Without an end token."""
+        """Return token ids, without an EOS token."""
         return self._model.encode(text)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Up to the first end or padding. An id that the vocabulary has not (the table is larger) is unknown."""
-        return self._model.decode([token if token < len(self) else self._model.unk_id() for token in _said(tokens)])
+        """Return the text up to the first EOS or padding. Ids beyond the vocabulary decode as unknown."""
+        ids = [token if token < len(self) else self._model.unk_id() for token in _until_eos(tokens)]
+        return self._model.decode(ids)
 
 
 class ByteVocabulary:
-    """ByT5's: padding, end and unknown are 0, 1 and 2, a byte of UTF-8 is its value + 3, and 125 sentinels follow.
+    """ByT5's vocabulary: padding, EOS and unknown are 0, 1 and 2, UTF-8 bytes are their value + 3, then 125 sentinels.
 
-    Bytes are those of seqio.ByteVocabulary; the sentinels <extra_id_0> = 259 and on are Hugging Face's ByT5Tokenizer's.
-    (T5's own tasks on bytes take the last byte values instead: 258, 257, ...)
+    Byte ids equal those of seqio.ByteVocabulary; the sentinels, from <extra_id_0> = 259, those of Hugging Face's
+    ByT5Tokenizer. (T5's own tasks on bytes use the last byte values as sentinels: 258, 257, ...)
     """
 
     _BYTES, _SENTINELS = 3, 259
@@ -79,7 +81,7 @@ class ByteVocabulary:
         return self._SENTINELS + 125
 
     def encode(self, text: str) -> list[int]:
-        """Without an end token."""
+        """Return token ids, without an EOS token."""
         tokens: list[int] = []
         for i, part in enumerate(re.split(r"<extra_id_(\d+)>", text)):
             if i % 2 and int(part) < 125:
@@ -90,9 +92,9 @@ class ByteVocabulary:
         return tokens
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Up to the first end or padding. What is no UTF-8 is left out, as are ids that the vocabulary has not."""
+        """Return the text up to the first EOS or padding, without invalid UTF-8 and unknown ids."""
         text = b""
-        for token in _said(tokens):
+        for token in _until_eos(tokens):
             if token >= self._SENTINELS:
                 text += f"<extra_id_{token - self._SENTINELS}>".encode() if token < len(self) else b""
             elif token >= self._BYTES:
@@ -103,13 +105,13 @@ class ByteVocabulary:
 AnyVocabulary = Vocabulary | ByteVocabulary
 
 
-def _said(tokens: Sequence[int] | np.ndarray) -> list[int]:
+def _until_eos(tokens: Sequence[int] | np.ndarray) -> list[int]:
     ids = [int(token) for token in tokens]
     return ids[: next((i for i, token in enumerate(ids) if token in (0, END)), len(ids))]
 
 
 def beside(folder: Path) -> Vocabulary | ByteVocabulary | None:
-    """The tokenizer of a Hugging Face directory without a SentencePiece file: ByT5's, or what tokenizer.json says."""
+    """Return the tokenizer of a Hugging Face directory without a SentencePiece file: ByT5's or tokenizer.json's."""
     config = folder / "tokenizer_config.json"
     if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") == "ByT5Tokenizer":
         return ByteVocabulary()
@@ -118,7 +120,7 @@ def beside(folder: Path) -> Vocabulary | ByteVocabulary | None:
 
 
 def rebuilt(folder: Path) -> bytes | None:
-    """The SentencePiece model of a directory that has but a tokenizer.json; None, with a warning, where it is none."""
+    """Return the SentencePiece model of a tokenizer.json in `folder`; None, with a warning, if it is not one."""
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
@@ -129,25 +131,25 @@ def rebuilt(folder: Path) -> bytes | None:
 
 
 def sentencepiece_model(file: Path) -> bytes:
-    """The SentencePiece unigram model that a tokenizer.json was made from, without T5's sentinels at its end.
+    """Rebuild the SentencePiece unigram model that a tokenizer.json was made from, without T5's trailing sentinels.
 
-    It holds all of it: pieces, scores and the normaliser's own table.
+    The result has the pieces, the scores and the normaliser's character map.
 
-    Raises ValueError: the tokenizer is of another kind.
+    Raises UserError if the tokenizer is of another kind.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
-    said = json.loads(file.read_text())
-    model, added = said["model"], {token["id"]: token["content"] for token in said["added_tokens"]}
-    split = _parts(said["pre_tokenizer"], "pretokenizers")
-    normalizers = _parts(said["normalizer"], "normalizers")
+    config = json.loads(file.read_text())
+    model, added = config["model"], {token["id"]: token["content"] for token in config["added_tokens"]}
+    split = _parts(config["pre_tokenizer"], "pretokenizers")
+    normalizers = _parts(config["normalizer"], "normalizers")
     tables = [part["precompiled_charsmap"] for part in normalizers if part["type"] == "Precompiled"]
     others = {part["type"] for part in normalizers} - {"Precompiled", "Strip", "Replace"}
     kinds_of_split = {part["type"] for part in split} - {"WhitespaceSplit"}
     if model.get("type") != "Unigram" or kinds_of_split != {"Metaspace"} or split[-1].get("prepend_scheme") == "never":
-        raise UserError(f"{file} is no SentencePiece unigram model: {_FETCH}")
+        raise UserError(f"{file} is not a SentencePiece unigram model: {_FETCH}")
     if len(tables) != 1 or others:
-        raise UserError(f"{file} lacks SentencePiece's table of characters, or has {sorted(others)} beside: {_FETCH}")
+        raise UserError(f"{file} lacks SentencePiece's character map, or has normalizers {sorted(others)}: {_FETCH}")
 
     pieces = [piece for piece, _ in model["vocab"]]
     scores = [score for _, score in model["vocab"]]
@@ -171,7 +173,7 @@ def sentencepiece_model(file: Path) -> bytes:
         elif i in added:
             kind = kinds.CONTROL if i < model["unk_id"] or i == END else kinds.USER_DEFINED
         else:
-            kind = None  # as SentencePiece writes NORMAL
+            kind = None  # SentencePiece omits the type of NORMAL pieces
         proto.pieces.add(piece=piece, score=score, type=kind)
     spec = proto.trainer_spec
     spec.model_type, spec.vocab_size, spec.byte_fallback = spec.UNIGRAM, len(pieces), bool(model.get("byte_fallback"))
@@ -181,7 +183,7 @@ def sentencepiece_model(file: Path) -> bytes:
     return proto.SerializeToString()
 
 
-_FETCH = "put the model's spiece.model beside it, for text to be read"
+_FETCH = "put the model's spiece.model next to it"
 
 
 def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:

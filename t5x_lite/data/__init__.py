@@ -1,1 +1,1 @@
-"""From SeqIO tasks to batches of numpy arrays. Only pipeline.py and inspection.py import TensorFlow and SeqIO."""
+"""Build batches of numpy arrays from SeqIO tasks."""

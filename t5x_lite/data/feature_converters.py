@@ -1,4 +1,4 @@
-"""The two feature converters of T5, in numpy. Must not know: datasets, tasks, models."""
+"""The two feature converters of T5, in numpy. They must not depend on datasets, tasks or models."""
 
 from collections.abc import Collection, Mapping
 
@@ -10,13 +10,13 @@ from t5x_lite.model.feature_converter import FeatureConverter
 
 
 class EncDecFeatureConverter(FeatureConverter):
-    """Inputs for the encoder and targets for the decoder, as seqio.EncDecFeatureConverter."""
+    """Gives inputs to the encoder and targets to the decoder, as seqio.EncDecFeatureConverter does."""
 
     features = lengths = ("inputs", "targets")
 
     def widths(self, lengths: Mapping[str, int], given: Collection[str]) -> dict[str, int]:
         if "inputs" not in given:
-            raise UserError("have no inputs: they are for a decoder alone, such as models/decoder_only.gin")
+            raise UserError("have no inputs: they are for a decoder-only model, such as models/decoder_only.gin")
         return {feature: lengths[feature] for feature in self.features}
 
     def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -25,9 +25,9 @@ class EncDecFeatureConverter(FeatureConverter):
 
 
 class DecoderFeatureConverter(FeatureConverter):
-    """Inputs and then targets in one row of a decoder, as seqio.PrefixLMFeatureConverter.
+    """Concatenates inputs and targets in one row of a decoder, as seqio.PrefixLMFeatureConverter does.
 
-    Examples without inputs make rows of the targets' length, as seqio.LMFeatureConverter.
+    Examples without inputs make rows of the targets' length, as with seqio.LMFeatureConverter.
     """
 
     features = lengths = ("targets",)

@@ -1,7 +1,4 @@
-"""A batch as the model gets it, back to text: segments, spans, positions, packing efficiency.
-
-Knows the arrays of a batch and a vocabulary; not where they come from.
-"""
+"""Print a batch, as the model gets it, as text: segments, spans, positions, packing efficiency."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +8,16 @@ import seqio
 
 
 def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
-    """The batch as text, row by row and segment by segment, with spans and the packing efficiency.
+    """Describe a batch row by row and segment by segment, with spans and the packing efficiency.
 
     Args:
-      batch: as `TrainBatches` or `EvalBatches` make it.
-      vocabulary: of both inputs and targets.
+      batch: a batch from `TrainBatches` or `EvalBatches`.
+      vocabulary: the vocabulary of both inputs and targets.
     """
     batch = {k: np.asarray(v) for k, v in batch.items()}
     if "segments" in batch:
         return _describe_pairs(batch, vocabulary)
-    if "encoder_input_tokens" not in batch:  # inputs are what a decoder alone reads without loss
+    if "encoder_input_tokens" not in batch:  # a decoder-only model: the inputs are the tokens without loss
         parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
         batch |= {f"{k}_input_tokens": batch["decoder_target_tokens"] * part for k, part in parts.items()}
         batch["decoder_target_tokens"] = batch["decoder_input_tokens"]
@@ -38,12 +35,13 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
         filled += f"targets {np.count_nonzero(segments_BT[row])}/{targets_BT.shape[1]}"
         lines.append(f"row {row}: {filled}, {count} segment{'s' if count != 1 else ''}")
         for segment in range(1, count + 1):
-            at_S, at_T = np.flatnonzero(segments_BS[row] == segment), np.flatnonzero(segments_BT[row] == segment)
-            inputs, targets = inputs_BS[row, at_S].tolist(), targets_BT[row, at_T].tolist()
-            where = f"inputs {_extent(at_S)}{_positions(batch, 'encoder', row, at_S)}, "
-            where += f"targets {_extent(at_T)}{_positions(batch, 'decoder', row, at_T)}"
+            columns_S = np.flatnonzero(segments_BS[row] == segment)
+            columns_T = np.flatnonzero(segments_BT[row] == segment)
+            inputs, targets = inputs_BS[row, columns_S].tolist(), targets_BT[row, columns_T].tolist()
+            extents = f"inputs {_extent(columns_S)}{_positions(batch, 'encoder', row, columns_S)}, "
+            extents += f"targets {_extent(columns_T)}{_positions(batch, 'decoder', row, columns_T)}"
             lines += [
-                f"  segment {segment}: {where}",
+                f"  segment {segment}: {extents}",
                 f"    inputs:  {vocabulary.decode(inputs)}",
                 f"    targets: {vocabulary.decode(targets)}",
             ]
@@ -73,26 +71,26 @@ def _describe_pairs(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabular
         is_random = batch["random"][row, 0]
         lines += [
             f"{filled}{len(chosen)} to be predicted, "
-            + ("the second part is of another text" if is_random else "the second part follows the first"),
+            + ("the second part is from another text" if is_random else "the second part follows the first"),
             *parts,
             f"  to be predicted: {' | '.join(vocabulary.decode([token]) for token in chosen)}",
         ]
     return "\n".join(lines)
 
 
-def _extent(at: np.ndarray) -> str:
-    return f"[{at[0]}:{at[-1] + 1}]" if len(at) else "none"
+def _extent(columns: np.ndarray) -> str:
+    return f"[{columns[0]}:{columns[-1] + 1}]" if len(columns) else "none"
 
 
-def _positions(batch: Mapping[str, np.ndarray], side: str, row: int, at: np.ndarray) -> str:
-    if f"{side}_positions" not in batch or not len(at):
+def _positions(batch: Mapping[str, np.ndarray], side: str, row: int, columns: np.ndarray) -> str:
+    if f"{side}_positions" not in batch or not len(columns):
         return ""
-    positions = batch[f"{side}_positions"][row, at]
+    positions = batch[f"{side}_positions"][row, columns]
     return f" (positions {positions[0]}..{positions[-1]})"
 
 
 def _spans(targets: Sequence[int], vocabulary: seqio.Vocabulary) -> list[tuple[str, Any]]:
-    """What follows each sentinel in the targets; sentinel 0 is the last id [t5 span corruption]."""
+    """Return each sentinel in the targets with the text after it; sentinel 0 is the last id [t5 span corruption]."""
     first = vocabulary.vocab_size - vocabulary.extra_ids
     starts = [i for i, token in enumerate(targets) if token >= first]
     ends = [*starts, len(targets)][1:]

@@ -1,1 +1,1 @@
-"""What a trained model is used for: decoding, evaluation, predictions for tasks, files and Python callers."""
+"""Use a trained model: decoding, evaluation, and predictions for tasks, files and Python callers."""

@@ -1,11 +1,11 @@
-"""Predictions and scores for any number of examples of a task or a file, as JSON lines in the order of the input.
+"""Write predictions or scores for the examples of a task or a file, as JSON lines in the order of the input.
 
-Examples are read and answered a window at a time: within it they are sorted by length, so that rows of similar length
-share a narrow batch, and their results are written before the next window is read. Written results survive a kill: the
-same call resumes after them, with the same windows and therefore the same batches (`ResumableJsonlWriter`).
+Examples are processed a window at a time. Within a window they are sorted by length, so that rows of similar length
+share a narrow batch; the results are written before the next window is read. After a crash the same call resumes after
+the written results, with the same windows and therefore the same batches (`ResumableJsonlWriter`).
 
-The model comes as two functions on numpy batches. This module knows SeqIO and text. It must not know the model, how it
-decodes or where it runs. Every process goes through all examples with the same calls; only the first one writes.
+The model is given as functions on numpy batches. This module uses SeqIO and text. It must not depend on the model, its
+decoding or its devices. Every process makes the same calls for all examples; only the first one writes.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from t5x_lite.inference.evaluator import Score, scored, text_of
 from t5x_lite.inference.jsonl import Progress, ResumableJsonlWriter
 from tasks import readers
 
-# encoder_input_tokens [B, S] to N results for each row: token ids [B, N, T], int32, the best first, and their
-# log-likelihoods [B, N], float32; -inf where there is no such result.
+# encoder_input_tokens [B, S] -> N results for each row: token ids [B, N, T], int32, best first, and their
+# log-likelihoods [B, N], float32, which are -inf for missing results.
 Generate = Callable[[np.ndarray], tuple[Any, Any]]
 
 Rows = list[dict[str, Any]]
 
 
-# Examples one by one, from a task or from a file.
+# Single examples, from a task or a file.
 
 
 class Example(NamedTuple):
-    """Text and tokens. `where` says for errors where it is from; without targets, both are None."""
+    """Text and tokens. `where` is its origin, for error messages; without targets, both of their fields are None."""
 
     where: str
     inputs: str
@@ -49,11 +49,11 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Examples that come in the same order each time.
+    """Examples in a fixed order.
 
-    read: all of them from a number (from 0) on.
-    total: how many there are, to foresee the end; None: not known.
-    about: what tells these examples from others; goes into the results' `.made_from.json`.
+    read: given an index from 0, an iterator over the examples from there on.
+    total: number of examples, for the progress display; None if unknown.
+    about: settings that identify these examples; written to the results' `.made_from.json`.
     """
 
     read: Callable[[int], Iterator[Example]]
@@ -62,7 +62,7 @@ class Source:
 
 
 def _text_to_text(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.utils.Feature]) -> Example:
-    """Those of a language model's task have no inputs."""
+    """Make an Example from SeqIO's features; a language model's task has no inputs."""
     texts = {k: text_of(row, k, features[k]) for k in ("inputs", "targets") if k in row}
     tokens = row.get("inputs", np.zeros(0, np.int32))
     return Example(where, texts.get("inputs", ""), texts["targets"], tokens, row["targets"])
@@ -78,10 +78,10 @@ def task_source(
     seed: int = 0,
     example: Callable[[str, Mapping[str, Any], Mapping[str, seqio.utils.Feature]], Example] = _text_to_text,
 ) -> Source:
-    """The examples of one task in the order of its split.
+    """Return the examples of one task in the order of its split.
 
     Args:
-      example: makes one of where it is from, SeqIO's features of it and what the task says of these.
+      example: makes an Example from its origin, its features as SeqIO gives them, and the task's output_features.
     """
     pipeline.check_split(task_name, split)
     task = seqio.TaskRegistry.get(task_name)
@@ -105,20 +105,20 @@ def file_source(
     num_examples: int | None = None,
     with_targets: bool = False,
 ) -> Source:
-    """One example a line: of a .jsonl file "inputs" and, where they are there, "targets"; of any other the line itself.
+    """Return one example for each line: "inputs" and optionally "targets" of a .jsonl file, else the line as inputs.
 
-    A blank line of a text file is an example too, so that line n of the output belongs to line n of the input. Local
-    or gs://, .gz too. The file is read once beforehand: for the number of its lines, and so that a bad one is refused
-    now and not after hours of work.
+    A blank line of a text file is also an example, so that line n of the output belongs to line n of the input. The
+    file may be local or gs://, and .gz. It is first read once, to count its lines and to reject a bad line before hours
+    of work.
 
     Args:
-      features: a task's output_features, for the vocabulary and whether an EOS is added (not to a language model's
-        inputs); what `lengths` do not hold is cut.
-      with_targets: refuse lines without.
+      features: a task's output_features, for the vocabulary and whether to add an EOS (never to a language model's
+        inputs). Examples are truncated to `lengths`.
+      with_targets: reject lines without targets.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: a line that is not as said; the message has its number. Or there is no length of inputs.
+      FileNotFoundError: the file does not exist.
+      ValueError: a line is invalid (the message has its number), or `lengths` lacks "inputs".
     """
     if "inputs" not in lengths:
         raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)} has no length for the inputs of {path}")
@@ -127,7 +127,7 @@ def file_source(
     def check(number: int, row: Mapping[str, Any]) -> None:
         for key in ("inputs", "targets"):
             if not isinstance(row.get(key, "" if key == "targets" else None), str):
-                raise readers.bad_row(path, number, f'"{key}" is {row.get(key)!r}, a string is due')
+                raise readers.bad_row(path, number, f'"{key}" is {row.get(key)!r}, expected a string')
         if with_targets and "targets" not in row:
             raise readers.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
 
@@ -145,9 +145,9 @@ def lines_source(
     lengths: Mapping[str, int],
     num_examples: int | None,
 ) -> Source:
-    """See `file_source`: `check` refuses the row of a line by its number, `example` makes one of it."""
+    """Like `file_source`: `check` raises an error for an invalid row, by line number; `example` makes an Example."""
     if not tf.io.gfile.exists(path):
-        raise MissingFileError(f"There is no file {path!r} to read inputs from, seen from {os.getcwd()}.")
+        raise MissingFileError(f"The input file {path!r} does not exist (current folder: {os.getcwd()}).")
     is_json = path.removesuffix(".gz").endswith(".jsonl")
 
     def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -169,14 +169,14 @@ def lines_source(
 
 
 def _tokens(text: str, feature: seqio.utils.Feature, length: int) -> np.ndarray:
-    """As SeqIO's tokenize and append_eos_after_trim: an EOS even where the text is cut."""
+    """Tokenize as SeqIO's tokenize and append_eos_after_trim: truncated text also ends with EOS."""
     tokens = list(feature.vocabulary.encode(text))
     if feature.add_eos:
         tokens = [*tokens[: length - 1], feature.vocabulary.eos_id]
     return np.asarray(tokens[:length], np.int32)
 
 
-# What is written for them.
+# Writing results.
 
 
 def write_predictions(
@@ -189,17 +189,17 @@ def write_predictions(
     batch_size: int,
     about: Mapping[str, Any],
 ) -> int:
-    """Writes `inputs`, `targets` (where there are), `prediction` and `score`, the prediction's log-likelihood.
+    """Write `inputs`, `targets` (if any), `prediction` and `score`, the prediction's log-likelihood.
 
-    Where `generate` gives several results, these are lists, `predictions` and `scores`, the best first.
+    If `generate` returns several results, `predictions` and `scores` are lists, best first.
 
     Args:
-      path: the JSON lines, there only once all are written; see `ResumableJsonlWriter`.
-      vocabulary: of the targets.
-      about: what else the results follow from: the checkpoint, how it is decoded ...
+      path: the JSON lines file, which appears once all lines are written; see `ResumableJsonlWriter`.
+      vocabulary: the vocabulary of the targets.
+      about: other settings that the results depend on, such as the checkpoint and decoding options.
 
     Returns:
-      The number of lines, those of an earlier start included.
+      The number of lines, including those of an interrupted run.
     """
 
     def answer(group: list[Example]) -> Rows:
@@ -208,7 +208,7 @@ def write_predictions(
         if tokens_BNT.ndim != 3 or tokens_BNT.shape[:2] != scores_BN.shape or len(tokens_BNT) != batch_size:
             raise UserError(
                 f"generate gave tokens of shape {tokens_BNT.shape} and scores of shape {scores_BN.shape} for "
-                f"{batch_size} rows: [B, N, T] and [B, N] are due"
+                f"{batch_size} rows, expected [B, N, T] and [B, N]"
             )
         rows = []
         for example, tokens_NT, scores_N in zip(group, tokens_BNT, scores_BN, strict=False):
@@ -219,9 +219,9 @@ def write_predictions(
             if len(texts) == 1:
                 row |= {"prediction": texts[0], "score": float(scores_N[0])}
             else:
-                found = np.isfinite(scores_N)
-                row["predictions"] = [text for text, there in zip(texts, found, strict=True) if there]
-                row["scores"] = scores_N[found].astype(float).tolist()
+                exists = np.isfinite(scores_N)
+                row["predictions"] = [text for text, is_result in zip(texts, exists, strict=True) if is_result]
+                row["scores"] = scores_N[exists].astype(float).tolist()
             rows.append(row)
         return rows
 
@@ -237,10 +237,10 @@ def write_scores(
     batch_size: int,
     about: Mapping[str, Any],
 ) -> int:
-    """Writes `inputs`, `targets` and `score`, the log-likelihood of the targets; see `write_predictions`.
+    """Write `inputs`, `targets` and `score`, the log-likelihood of the targets; see `write_predictions`.
 
     Raises:
-      ValueError: an example without targets.
+      ValueError: an example has no targets.
     """
 
     def answer(group: list[Example]) -> Rows:
@@ -269,7 +269,7 @@ def write(
     batch_size: int,
     about: Mapping[str, Any],
 ) -> int:
-    """Writes what `answer` says of the examples, a batch at a time; see the module's beginning."""
+    """Write the rows that `answer` returns for each batch of examples; see the module docstring."""
     results = ResumableJsonlWriter(path, about, packing.WINDOW * batch_size)
     if results.complete:
         return results.count
@@ -290,13 +290,13 @@ def _length(example: Example) -> int:
 
 
 def width(group: list[Example], lengths: Mapping[str, int], feature: str) -> int:
-    """Of a batch of these examples; see packing.width."""
+    """Return the width of a batch of these examples; see packing.width."""
     longest = max(len(getattr(example, f"{feature[:-1]}_tokens")) for example in group)
     return packing.width(longest, lengths.get(feature, 1))
 
 
 def padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:
-    """[rows, width]. The last of the examples fills up what they leave: decoding ends with its copies, too."""
+    """Pad to [rows, width]. Remaining rows repeat the last example, so that they do not decode longer than it."""
     array = np.zeros((rows, width), np.int32)
     for row, values in zip(array, itertools.chain(tokens, itertools.repeat(tokens[-1])), strict=False):
         row[: len(values)] = values
@@ -304,6 +304,6 @@ def padded(tokens: list[np.ndarray], width: int, rows: int) -> np.ndarray:
 
 
 def _ended(tokens_NT: np.ndarray, vocabulary: seqio.Vocabulary) -> np.ndarray:
-    """The tokens with 0 after the first EOS, so that nothing behind it counts."""
+    """Replace tokens after the first EOS with 0."""
     is_end = tokens_NT == vocabulary.eos_id
     return np.where(np.cumsum(is_end, axis=1) - is_end > 0, 0, tokens_NT)

@@ -1,7 +1,7 @@
-"""Decoding and scoring with a trained T5: token ids in, token ids or log-likelihoods out.
+"""Decode and score with a trained T5: token ids in, token ids or log-likelihoods out.
 
-The cache is explicit: made from the encodings, then an argument and result of every step. This module knows the model
-and its parameters, nothing of text.
+The key-value cache is explicit: it is built from the encodings, then passed to and returned by every step. This module
+uses the model and its parameters, not text.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ Method = Literal["greedy", "sample", "beam"]
 
 START = 0
 END = 1
-NEG_INF = -1e7  # the score of a beam that is not there; T5X's
+NEG_INF = -1e7  # the score of a missing beam, as in T5X
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How `generate` decodes.
+    """Decoding options of `generate`.
 
-    method: "greedy" takes the most likely token at each step; "sample" draws it; "beam" searches the most likely
-      sequence with `beam_size` candidates (T5X decoding.beam_search).
-    num_decodes: results for each input.
+    method: "greedy" takes the most likely token at each step; "sample" samples it; "beam" searches for the most likely
+      sequence with `beam_size` beams (T5X decoding.beam_search).
+    num_decodes: number of results for each input.
     alpha: "beam" ranks by log-probability / ((5 + length) / 6)^alpha, the length counting END.
-    temperature, top_k, top_p: "sample" draws from softmax(logits / temperature), cut to the `top_k` most likely tokens
-      (0: all) and then to the fewest that together have the probability `top_p`.
+    temperature, top_k, top_p: "sample" samples from softmax(logits / temperature), restricted to the `top_k` most
+      likely tokens (0: all) and then to the smallest set with total probability `top_p`.
     """
 
     method: Method = "greedy"
@@ -45,16 +45,16 @@ class Decoding:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        most = {"greedy": 1, "beam": self.beam_size}.get(self.method, self.num_decodes)
-        for holds, problem in (
+        max_decodes = {"greedy": 1, "beam": self.beam_size}.get(self.method, self.num_decodes)
+        for valid, problem in (
             (
                 self.method in get_args(Method),
                 f"DECODE_METHOD {self.method!r}: use one of {', '.join(get_args(Method))}",
             ),
             (self.beam_size >= 1, f"BEAM_SIZE {self.beam_size}: it must be at least 1"),
             (
-                1 <= self.num_decodes <= most,
-                f"NUM_DECODES {self.num_decodes}: {self.method} gives 1 to {most} results for an input",
+                1 <= self.num_decodes <= max_decodes,
+                f"NUM_DECODES {self.num_decodes}: {self.method} gives 1 to {max_decodes} results for an input",
             ),
             (self.alpha >= 0, f"BEAM_ALPHA {self.alpha}: it must be at least 0"),
             (
@@ -64,13 +64,13 @@ class Decoding:
             (self.top_k >= 0, f"TOP_K {self.top_k}: it must be at least 0 (0: all tokens)"),
             (0 < self.top_p <= 1, f"TOP_P {self.top_p}: it must be above 0 and at most 1"),
         ):
-            if not holds:
+            if not valid:
                 raise UserError(problem)
 
     def __str__(self) -> str:
         used = {"greedy": (), "beam": ("beam_size", "alpha"), "sample": ("temperature", "top_k", "top_p")}
-        said = [f"{name} {getattr(self, name)}" for name in used[self.method]]
-        return ", ".join([self.method, *said, *([f"{self.num_decodes} results"] if self.num_decodes > 1 else [])])
+        options = [f"{name} {getattr(self, name)}" for name in used[self.method]]
+        return ", ".join([self.method, *options, *([f"{self.num_decodes} results"] if self.num_decodes > 1 else [])])
 
 
 def generate(
@@ -83,21 +83,21 @@ def generate(
     key: Key[Array, "*B"] | None = None,
     max_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, "B N T"], Float[Array, "B N"]]:
-    """Decodes `decoding.num_decodes` = N results for each row, the best first ("sample": in the order drawn).
+    """Decode `decoding.num_decodes` = N results for each row, best first ("sample": in the order drawn).
 
-    The inputs, padded with 0 at the end, are the encoder's; a decoder alone reads them in one pass and goes on.
+    The inputs, padded with 0 at the end, go to the encoder; a decoder-only model reads them as a prefix in one pass.
 
     Args:
-      key: for "sample": one, or one for each row, whose results then do not depend on the rows beside it.
-      max_lengths: of each row, at most `max_length`; not for "beam".
+      key: for "sample": one key, or one for each row, so that a row's results do not depend on the other rows.
+      max_lengths: the maximum length of each row, at most `max_length`; not for "beam".
 
     Returns:
-      tokens, without the start token: END where a row ends, 0 after it; and scores: the log-probability that the model
-      gives the tokens, ranked by alpha for "beam". Of beams that never ended the score is -1e7 and the tokens are 0,
-      but where no beam of a row ended they are its unended ones, with their log-probabilities.
+      The tokens, without the start token (END at the end of a row, 0 after it), and the scores: the tokens'
+      log-probabilities, for "beam" with the length penalty of alpha. A beam that did not end has the score -1e7 and
+      tokens 0; if no beam of a row ended, the row has its live beams with their log-probabilities.
 
     Raises:
-      ValueError: a key is missing, or row limits are given to beam search.
+      ValueError: the key is missing for "sample", or max_lengths is given for "beam".
     """
     method, num_decodes = decoding.method, decoding.num_decodes
     if method == "beam":
@@ -132,19 +132,19 @@ def _folded(key: Key[Array, ""], numbers: Int[Array, " N"]) -> Key[Array, " N"]:
 def _start(
     params: Any, input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, copies: int
 ) -> tuple[Callable, Cache, Int[Array, " BN"]]:
-    """What decoding starts from, with each row `copies` times.
+    """Set up decoding with each row repeated `copies` times.
 
-    Returns one step (last tokens, index, cache) -> (logits, cache), the cache, and the last tokens at index 0.
+    Returns a step function (last tokens, index, cache) -> (logits, cache), the cache, and the last tokens at index 0.
     """
     B, S = input_tokens.shape
     apply: Any = functools.partial(T5(config).apply, {"params": params})
     if config.decoder_only:
-        # A row ends where the others end, so that all go on at the same place; what is left of it is never seen.
-        places_BM = jnp.arange(S + max_length) - S + jnp.count_nonzero(input_tokens, axis=1)[:, None]
-        prefix_BM = (places_BM >= 0) & (jnp.arange(S + max_length) <= S)
-        tokens_BM = jnp.take_along_axis(jnp.pad(input_tokens, [(0, 0), (1, 0)]), jnp.clip(places_BM, 0, S), axis=1)
+        # Right-align the rows, so that all continue at the same position; the padding on their left is masked.
+        positions_BM = jnp.arange(S + max_length) - S + jnp.count_nonzero(input_tokens, axis=1)[:, None]
+        prefix_BM = (positions_BM >= 0) & (jnp.arange(S + max_length) <= S)
+        tokens_BM = jnp.take_along_axis(jnp.pad(input_tokens, [(0, 0), (1, 0)]), jnp.clip(positions_BM, 0, S), axis=1)
         keys = {
-            "decoder_segment_ids": (places_BM >= 0).astype(jnp.int32),
+            "decoder_segment_ids": (positions_BM >= 0).astype(jnp.int32),
             "decoder_causal_attention": prefix_BM.astype(jnp.int32),
         }
         cache = apply(None, B, S + max_length, method=T5.start_cache)
@@ -155,37 +155,40 @@ def _start(
         cache = apply(apply(input_tokens, method=T5.encode), B, max_length, method=T5.start_cache)
         first_B, offset, inputs, keys = jnp.full((B,), START, jnp.int32), 0, input_tokens, {}
     copied = {name: jnp.repeat(getattr(cache, name), copies, axis=1) for name in ("self_key", "self_value")}
-    cache = dataclasses.replace(cache, **copied)  # the encoded inputs are the same for all copies of a row
+    cache = dataclasses.replace(cache, **copied)  # the copies of a row share its encoded inputs
     first_B, keys = jax.tree.map(lambda x_B: jnp.repeat(x_B, copies, axis=0), (first_B, keys))
     decoder = params["decoder"]
     stacks = (decoder["layers"], cache.cross_key, cache.cross_value)
     cache = dataclasses.replace(cache, cross_key=None, cross_value=None)
-    # An exported program knows neither its number of rows nor its platform.
-    apart = sharding.device().platform == "cpu" and isinstance(B, int)
-    stepper = T5(dataclasses.replace(config, scan_layers=config.scan_layers and not apart))
-    together = _layers_apart(stacks) if apart else lambda: stacks
+    # In an exported program B and the platform are unknown.
+    unstack = sharding.device().platform == "cpu" and isinstance(B, int)
+    stepper = T5(dataclasses.replace(config, scan_layers=config.scan_layers and not unstack))
+    get_stacks = _unstacked(stacks) if unstack else lambda: stacks
 
     def step(last_B: Array, index: Array, cache: Cache, parents_B: Array | None = None) -> tuple[Array, Cache]:
-        layers, cross_key, cross_value = together()
-        found: Any = stepper.apply(
+        layers, cross_key, cross_value = get_stacks()
+        logits_and_cache: Any = stepper.apply(
             {"params": {**params, "decoder": {**decoder, "layers": layers}}},
-            *(last_B[:, None], offset + index),
+            last_B[:, None],
+            offset + index,
             dataclasses.replace(cache, cross_key=cross_key, cross_value=cross_value),
             inputs,
             **keys,
             parents=parents_B,
             method=T5.decode_step,
         )
-        return found[0][:, 0], dataclasses.replace(found[1], cross_key=None, cross_value=None)
+        logits_B1V, cache = logits_and_cache
+        return logits_B1V[:, 0], dataclasses.replace(cache, cross_key=None, cross_value=None)
 
     return step, cache, first_B
 
 
-def _layers_apart(stacks: Any) -> Callable[[], Any]:
-    """What makes `stacks`, trees of arrays [L, ...], from arrays of each layer.
+def _unstacked(stacks: Any) -> Callable[[], Any]:
+    """Split `stacks`, trees of arrays [L, ...], into layers; return a function that stacks the layers again.
 
-    A CPU's products take whole arrays: of a stack each layer would be copied out at each step, half of a step's time.
-    Where unrolled layers take their slices of what this makes, XLA sees that they are the arrays, and makes nothing.
+    On CPU a matrix product takes whole arrays, so slicing a stack would copy each layer at each step, which takes half
+    of the step's time. If unrolled layers slice the result of the returned function, XLA simplifies each slice to
+    the layer's own array and never builds the stack.
     """
     length = jax.tree.leaves(stacks)[0].shape[0]
     layers = [jax.tree.map(lambda x, i=i: x[i], stacks) for i in range(length)]
@@ -245,7 +248,7 @@ def _draw(logits_BV: Array, keys_B: Array, *, decoding: Decoding) -> Array:
     if decoding.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # the probability of all that are more likely
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # the total probability of more likely tokens
         least_B1 = jnp.min(jnp.where(before_BV < decoding.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
@@ -258,12 +261,12 @@ def _penalty(length: Array | int, alpha: float) -> Array:
 def _beam(
     params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, K: int, alpha: float
 ) -> tuple[Int[Array, "B K T"], Float[Array, "B K"]]:
-    """Beam search over live sequences and a pool of ended ones, K of each, as T5X does it; K is the number of beams."""
+    """Run T5X's beam search with K live and K finished sequences for each row, where K is the number of beams."""
     decode, cache, first = _start(params, encoder_input_tokens, config, max_length, K)
     B = encoder_input_tokens.shape[0]
 
     def pick(x: Array, beams: Array) -> Array:
-        """[B, K', ...] at the beams [B, K'']."""
+        """Index x [B, K', ...] with beams [B, K'']."""
         return jnp.take_along_axis(x, beams.reshape(*beams.shape, *[1] * (x.ndim - 2)), axis=1)
 
     def step(carry: tuple) -> tuple:
@@ -272,35 +275,35 @@ def _beam(
         logits, cache = decode(last_BK.reshape(-1), index, cache, parents)
         V = logits.shape[-1]
         totals_BKV = jax.nn.log_softmax(logits).reshape(B, K, V) + live_BK[:, :, None]
-        # Twice as many as there are beams: even if K of them end here, K are left to go on with.
-        best_BJ, places_BJ = jax.lax.top_k(totals_BKV.reshape(B, K * V), 2 * K)
-        beams_BJ, tokens_BJ = places_BJ // V, (places_BJ % V).astype(jnp.int32)
+        # 2K candidates: even if K of them end here, K can continue.
+        best_BJ, indices_BJ = jax.lax.top_k(totals_BKV.reshape(B, K * V), 2 * K)
+        beams_BJ, tokens_BJ = indices_BJ // V, (indices_BJ % V).astype(jnp.int32)
         grown_BJT = pick(live_BKT, beams_BJ).at[:, :, index].set(tokens_BJ)
         ends_BJ = tokens_BJ == END
 
-        live_BK, kept_BK = jax.lax.top_k(best_BJ + ends_BJ * NEG_INF, K)
-        live_BKT = pick(grown_BJT, kept_BK)
-        parents = (jnp.arange(B)[:, None] * K + pick(beams_BJ, kept_BK)).reshape(-1)
+        live_BK, live_indices_BK = jax.lax.top_k(best_BJ + ends_BJ * NEG_INF, K)
+        live_BKT = pick(grown_BJT, live_indices_BK)
+        parents = (jnp.arange(B)[:, None] * K + pick(beams_BJ, live_indices_BK)).reshape(-1)
 
         scores_BJ = best_BJ / _penalty(index + 1, alpha) + ~ends_BJ * NEG_INF
-        ended_BK, kept_BK = jax.lax.top_k(jnp.concatenate([ended_BK, scores_BJ], axis=1), K)
-        ended_BKT = pick(jnp.concatenate([ended_BKT, grown_BJT], axis=1), kept_BK)
+        ended_BK, ended_indices_BK = jax.lax.top_k(jnp.concatenate([ended_BK, scores_BJ], axis=1), K)
+        ended_BKT = pick(jnp.concatenate([ended_BKT, grown_BJT], axis=1), ended_indices_BK)
         ended_BKT = jnp.where((ended_BK > NEG_INF / 2)[..., None], ended_BKT, 0)
         return index + 1, live_BKT, live_BK, ended_BKT, jnp.maximum(ended_BK, NEG_INF), parents, cache
 
     def unfinished(carry: tuple) -> Array:
         index, _, live_BK, _, ended_BK, *_ = carry
-        hopes_B = live_BK[:, 0] / _penalty(max_length, alpha)  # no live sequence can end with more
-        return (index < max_length) & ~jnp.all(jnp.min(ended_BK, axis=1) > hopes_B)
+        bounds_B = live_BK[:, 0] / _penalty(max_length, alpha)  # upper bound of a live sequence's final score
+        return (index < max_length) & ~jnp.all(jnp.min(ended_BK, axis=1) > bounds_B)
 
-    none_BKT = jnp.zeros((B, K, max_length), jnp.int32)
-    never_BK = jnp.full((B, K), NEG_INF, jnp.float32)
+    empty_BKT = jnp.zeros((B, K, max_length), jnp.int32)
+    neg_inf_BK = jnp.full((B, K), NEG_INF, jnp.float32)
     start = (
         jnp.zeros((), jnp.int32),
-        none_BKT,
-        never_BK.at[:, 0].set(0.0),
-        none_BKT,
-        never_BK,
+        empty_BKT,
+        neg_inf_BK.at[:, 0].set(0.0),
+        empty_BKT,
+        neg_inf_BK,
         jnp.arange(B * K),
         cache,
     )
@@ -312,18 +315,19 @@ def _beam(
 def log_likelihoods(
     tokens_BNT: Int[Array, "B N T"], scores_BN: Float[Array, "B N"], decoding: Decoding
 ) -> Float[Array, "B N"]:
-    """The log-probability that the model gives each result of `generate`; -inf where there is none."""
+    """Return the log-probability of each result of `generate`, without length penalty; -inf if it is missing."""
     if decoding.method != "beam":
         return scores_BN
     is_end_BNT = tokens_BNT == END
     lengths_BN = jnp.argmax(is_end_BNT, axis=-1) + 1
     unranked_BN = scores_BN * _penalty(lengths_BN, decoding.alpha)
-    found_BN = jnp.where(jnp.any(is_end_BNT, axis=-1), unranked_BN, scores_BN)  # those that never end were not ranked
-    return jnp.where(scores_BN > NEG_INF / 2, found_BN, -jnp.inf)
+    # Beams that did not end have no length penalty.
+    log_probs_BN = jnp.where(jnp.any(is_end_BNT, axis=-1), unranked_BN, scores_BN)
+    return jnp.where(scores_BN > NEG_INF / 2, log_probs_BN, -jnp.inf)
 
 
 def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:
-    """Log-likelihood of each row's targets, summed over those with a loss weight (natural logarithm)."""
+    """Return the log-likelihood (natural logarithm) of each row's targets, summed over targets with a loss weight."""
     log_probs_BTV = jax.nn.log_softmax(forward(config, params, batch), axis=-1)
     targets_BT = batch["decoder_target_tokens"]
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]

@@ -1,9 +1,8 @@
-"""Metrics of a model on SeqIO tasks: `Evaluation` runs every task's own metrics through seqio.Evaluator.
+"""Compute the metrics of SeqIO tasks: `Evaluation` runs each task's metrics through seqio.Evaluator.
 
-The model comes as two functions on numpy batches of always the same number of rows; the last batch is filled up with
-rows of 0, whose results are dropped. This module knows SeqIO and text. It must not know the model, how it decodes or
-where it runs. Every process goes through all examples with the same calls; only the one that is given a place to write
-writes.
+The model is given as two functions on numpy batches with a fixed number of rows; the last batch is padded with rows of
+0, whose results are dropped. This module uses SeqIO and text. It must not depend on the model, its decoding or its
+devices. Every process makes the same calls for all examples; only a process with a `predictions` folder writes.
 """
 
 import logging
@@ -24,9 +23,9 @@ from tasks.metrics import glue_average, glue_missing
 
 logger = logging.getLogger(__name__)
 
-# encoder_input_tokens [B, S] to token ids [B, T], int32.
+# encoder_input_tokens [B, S] -> token ids [B, T], int32.
 Predict = Callable[[np.ndarray], Any]
-# A batch as from pipeline.EvalBatches to the targets' log-likelihoods [B], float32 (natural logarithm).
+# A batch as from pipeline.EvalBatches -> the targets' log-likelihoods [B], float32 (natural logarithm).
 Score = Callable[[pipeline.Batch], Any]
 
 Output = seqio.metrics.ModelOutputType
@@ -36,10 +35,11 @@ class Evaluation:
     """The metrics of a task, or of each task of a mixture, on one split. Reads the data once, for any number of runs.
 
     Args:
-      name: task or mixture; tasks without the split or without metrics are left out, which the log says.
-      lengths: {"inputs": S, "targets": T}; longer inputs are cut. Rows are sorted, and batches of short ones narrower.
-      batch_size: rows of each call of the model.
-      num_examples: the first so many of each task; None for all.
+      name: task or mixture; tasks without the split or without metrics are skipped, which is logged.
+      lengths: {"inputs": S, "targets": T}; longer inputs are truncated. Rows are sorted by length, and batches of short
+        rows are narrower.
+      batch_size: rows in each call of the model.
+      num_examples: evaluate only the first `num_examples` of each task; None means all.
       predictions: folder for `<task>-<step>.jsonl`; None writes nothing.
     """
 
@@ -58,11 +58,11 @@ class Evaluation:
         with_split = [seqio.TaskRegistry.get(task) for task in pipeline.tasks_with_split(name, split)]
         without = [task.name for task in with_split if not task.metric_objs]
         if without:
-            logger.info("No metrics beside the loss: %s.", ", ".join(without))
+            logger.info("Tasks without metrics other than the loss: %s.", ", ".join(without))
         for task in with_split:
             for metric in task.metric_objs:
                 if metric.model_output_type == Output.SCORE_WITH_INTERMEDIATES:
-                    raise UserError(f"Task {task.name} has a metric on intermediate values ({metric}); there are none.")
+                    raise UserError(f"Task {task.name} has a metric on intermediate values ({metric}), not supported.")
         self._batch_size = batch_size
         self._predictions = epath.Path(predictions) if predictions is not None else None
         self.tasks = [task.name for task in with_split if task.metric_objs]
@@ -76,14 +76,14 @@ class Evaluation:
                 seed=seed,
                 sequence_length=lengths,
                 num_examples=num_examples,
-                async_compute_metrics=False,  # a thread would be out of the reach of the transfer guard below
+                async_compute_metrics=False,  # a thread would not inherit the transfer guard below
             )
 
     def run(self, predict: Predict, score: Score, *, step: int) -> dict[str, dict[str, float]]:
-        """{task: {metric: value}}. `predict` and `score` are only called where a task's metrics ask for it.
+        """Return {task: {metric: value}}. `predict` and `score` are called only if a task's metrics need them.
 
-        A row of the predictions has `inputs`, `targets`, `prediction` and, where the task has a metric on scores,
-        `score`: the log-likelihood of the targets.
+        A row of the predictions has `inputs`, `targets`, `prediction` and, if the task has a metric on scores, `score`:
+        the log-likelihood of the targets.
         """
         if not self.tasks:
             return {}
@@ -111,7 +111,7 @@ class Evaluation:
             metrics, outputs = self._evaluator.evaluate(compute_metrics=True, step=step, model_fns=functions)
         if self._predictions is not None:
             for task in self.tasks:
-                write_whole(self._predictions / f"{task}-{step}.jsonl", self._said(task, outputs[task]))
+                write_whole(self._predictions / f"{task}-{step}.jsonl", self._output_rows(task, outputs[task]))
         return {task: _floats(task, values) for task, values in metrics.result().items()}
 
     def _rows(self, dataset: tf.data.Dataset) -> Iterator[tuple[list[int], pipeline.Batch]]:
@@ -122,7 +122,7 @@ class Evaluation:
                 rows = {k: v[group, : widths.get(k, widths[_TARGETS])] for k, v in window.items()}
                 yield n[group].tolist(), pipeline.fill_up(rows, self._batch_size)
 
-    def _said(self, task: str, outputs: Mapping[Output, Any]) -> Iterator[dict[str, Any]]:
+    def _output_rows(self, task: str, outputs: Mapping[Output, Any]) -> Iterator[dict[str, Any]]:
         tokens = outputs.get(Output.PREDICTION)
         if tokens is None and Output.PREDICTION_WITH_AUX in outputs:
             tokens, _ = outputs[Output.PREDICTION_WITH_AUX]
@@ -139,30 +139,30 @@ class Evaluation:
 
 
 def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """{"glue": {"average": ...}} of {task: {metric: score}}, as the T5 paper has it; without all its tasks, nothing."""
+    """Return {"glue": {"average": ...}} as in the T5 paper, or {} if `scores`, {task: {metric: score}}, lack a task."""
     missing = glue_missing(scores)
     if not missing:
         return {"glue": {"average": glue_average(scores)}}
     if sum(task.startswith("glue_") for task in scores) > 1:
-        logger.info("No GLUE average, for want of %s.", ", ".join(missing))
+        logger.info("No GLUE average: %s missing.", ", ".join(missing))
     return {}
 
 
 def _used(tokens_NS: np.ndarray) -> np.ndarray:
-    """The lengths of N rows up to the padding, [N]."""
+    """Return the lengths [N] of N rows without padding."""
     return np.max((tokens_NS != 0) * np.arange(1, tokens_NS.shape[1] + 1), axis=1)
 
 
 def _floats(task: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers; the log says which are not (texts, images, histograms for TensorBoard)."""
+    """Return the metrics that are numbers; log and drop others (texts, images, histograms for TensorBoard)."""
     values = {k: v.value if isinstance(v, seqio.metrics.Scalar) else v for k, v in metrics.items()}
     others = [k for k, v in values.items() if isinstance(v, seqio.metrics.MetricValue) or np.ndim(v) > 0]
     if others:
-        logger.info("Metrics of %s that are not numbers are left out: %s.", task, ", ".join(others))
+        logger.info("Metrics of %s that are not numbers are dropped: %s.", task, ", ".join(others))
     return {k: float(v) for k, v in values.items() if k not in others}
 
 
-# Batches, and the model's answers to them.
+# Batches and their results.
 
 _INPUTS, _TARGETS = "encoder_input_tokens", "decoder_target_tokens"
 
@@ -170,19 +170,19 @@ _INPUTS, _TARGETS = "encoder_input_tokens", "decoder_target_tokens"
 def _predicted(predict: Predict, rows: pipeline.Batch) -> np.ndarray:
     tokens_BT = np.asarray(predict(rows[_INPUTS]))
     if tokens_BT.ndim != 2 or len(tokens_BT) != len(rows[_INPUTS]):
-        raise UserError(f"predict gave tokens of shape {tokens_BT.shape} for {len(rows[_INPUTS])} rows: [B, T] is due")
+        raise UserError(f"predict gave tokens of shape {tokens_BT.shape}, expected [B, T], B = {len(rows[_INPUTS])}")
     return tokens_BT
 
 
 def scored(score: Score, rows: pipeline.Batch) -> list[float]:
     scores_B = np.asarray(score(rows))
     if scores_B.shape != (len(rows[_INPUTS]),):
-        raise UserError(f"score gave an array of shape {scores_B.shape} for {len(rows[_INPUTS])} rows: [B] is due")
+        raise UserError(f"score gave an array of shape {scores_B.shape}, expected [B], B = {len(rows[_INPUTS])}")
     return scores_B.astype(float).tolist()
 
 
 def _numbered(batches: Iterable[tuple[list[int], Any]]) -> list[tuple[int, Any]]:
-    """Each result with the number of its example; the rows that fill up the last batch have none."""
+    """Pair each result with the index of its example, without the rows that pad the last batch."""
     return [pair for numbers, results in batches for pair in zip(numbers, results, strict=False)]
 
 
@@ -190,7 +190,7 @@ def _numbered(batches: Iterable[tuple[list[int], Any]]) -> list[tuple[int, Any]]
 
 
 def text_of(example: Mapping[str, Any], feature: str, spec: seqio.utils.Feature) -> str:
-    """A feature as it was before tokenizing where the task kept that, else decoded."""
+    """Return a feature's text before tokenization if the task kept it, else its decoded tokens."""
     text = example.get(f"{feature}_pretokenized")
     if text is None:
         text = spec.vocabulary.decode(example[feature].tolist())

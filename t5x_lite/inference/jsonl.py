@@ -1,7 +1,4 @@
-"""JSON lines that grow while they are computed, outlive a kill, and are gone on with; and how far they are.
-
-It must not know what the lines mean, the model or the data.
-"""
+"""Write JSON lines incrementally and resume after a crash; report progress."""
 
 import contextlib
 import itertools
@@ -33,9 +30,9 @@ def json_line(row: Row) -> str:
 
 
 def write_whole(path: epath.Path, rows: Iterable[Row]) -> None:
-    """JSON lines that come with an evaluation's scores: the file is there only when all went well.
+    """Write the JSON lines of an evaluation; the file appears only when it is complete.
 
-    What cannot be written (a full disk) is a warning, for the scores are worth more.
+    A write error (such as a full disk) is logged and not raised, so that the scores are not lost.
     """
     partial = path.parent / f"{path.name}.partial"
     try:
@@ -47,26 +44,27 @@ def write_whole(path: epath.Path, rows: Iterable[Row]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        logger.warning("The predictions in %s could not be written (%s); the scores are.", path, error)
+        logger.warning("The predictions in %s could not be written (%s); the scores are not affected.", path, error)
 
 
 class ResumableJsonlWriter:
-    """JSON lines that grow at `<path>.partial` and take their name when all are there.
+    """Appends JSON lines to `<path>.partial` and renames it to `path` when all are written.
 
-    Beside both, `.made_from.json` says what they follow from. A partial that follows from the same is gone on with,
-    after its last whole window; a final file that does is complete, and nothing is done. Another final file is replaced
-    in the end. A partial that follows from something else is refused: it may be hours of work.
+    Next to each of them, `.made_from.json` records the settings that the lines depend on (provenance), `about`. A
+    partial file with the same settings is resumed after its last complete window. A final file with the same settings
+    is complete, and nothing is done; another final file is replaced at the end. A partial file with other settings
+    raises an error, because it may be hours of work.
 
-    Only process 0 touches files; all know `count`, the number of lines that are there, and `complete`.
+    Only process 0 accesses files; all processes have `count`, the number of lines written, and `complete`.
 
     Raises:
-      ValueError: the path is a URL; the partial follows from something else, of which all differences are named.
+      ValueError: the path is a URL, or the partial file has other settings, which are all listed.
     """
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any], window: int):
         if "://" in str(path):
             raise UserError(
-                f"results are appended as they come, which {path} does not allow: "
+                f"results are appended to the output file, which {path} does not allow: "
                 "give a local file as INFER_OUTPUT, or mount the bucket (gcsfuse)"
             )
         self._path = Path(path)
@@ -84,9 +82,9 @@ class ResumableJsonlWriter:
             if _read_json(_made_from(self._path)) == about:
                 with self._path.open("rb") as file:
                     count = sum(1 for _ in file)
-                logger.info("%s is complete already, and follows from the same: remove it to do it again.", self._path)
+                logger.info("%s is complete, with the same settings. Remove it to compute it again.", self._path)
                 return count, True
-            logger.warning("%s exists, and will be replaced when all is done.", self._path)
+            logger.warning("%s exists, and will be replaced when all lines are written.", self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if not self._partial.exists() or self._partial.stat().st_size == 0:
             temporary = self._partial.with_name(f"{self._partial.name}.tmp")
@@ -101,12 +99,12 @@ class ResumableJsonlWriter:
                 if before.get(key) != about.get(key)
             )
             raise UserError(
-                f"{self._partial} was begun by another run ({differences}): go on as it was begun, name another "
-                "INFER_OUTPUT, or remove it to begin anew"
+                f"{self._partial} was started with other settings ({differences}): use the same settings, give another "
+                "INFER_OUTPUT, or remove it to start again"
             )
         count, size = _whole_windows(self._partial, window)
         os.truncate(self._partial, size)
-        logger.info("%s: going on after the %d lines that are there.", self._partial, count)
+        logger.info("%s: resuming after its first %d lines.", self._partial, count)
         return count, False
 
     def __enter__(self) -> None:
@@ -114,7 +112,7 @@ class ResumableJsonlWriter:
             self._file = self._partial.open("a", encoding="utf-8")
 
     def add(self, rows: Collection[Row]) -> None:
-        """Appends them, and returns when they are on the disk."""
+        """Append rows and fsync."""
         self.count += len(rows)
         if self._file is not None:
             self._file.writelines(map(json_line, rows))
@@ -126,7 +124,7 @@ class ResumableJsonlWriter:
             return
         self._file.close()
         if kind is None:
-            _made_from(self._path).unlink(missing_ok=True)  # at no time may it say something wrong
+            _made_from(self._path).unlink(missing_ok=True)  # so that it never describes other lines
             self._partial.replace(self._path)
             _made_from(self._partial).replace(_made_from(self._path))
 
@@ -140,7 +138,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _whole_windows(path: Path, window: int) -> tuple[int, int]:
-    """Lines and bytes of the whole windows at the start of the file: what a kill has torn is behind them."""
+    """Return the lines and bytes of the complete windows at the start of the file, without what a crash left behind."""
     count = size = 0
     with path.open("rb") as file:
         while True:
@@ -151,7 +149,7 @@ def _whole_windows(path: Path, window: int) -> tuple[int, int]:
 
 
 class Progress:
-    """A bar on the terminal, or where there is none a line in the log now and then."""
+    """Shows a progress bar on a terminal, else logs a line from time to time."""
 
     def __init__(self, done: int, total: int | None):
         self._bar = tqdm(initial=done, total=total, unit=" lines", dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -169,10 +167,10 @@ class Progress:
         if self._bar.disable and now >= self._line_due:
             self._line_due = now + metric_logger.SECONDS_BETWEEN_LINES
             rate = (self._done - self._first) / (now - self._started)
-            of, eta = "", ""
+            total, eta = "", ""
             if self._total is not None:
-                of, eta = f" of {self._total}", f", ETA {tqdm.format_interval((self._total - self._done) / rate)}"
-            logger.info("%d%s lines, %.1f lines/s%s", self._done, of, rate, eta)
+                total, eta = f" of {self._total}", f", ETA {tqdm.format_interval((self._total - self._done) / rate)}"
+            logger.info("%d%s lines, %.1f lines/s%s", self._done, total, rate, eta)
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

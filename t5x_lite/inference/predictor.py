@@ -1,7 +1,7 @@
-"""Compiled functions of a model on numpy rows, and what evaluation and inference do with them.
+"""Compiled functions of a model on numpy rows, for evaluation and inference.
 
 Each model family derives its own `Predictor`. The same rows on every host give the same results on every host.
-Methods that read a task import TensorFlow and SeqIO when they are called. It must not know runs or gin.
+Methods that read a task import TensorFlow and SeqIO when they are called. It must not depend on runs or gin.
 """
 
 import logging
@@ -25,14 +25,14 @@ Mode = Literal["infer", "score"]
 
 
 class Predictor:
-    """The loss of any model. A model that makes predictions overrides the rest."""
+    """Computes the loss of any model. A model that makes predictions overrides the other methods."""
 
     def __init__(self, config: ModelConfig, partitioner: Partitioner):
         self._partitioner = partitioner
         self._sums = partitioner.with_params(step.eval_step, config=config)
 
     def loss(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Mean cross entropy and accuracy of the targets.
+        """Return mean cross entropy and accuracy of the targets.
 
         Args:
           batches: this host's rows, as the model's feature converter makes them.
@@ -49,40 +49,40 @@ class Predictor:
         return {name: float(x) for name, x in means.items() if not name.endswith(("z_loss", "cross_ent_loss"))}
 
     def check(self, mode: Mode, has_task: bool) -> None:
-        """Raises UserError if the model cannot do what a mode asks.
+        """Raise UserError if the model does not support a mode.
 
         Args:
-          has_task: whether a SeqIO task is named; without one the examples come from a file.
+          has_task: whether a SeqIO task is given; otherwise the examples come from a file.
         """
         raise UserError(f"--mode={mode} is for models that make predictions; this one only has a loss")
 
     def settings(self, mode: Mode) -> dict[str, Any]:
-        """What the results depend on in addition to the model and the examples."""
+        """Return the settings that the results depend on, in addition to the model and the examples."""
         return {}
 
     def evaluator(self, name: str, lengths: Mapping[str, int], **options: Any) -> Callable[[Any, int], Scores]:
-        """A function of parameters and step that computes the metrics of each task of `name`.
+        """Return a function (params, step) that computes the metrics of each task of `name`.
 
         Args:
-          options: those of evaluator.Evaluation.
+          options: keyword arguments of evaluator.Evaluation.
         """
-        logger.info("The loss alone is evaluated: this model makes no predictions.")
+        logger.info("Only the loss is evaluated: this model makes no predictions.")
         return lambda params, at_step: {}
 
     def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
-        """The examples of a task as a batch_prediction.Source; options are those of batch_prediction.task_source."""
+        """Return the examples of a task as a batch_prediction.Source, with the options of its task_source."""
         raise NotImplementedError
 
     def file_source(
         self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
     ) -> Any:
-        """The lines of a file as a batch_prediction.Source."""
+        """Return the lines of a file as a batch_prediction.Source."""
         raise NotImplementedError
 
     def write(
         self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
     ) -> int:
-        """Writes a JSON line for each example of `source`; returns their number.
+        """Write a JSON line for each example of `source`; return their number.
 
         Args:
           features: output_features of the task, whose vocabularies are used.
@@ -91,7 +91,7 @@ class Predictor:
         raise NotImplementedError
 
     def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
-        """The program that predicts for a batch, lowered but not compiled.
+        """Lower, without compiling it, the program that predicts for a batch.
 
         Raises:
           UserError: the model makes no predictions.
@@ -99,12 +99,12 @@ class Predictor:
         raise UserError("--decode: this model makes no predictions")
 
     def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
-        """What a user may do with the trained model: in words, and as commands.
+        """Suggest next steps with the trained model: a sentence, and commands.
 
         Args:
-          run: the start of a command with the run's options.
+          run: the beginning of a command, with the run's options.
           initial_checkpoint: the flag that starts another run from this one.
-          vocabulary: what VOCABULARY must be in such a run, if anything.
+          vocabulary: the VOCABULARY that such a run needs, if any.
         """
         return "or start from it in another run", (f"{run} {initial_checkpoint} --gin.MODEL_DIR=\"'runs/next'\"",)
 

@@ -1,4 +1,4 @@
-"""Predictions of models that write text: generation and log-likelihoods, for tasks and files of any size."""
+"""Predictions of text-to-text models: generation and log-likelihoods, for tasks and files of any size."""
 
 import dataclasses
 import logging
@@ -34,15 +34,15 @@ class TextPredictor(Predictor):
         self._score = partitioner.with_params(decode.score, config=config)
 
     def predict(self, params: Any, inputs_BS: np.ndarray) -> np.ndarray:
-        """Token ids [B, T], the best of each row."""
+        """Return the best token ids of each row, [B, T]."""
         return self.generate(params, inputs_BS)[0][:, 0]
 
     def generate(self, params: Any, inputs_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """NUM_DECODES results for each row: token ids [B, N, T], log-likelihoods [B, N]; -inf: no such result."""
+        """Return N = NUM_DECODES results for each row: token ids [B, N, T], log-likelihoods [B, N] (-inf: none)."""
         return jax.device_get(self._generate(params, self._on_mesh(inputs_BS)))
 
     def score(self, params: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Log-likelihoods [B] of the targets; `rows` are an encoder-decoder's whatever the model is."""
+        """Return log-likelihoods [B] of the targets; `rows` are in encoder-decoder format for every model."""
         if self._decoder_only:
             rows = packing.joined(rows["encoder_input_tokens"], rows["decoder_target_tokens"])
         return jax.device_get(self._score(params, self._on_mesh(dict(rows))))
@@ -54,7 +54,7 @@ class TextPredictor(Predictor):
         if mode == "score":
             return {}
         decoding = dataclasses.asdict(self._decoding)
-        decoding["num_return"] = decoding.pop("num_decodes")  # its name in results of earlier versions
+        decoding["num_return"] = decoding.pop("num_decodes")  # the key in `.made_from.json` files of earlier versions
         seed = self._seed if self._decoding.method == "sample" else None
         return {"decoding": decoding, "max_decode_length": self._max_length, "seed": seed}
 
@@ -63,10 +63,10 @@ class TextPredictor(Predictor):
 
         evaluation = evaluator.Evaluation(name, lengths, **options)
 
-        def evaluated(params: Any, at_step: int) -> Scores:
+        def evaluate(params: Any, at_step: int) -> Scores:
             return evaluation.run(partial(self.predict, params), partial(self.score, params), step=at_step)
 
-        return evaluated
+        return evaluate
 
     def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
         from t5x_lite.inference import batch_prediction
@@ -104,15 +104,15 @@ class TextPredictor(Predictor):
         if vocabulary:
             mine += f" --gin.VOCABULARY=\"'{vocabulary}'\""
         commands = (f"{run} --mode=infer --gin.INFER_INPUT=\"'questions.txt'\"", mine)
-        return "ask it something, a question a line; or start from it on files of your own", commands
+        return "ask it questions, one on each line, or fine-tune it on your own files", commands
 
 
 def _generate(
     params: Any, inputs_BS: jax.Array, *, seed: int, decoding: decode.Decoding, **settings: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """`decode.generate` with keys that follow from the seed and each row's tokens: the same input, the same samples."""
-    places_S = jnp.arange(1, inputs_BS.shape[1] + 1, dtype=jnp.uint32)
-    sums_B = jnp.sum(inputs_BS.astype(jnp.uint32) * places_S, axis=1)
+    """Run `decode.generate` with keys derived from the seed and each row's tokens: equal inputs give equal samples."""
+    positions_S = jnp.arange(1, inputs_BS.shape[1] + 1, dtype=jnp.uint32)
+    sums_B = jnp.sum(inputs_BS.astype(jnp.uint32) * positions_S, axis=1)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sums_B)
     tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=keys_B, decoding=decoding, **settings)
     return tokens_BNT, decode.log_likelihoods(tokens_BNT, scores_BN, decoding)

@@ -1,7 +1,7 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, a progress bar or plain lines, and the picture of the losses.
+"""Log a run: metrics.jsonl, TensorBoard events, an optional tracker, a progress bar or plain lines, and loss.png.
 
-The logger takes numbers that have been fetched already and never touches a device array. It knows the names `loss`,
-`input_tokens` and `target_tokens` among a step's metrics; it must not know the step, the data or TensorFlow.
+The logger takes numbers that have been fetched from the devices. It uses the metrics `loss`, `input_tokens` and
+`target_tokens` of a step; it must not know the step, the data or TensorFlow.
 """
 
 import json
@@ -25,7 +25,7 @@ from t5x_lite.storage import AppendOnlyFile
 log = logging.getLogger("t5x_lite")
 
 METRICS_FILE = "metrics.jsonl"
-SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal to draw a progress bar on
+SECONDS_BETWEEN_LINES = 30.0  # if there is neither a terminal nor a notebook to show a progress bar in
 SECONDS_BETWEEN_COPIES = 60.0  # of metrics to a bucket
 
 Record = dict[str, Any]
@@ -47,12 +47,12 @@ def peak_flops(device: Any) -> float | None:
 
 
 class MetricLogger:
-    """Writes what a run measures. Only process 0 writes; on the others every method returns at once.
+    """Writes the metrics of a run. Only process 0 writes; on the others every method returns at once.
 
-    Each record is one line of MODEL_DIR/metrics.jsonl: `step`, `split` ("train" or "validation"), `task` where there is
-    one, then named floats (null for NaN and infinities, which JSON lacks). TensorBoard gets the same under
-    split/[task/]name, through the tensorboard package's own record writer and without TensorFlow. What the disk refuses
-    is kept until it takes it: no step is lost, and training goes on.
+    Each record is one line of MODEL_DIR/metrics.jsonl: `step`, `split` ("train" or "validation"), `task` if it has one,
+    then named floats (null for NaN and infinities, which JSON lacks). TensorBoard gets the same under
+    split/[task/]name, through the tensorboard package's own record writer and without TensorFlow. If a write fails, the
+    data is kept and written later: no step is lost, and training continues.
 
     Args:
       model_dir: a local folder; made if absent.
@@ -85,30 +85,30 @@ class MetricLogger:
         self._line_due = 0.0
 
     def resume(self, step: int, evaluated: bool = True) -> None:
-        """Takes back what was written after `step`, so that a run that goes on from there says each step once.
+        """Removes the records after `step`, so that a resumed run logs each step once.
 
-        Atomic: metrics.jsonl is the old or the new one, whatever happens. A last line torn by a crash goes too.
+        The file is replaced atomically. A last line torn by a crash is removed, too.
 
         Args:
-          evaluated: False takes back the evaluation of `step`, too.
+          evaluated: False also removes the evaluation of `step`.
 
         Raises:
-          ValueError: another line is not JSON; names file and line.
+          ValueError: another line is not JSON; the message names file and line.
         """
         if not self._writes:
             return
         self._resumed_at, self._drop_from = step, step + evaluated
         path = self._dir / METRICS_FILE
         if path.exists():
-            kept = [
+            records = [
                 record
                 for record in read_metrics(self._dir)
                 if record["step"] < step or (record["step"] == step and (evaluated or record["split"] == "train"))
             ]
-            self._again = [record for record in kept if record["step"] >= self._drop_from]
+            self._again = [record for record in records if record["step"] >= self._drop_from]
             temporary = path.with_suffix(".tmp")
             with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.writelines(json.dumps(record) + "\n" for record in records)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -145,15 +145,15 @@ class MetricLogger:
         self._try_to_publish()
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl has validation metrics of `step` already."""
+        """Returns whether metrics.jsonl already has validation metrics of `step`."""
         records = read_metrics(self._dir) if (self._dir / METRICS_FILE).exists() else []
         return any(record["step"] == step and record["split"] == "validation" for record in records)
 
     def flush(self) -> None:
-        """Returns when all that was recorded is on the disk, or in the bucket. A checkpoint waits for this: what comes
-        before it is not said again. May be called by another thread.
+        """Waits until all records are on the disk or in the bucket. A checkpoint waits for this, because a resumed run
+        does not log the steps before it again. May be called by another thread.
 
-        Raises OSError: something cannot be written. What the bucket's library raises.
+        Raises OSError if a file cannot be written, and the errors of the bucket's library.
         """
         for part in (self._lines, self._events, self._tracker):
             if part is not None:
@@ -176,7 +176,7 @@ class MetricLogger:
             log.warning("The metrics could not be copied to the bucket, which is tried again (%s).", error)
 
     def _write(self, *records: Record) -> None:
-        """At once, so that a kill leaves all of them or none."""
+        """Writes the records in one call, so that a kill leaves all of them or none."""
         if self._lines is None:
             self._lines = _open_lines(self._dir)
             self._events = tensorboard_events.open_events(self._dir, self._drop_from)
@@ -190,26 +190,32 @@ class MetricLogger:
                 part.scalars(records)
 
     def _show(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
-        said = [f"loss {metrics['loss']:.4f}"]
+        parts = [f"loss {metrics['loss']:.4f}"]
         if rates:
-            said.append(f"{rates['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"{rates['tokens_per_second']:,.0f} tokens/s")
         if "mfu" in rates:
-            said.append(f"MFU {rates['mfu']:.1%}")
+            parts.append(f"MFU {rates['mfu']:.1%}")
         if not math.isnan(self._seconds):
-            said.append(f"ETA {tqdm.format_interval((self._total_steps - step) * self._seconds)}")
-        if sys.stderr.isatty():
+            parts.append(f"ETA {tqdm.format_interval((self._total_steps - step) * self._seconds)}")
+        if sys.stderr.isatty() or in_notebook():
             if self._bar is None:
                 self._bar = tqdm(
                     total=self._total_steps,
                     initial=self._resumed_at or 0,
-                    dynamic_ncols=True,
+                    dynamic_ncols=not in_notebook(),
+                    ncols=100,
                     bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}",
                 )
-            self._bar.set_postfix_str(", ".join(said), refresh=False)
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
         elif step == self._total_steps or time.monotonic() >= self._line_due:
-            log.info("step %d/%d  %s", step, self._total_steps, ", ".join(said))
+            log.info("step %d/%d  %s", step, self._total_steps, ", ".join(parts))
             self._line_due = time.monotonic() + SECONDS_BETWEEN_LINES
+
+
+def in_notebook() -> bool:
+    """Returns whether the process is a notebook's kernel (Jupyter, Colab, Kaggle), which can redraw a progress bar."""
+    return "ipykernel" in sys.modules and getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None
 
 
 def _record(step: int, split: str, task: str | None, metrics: Mapping[str, float]) -> Record:
@@ -219,7 +225,7 @@ def _record(step: int, split: str, task: str | None, metrics: Mapping[str, float
 
 
 def _open_lines(folder: Path) -> AppendOnlyFile:
-    """metrics.jsonl to add lines to; what a crash has left of a last line is cut off."""
+    """Opens metrics.jsonl to append to, without a last line that a crash has torn."""
     path = folder / METRICS_FILE
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -227,7 +233,7 @@ def _open_lines(folder: Path) -> AppendOnlyFile:
 
 
 def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
-    """The records of MODEL_DIR/metrics.jsonl, without a last line that a crash has torn.
+    """Returns the records of MODEL_DIR/metrics.jsonl, without a last line that a crash has torn.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -29,7 +29,8 @@ class EventFile(AppendOnlyFile):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        super().__init__(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")  # TensorBoard reads files in name order
+        # TensorBoard reads files in the order of their names.
+        super().__init__(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
         self._proto: Any = event_pb2
         self._records = RecordWriter(self)
         self._add(file_version="brain.Event:2")

@@ -31,6 +31,7 @@ class WandbRun:
 
     def __init__(self, project: str, model_dir: Path, config: Mapping[str, Any]) -> None:
         import wandb
+        import wandb.errors
 
         id_file = model_dir / RUN_ID_FILE
         model_dir.mkdir(parents=True, exist_ok=True)

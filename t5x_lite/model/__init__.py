@@ -1,1 +1,1 @@
-"""The networks: T5, and what any model family has to offer (interface.py). It must not know training, data or files."""
+"""The T5 network, and the interface of all model families (interface.py). Must not import training, data or files."""

@@ -1,8 +1,8 @@
 """Dot-product attention with T5's relative-position bias.
 
-One signature for every implementation: queries, keys, values, an additive bias, and *who may see whom* said by its
-meaning (`AttentionMask`) rather than as a dense mask, so that a fused kernel never has to build one. This module knows
-arrays only: no parameters, no layers, no config.
+Every implementation takes queries, keys, values, an additive bias and an `AttentionMask`. The mask is symbolic
+(segment ids, a causal flag), so a fused kernel never builds the dense [B, 1, T, S] array. This module handles arrays
+only: no parameters, layers or configs.
 """
 
 import functools
@@ -21,27 +21,27 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from t5x_lite import sharding
 from t5x_lite.model import flash_attention, kernel_checks, remat
 
-# Large enough to vanish in a float32 softmax, small enough that a bias added to it does not overflow.
+# A logit of this size vanishes in a float32 softmax, and adding a bias to it does not overflow.
 NEG_INF = -1e10
 
 Implementation = Literal["batch", "rows", "flash", "cudnn"]
 
-CACHED_LOGITS = 2**21  # so many of them, in float32, are 8 MiB
-# Below so many logits of a row and head, a step of the TPU kernel's grid costs more to start (some 0.35 us) than to
-# run, while XLA's form moves little memory: an estimate, between T5's 114 x 114 and 114 x 512.
+CACHED_LOGITS = 2**21  # 8 MiB in float32
+# With fewer logits per row and head, a grid step of the TPU kernel takes longer to start (about 0.35 us) than to run,
+# and XLA's attention moves little memory. An estimate, between T5's 114 x 114 and 114 x 512.
 FLASH_LOGITS = 2**15
-CHECKED_LOGITS = 2**26  # fused kernels are checked with at most so many: the reference's are 256 MiB
-CUDNN_HEAD_DIM = 128  # the largest on every card
+CHECKED_LOGITS = 2**26  # upper limit in a check of a fused kernel: 256 MiB for the reference
+CUDNN_HEAD_DIM = 128  # the largest that cuDNN supports on every GPU
 
 
 @flax.struct.dataclass
 class AttentionMask:
     """Which keys each query may attend to.
 
-    A query sees a key when their segments are equal and the key's segment is not 0 (padding), and, if `causal`, when
-    the key's position is not after the query's or the key is of its segment's `key_prefix` (1 there, else 0). `None`
-    for the segments means that nothing is hidden by them. Segments are at most S. The first query stands at position
-    `offset` of the keys: None, the first one, in training; the number of tokens so far in cached decoding.
+    A query attends to a key if their segment ids are equal and the key's id is not 0 (padding). If `causal`, the key
+    must also be at or before the query's position, or have `key_prefix` 1. Segments of None hide nothing. Segment ids
+    are at most S. `offset` is the position of the first query among the keys: None (0) in training, the number of
+    tokens decoded so far in cached decoding.
     """
 
     query_segments: Int[Array, "B T"] | None = None
@@ -51,7 +51,7 @@ class AttentionMask:
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
-        """The mask written out, `True` where visible; with batch axis 1 if all rows agree; `None`: all visible."""
+        """Return the dense mask, True where visible (batch axis 1 if rows are equal); None if all keys are visible."""
         mask = None
         if self.key_segments is not None:
             if self.query_segments is None:
@@ -61,25 +61,25 @@ class AttentionMask:
                 k_B11S = self.key_segments[:, None, None, :]
                 mask = (q_B1T1 == k_B11S) & (k_B11S != 0)
         if self.causal:
-            seen = (jnp.arange(key_length)[None, :] <= self.query_positions(query_length)[:, None])[None, None]
+            causal_mask = (jnp.arange(key_length)[None, :] <= self.query_positions(query_length)[:, None])[None, None]
             if self.key_prefix is not None:
-                seen = seen | (self.key_prefix != 0)[:, None, None, :]
-            mask = seen if mask is None else mask & seen
+                causal_mask = causal_mask | (self.key_prefix != 0)[:, None, None, :]
+            mask = causal_mask if mask is None else mask & causal_mask
         return mask
 
     def query_positions(self, query_length: int) -> Int[Array, " T"]:
-        """Where the queries stand among the keys."""
+        """Return the position of each query among the keys."""
         positions_T = jnp.arange(query_length)
         return positions_T if self.offset is None else self.offset + positions_T
 
     def segments(self, query_length: int) -> tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None]:
-        """Those of queries and keys, for both or for none."""
+        """Segment ids of queries and keys, or (None, None)."""
         if self.key_segments is None or self.query_segments is not None:
             return (None, None) if self.key_segments is None else (self.query_segments, self.key_segments)
         return jnp.ones((len(self.key_segments), query_length), jnp.int32), (self.key_segments != 0).astype(jnp.int32)
 
     def most_segments(self, key_length: int) -> int:
-        """An upper bound of the ids in `segments`."""
+        """Return an upper bound of the ids in `segments`."""
         if self.key_segments is None:
             return 0
         return 1 if self.query_segments is None else key_length
@@ -96,32 +96,34 @@ def dot_product_attention(
     dropout_key: Key[Array, ""] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k + bias) v, without a 1/sqrt(K): T5 folds that into the query's initialiser (T5X layers.py).
+    """Compute softmax(qk + bias) v. There is no 1/sqrt(K): T5 folds it into the query's initialiser (T5X layers.py).
 
-    Logits and softmax are float32 whatever the inputs; the weights go back to the values' dtype. Dropout on the weights
-    is shared by all queries of a row (T5X broadcasts it along the query axis). Queries that see no key get an average
-    over some keys or all: such rows are padding, and nothing reads them.
+    Logits and softmax are float32 for every input dtype; the weights are cast to the values' dtype. Dropout on the
+    weights is shared by all queries of a row (T5X broadcasts it along the query axis). A query that sees no key gets
+    an average over some or all keys: it is padding, and its output is not used.
 
     Args:
-      implementation: "batch" holds the weights of all rows at once. "rows" goes row by row, forward and backward, so
-        that a row's weights stay in a CPU's cache: twice as fast there at [8, 6, 512, 512], in a fraction of the
-        memory. "flash" is the TPU's kernel (flash.py), elsewhere interpreted, slowly; "cudnn" is cuDNN's, on NVIDIA's
-        GPUs: neither has the weights in memory. What one cannot do, such as decoding one token, falls to "batch".
-        None: by platform and shape, see `choose`.
+      implementation: "batch" materialises the weights of all rows at once. "rows" computes row by row, forward and
+        backward, so that a row's weights stay in the CPU's cache: twice as fast at [8, 6, 512, 512], in a fraction of
+        the memory. "flash" is the TPU kernel (flash_attention.py), interpreted (slow) on other platforms. "cudnn" is
+        cuDNN's kernel for NVIDIA GPUs. Neither fused kernel writes the weights to memory. If an implementation does
+        not support the arguments (decoding one token, for example), "batch" is used. None selects by platform and
+        shape, see `choose`.
     """
     rows, _, heads, _ = query_BTHK.shape
     with jax.named_scope("attention"):
         if dropout_rate > 0.0 and dropout_key is not None:
-            # What all queries drop together can as well be dropped from the values.
-            kept_BSH1 = jnp.moveaxis(
+            # The dropout mask is shared by all queries, so it can be applied to the values.
+            keep_mask_BSH1 = jnp.moveaxis(
                 jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, (rows, heads, 1, key_BSHK.shape[1])), 3, 1
             )
-            value_BSHK = value_BSHK * (kept_BSH1 / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
+            value_BSHK = value_BSHK * (keep_mask_BSH1 / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
         chosen = choose(implementation, query_BTHK, key_BSHK, bias_HTS, attention_mask)
         if chosen in FUSED:
             arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HTS, attention_mask)
             y_BTHK = sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], attention_mask), arrays, AXES, SPREAD)
-            return y_BTHK if chosen == "cudnn" else remat.keep(y_BTHK)  # cuDNN's are kept as its backward pass has them
+            # remat saves cuDNN's results by primitive, in the form that its backward pass reads.
+            return y_BTHK if chosen == "cudnn" else remat.keep(y_BTHK)
         mask_B1TS = attention_mask.materialize(query_BTHK.shape[1], key_BSHK.shape[1])
         arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS)
         if chosen == "batch":
@@ -136,15 +138,15 @@ def choose(
     bias_HTS: Float[Array, "H T S"] | None,
     attention_mask: AttentionMask,
 ) -> Implementation:
-    """`wanted` if it can do what is asked, else "batch".
+    """Return `wanted` if it supports the arguments, else "batch".
 
-    None wants "rows" on a lone CPU device where the logits are larger than its caches. On a TPU or GPU it wants the
-    platform's fused kernel, which is used where a check on the device found it right and no slower than "batch" (see
-    `kernels.fastest`). Hardware that a program is only compiled for is taken to pass that check.
+    None selects "rows" on a single CPU device if the logits exceed its caches. On a TPU or GPU, None selects the
+    platform's fused kernel if a check on the device finds it correct and not slower than "batch" (see
+    `kernel_checks.fastest`). If the program is only compiled for the hardware, the check counts as passed.
     """
     rows, queries, heads, _ = query_BTHK.shape
     keys, device = key_BSHK.shape[1], sharding.device()
-    if not isinstance(rows, int):  # an export, for batches of any size on any platform
+    if not isinstance(rows, int):  # an export with a symbolic batch size, for any platform
         return "batch"
     if wanted is not None:
         able = wanted in ("batch", "rows") or _able(wanted, device, query_BTHK, key_BSHK, bias_HTS, attention_mask)
@@ -163,7 +165,7 @@ def choose(
 def _able(
     fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, attention_mask: AttentionMask
 ) -> bool:
-    """Whether a fused kernel can do what is asked, by its own rules."""
+    """Return whether a fused kernel supports these shapes, dtypes and masks."""
     _, queries, _, width = query_BTHK.shape
     keys, part = key_BSHK.shape[1], sharding.part_shape(query_BTHK.shape, SPREAD)
     if queries == 1 or part is None:
@@ -171,7 +173,7 @@ def _able(
     if fused == "flash":
         return flash_attention.fits(part[2], keys, width, key_BSHK.dtype)
     causal_only = attention_mask.key_prefix is None and attention_mask.offset is None
-    capability = str(getattr(device, "compute_capability", ""))  # of AMD's, a name
+    capability = str(getattr(device, "compute_capability", ""))  # a name on AMD GPUs
     able = device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8.0
     able &= query_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     able &= width % 8 == 0 and width + 2 * _segment_bits(attention_mask.most_segments(keys)) <= CUDNN_HEAD_DIM
@@ -182,10 +184,10 @@ def _able(
 def _checked(
     fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, attention_mask: AttentionMask
 ) -> Implementation:
-    """`fused` or "batch", whichever a check on this device chose at the shape of each device's part."""
+    """Return `fused` or "batch", as a check on this device at the shape of one device's shard decides."""
     rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
     keys = key_BSHK.shape[1]
-    # No more rows, and then heads, than the reference has memory for.
+    # Limit rows, and then heads, to what the reference has memory for.
     rows = max(1, min(rows, CHECKED_LOGITS // (heads * queries * keys)))
     heads = max(1, min(heads, CHECKED_LOGITS // (rows * queries * keys)))
     padding, packed = attention_mask.key_segments is not None, attention_mask.query_segments is not None
@@ -199,23 +201,23 @@ def _checked(
         def in_every_row(x: np.ndarray) -> np.ndarray:
             return np.tile(x.astype(np.int32), (rows, 1))
 
-        # Two segments where rows are packed, else padding behind one. Each query must see a key, wherever it stands,
-        # since the results of one that sees none are not defined.
+        # Use two segments if rows are packed, else one segment and padding. Every query must see a key: the output of
+        # a query that sees none is undefined.
         offset = 0 if attention_mask.offset is None else max(keys - queries, 0)
-        at_queries, at_keys, middle = np.arange(queries), np.arange(keys), queries // 2
+        query_index, key_index, middle = np.arange(queries), np.arange(keys), queries // 2
         key_middle = min(offset + middle, keys - 1) if attention_mask.causal else keys // 2
-        query_segments = in_every_row(1 + (at_queries >= middle) if packed else at_queries >= 0)
-        key_segments = in_every_row(1 + (at_keys >= key_middle) if packed else at_keys < keys - keys // 8)
+        query_segments = in_every_row(1 + (query_index >= middle) if packed else query_index >= 0)
+        key_segments = in_every_row(1 + (key_index >= key_middle) if packed else key_index < keys - keys // 8)
         return (
             (normal(rows, queries, heads, width) * width**-0.5).astype(query_BTHK.dtype),
             *(normal(rows, keys, heads, width).astype(key_BSHK.dtype) for _ in range(2)),
             None if bias_HTS is None else normal(heads, queries, keys).astype(bias_HTS.dtype),
             *((query_segments, key_segments) if padding else (None, None)),
-            None if attention_mask.key_prefix is None else in_every_row(at_keys % 3 == 0),
+            None if attention_mask.key_prefix is None else in_every_row(key_index % 3 == 0),
             np.asarray(offset, np.int32),
         )
 
-    what = {
+    description = {
         "attention": [rows, queries, heads, width],
         "keys": keys,
         "dtype": jnp.dtype(query_BTHK.dtype).name,
@@ -225,20 +227,20 @@ def _checked(
         "prefix": attention_mask.key_prefix is not None,
     }
     functions = {name: _kernel(name, keys, attention_mask) for name in ("batch", fused)}
-    choice = kernel_checks.fastest(what, functions, make_arguments, version=_source_hash())
+    choice = kernel_checks.fastest(description, functions, make_arguments, version=_source_hash())
     return fused if choice == fused else "batch"
 
 
 @functools.cache
 def _source_hash() -> str:
-    """Of the kernels' own code: another version of it is checked again."""
+    """Return a hash of the kernels' source code, so that a new version is checked again."""
     return hashlib.sha256(
         b"".join(Path(file).read_bytes() for file in (__file__, flash_attention.__file__))
     ).hexdigest()[:8]
 
 
-# Kernels have one signature, of arrays that may be on one device alone: `_arrays`, whose logical axes are `AXES`.
-SPREAD = ("batch", None, "heads", None)  # how queries, keys and values lie on the mesh
+# Every kernel takes the arrays of `_arrays`, with the logical axes `AXES`, and runs on one device's shard of them.
+SPREAD = ("batch", None, "heads", None)  # logical axes of queries, keys and values
 AXES = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",), ("batch",), ())
 
 
@@ -276,15 +278,15 @@ def _cudnn(
     bias: Array | None,
     query_segments: Array | None,
     key_segments: Array | None,
-    *_: Array | None,  # a prefix and an offset, which `_able` rules out
+    *_: Array | None,  # prefix and offset, which `_able` excludes
     causal: bool,
     most_segments: int,
 ) -> Array:
-    """cuDNN's flash attention. The bias is rounded to the queries' dtype; its gradient comes summed over the batch.
+    """Run cuDNN's flash attention. The bias is cast to the queries' dtype; its gradient is summed over the batch.
 
-    Beside a causal mask it takes dense ones only, which with a bias would be [B, H, T, S], and so would the gradient.
-    So segments are said by the product of queries and keys: both get the bits of their segment as more of head_dim.
-    Each bit that differs adds -2^14, each that agrees exactly 0.
+    Apart from a causal mask, cuDNN takes dense masks only. Together with a bias such a mask, and its gradient, would be
+    [B, H, T, S]. So segments are encoded in the product of queries and keys: the bits of the segment id are appended
+    along head_dim. Each bit that differs adds -2^14 to the logit, each equal bit exactly 0.
     """
     width, dtype = query.shape[-1], query.dtype
     if query_segments is not None and key_segments is not None:
@@ -303,7 +305,7 @@ PLATFORM_KERNELS: Mapping[str, Implementation] = {"tpu": "flash", "gpu": "cudnn"
 
 
 def _segment_bits(most_segments: int) -> int:
-    """Enough for every segment and for padding, and a multiple of four, as twice as many must be one of eight."""
+    """Return the bits for every segment id and padding: a multiple of 4, as twice that must be a multiple of 8."""
     return math.ceil(most_segments.bit_length() / 4) * 4
 
 
@@ -336,7 +338,7 @@ def _attend(
 
 @jax.custom_vjp
 def _attend_rows(bias_HTS: Float[Array, "H T S"] | None, arrays: tuple[Array | None, ...]) -> Float[Array, "B T H K"]:
-    """`_attend` one row after another. The backward pass makes a row's weights again from their maxima and sums."""
+    """Run `_attend` row by row. The backward pass recomputes a row's weights from their maxima and sums."""
     return _attend_rows_forward(bias_HTS, arrays)[0]
 
 
@@ -364,7 +366,7 @@ def _attend_rows_backward(saved: tuple, d_y_BTHK: Array) -> tuple[Array | None, 
         dtype = value_SHK.dtype
         weights_HTS = jnp.exp(_logits(bias_HTS, query_THK, key_SHK, mask_1TS) - max_HT1) / sum_HT1
         d_weights_HTS = jnp.einsum("THK,SHK->HTS", d_y_THK, value_SHK, preferred_element_type=jnp.float32)
-        # The softmax's own backward pass needs sum_S(d_weights * weights), which is sum_K(d_y * y): a far smaller sum.
+        # The backward pass of the softmax needs sum_S(d_weights * weights), which equals the smaller sum_K(d_y * y).
         inner_TH = jnp.sum(d_y_THK.astype(jnp.float32) * y_THK, axis=-1)
         d_logits_HTS = weights_HTS * (d_weights_HTS - inner_TH.T[..., None])
         if mask_1TS is not None:

@@ -1,6 +1,6 @@
-"""What one T5 is: `T5Config`, its sizes and how it is computed, checked; the choices that BERT's config has, too.
+"""`T5Config`: the sizes of a T5 and how it is computed, validated. BERT's config shares some of its choices.
 
-This module knows no arrays. The dimensions' letters are those of t5.py.
+This module handles no arrays. The letters of dimensions are defined in t5.py.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ RelativeBias = Literal["shared", "per_layer"]
 
 @dataclasses.dataclass(frozen=True)
 class T5Config(ModelConfig):
-    """One T5. The published sizes are in `gin_configs/models/`.
+    """Architecture of one T5. The published sizes are in `gin_configs/models/`.
 
-    num_encoder_layers: 0 makes a decoder alone: inputs and targets follow each other in its row.
-    prefix_lm: such a decoder sees all of the inputs from everywhere in them, not only what comes before.
-    relative_bias: one table for all layers of a stack, or one in every layer (UMT5).
-    adapter_size: hidden units of an adapter after each MLP (`layers.Adapter`); 0: none.
-    lora_rank: of what is added to the kernels of query and value of every attention (`layers.LowRank`); 0: nothing.
-    dtype: of activations; parameters, norms, softmax, logits and loss are float32 always.
+    num_encoder_layers: 0 gives a decoder-only model, with inputs and targets concatenated in one row.
+    prefix_lm: in a decoder-only model, all tokens of the inputs attend to one another (no causal mask among them).
+    relative_bias: one table shared by all layers of a stack, or one per layer (UMT5).
+    adapter_size: hidden units of the adapter after each MLP (`layers.Adapter`); 0 adds none.
+    lora_rank: rank of the LoRA update of the query and value kernels of each attention (`layers.LowRank`); 0 adds none.
+    dtype: dtype of activations; parameters, norms, softmax, logits and loss are always float32.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
-    remat: what the backward pass computes anew: "none", "minimal" (all but products and attention), "full" (a layer).
-    attention: its implementation, where it can do what is asked; None: by platform and shape (attention.py).
+    remat: recomputed in the backward pass: "none", "minimal" (all but matrix products and attention), "full" (layers).
+    attention: attention implementation, if it supports the shapes; None selects by platform and shape (attention.py).
     """
 
     d_model: int
@@ -60,7 +60,7 @@ class T5Config(ModelConfig):
                 raise UserError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
         if self.prefix_lm and not self.decoder_only:
             raise UserError(
-                f"T5Config.prefix_lm is for a decoder alone, num_encoder_layers=0; got {self.num_encoder_layers}"
+                f"T5Config.prefix_lm needs a decoder-only model, num_encoder_layers=0; got {self.num_encoder_layers}"
             )
         if unknown := [a for a in self.mlp_activations if a not in ACTIVATIONS]:
             raise UserError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
@@ -81,12 +81,12 @@ class T5Config(ModelConfig):
 
 
 def check_choices(config: Any, **kinds: Any) -> None:
-    """Raises ValueError: a field is none of its kind's literals, or `attention` no implementation."""
+    """Raise UserError if a field is not one of its type's literals, or `attention` is not an implementation."""
     choices = {name: get_args(kind) for name, kind in kinds.items()} | {"attention": (*get_args(Implementation), None)}
-    for name, among in choices.items():
-        if getattr(config, name) not in among:
-            raise UserError(f"{type(config).__name__}.{name} must be one of {among}, got {getattr(config, name)!r}")
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"{type(config).__name__}.{name} must be one of {allowed}, got {getattr(config, name)!r}")
 
 
-# Regular expression for the names of the parameters that adapter_size and lora_rank add to a model.
+# Matches the names of the parameters that adapter_size and lora_rank add.
 ADAPTER_PARAMS = r"/adapter/|_lora/"

@@ -1,6 +1,6 @@
-"""How the examples of a task become the rows of a batch: what the data pipeline asks of a model, in SeqIO's term.
+"""Abstract feature converter (SeqIO's term): turns the examples of a task into the rows of a model's batch.
 
-Must not know: datasets, tasks, models.
+Must not import datasets, tasks or models.
 """
 
 import abc
@@ -16,10 +16,10 @@ class FeatureConverter(abc.ABC):
     """Converts examples into rows.
 
     Attributes:
-      features: what a task must have.
-      lengths: features to which TASK_FEATURE_LENGTHS gives a length.
-      optional_lengths: features to which it may also give one.
-      pack: put several examples into a row, where the model can keep them apart.
+      features: features that a task must have.
+      lengths: features whose length TASK_FEATURE_LENGTHS must give.
+      optional_lengths: features whose length TASK_FEATURE_LENGTHS may give.
+      pack: pack several examples into a row, if the model supports it.
     """
 
     features: ClassVar[tuple[str, ...]]
@@ -31,14 +31,14 @@ class FeatureConverter(abc.ABC):
 
     @abc.abstractmethod
     def widths(self, lengths: Mapping[str, int], given: Collection[str]) -> dict[str, int]:
-        """How many tokens of each feature are used, of the features in `given` that the examples have.
+        """Return the maximum number of tokens of each feature; `given` names the features that the examples have.
 
         Raises:
           UserError: a feature is missing.
         """
 
     def check_lengths(self, lengths: Mapping[str, int]) -> None:
-        """Raises UserError if TASK_FEATURE_LENGTHS lacks a feature, has another, or gives no length above 0."""
+        """Raise UserError if TASK_FEATURE_LENGTHS lacks a feature, has an unknown one, or has a length below 1."""
         needed, optional = set(self.lengths), set(self.optional_lengths)
         if not needed <= set(lengths) <= needed | optional:
             example = {feature: 512 if feature == "inputs" else 114 for feature in sorted(needed)}
@@ -47,25 +47,25 @@ class FeatureConverter(abc.ABC):
                 f"nothing else{' but inputs' if optional else ''}, such as {example}"
             )
         if not all(isinstance(n, int) and n > 0 for n in lengths.values()):
-            raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths are whole numbers of tokens above 0.")
+            raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)}: lengths must be whole numbers of tokens above 0.")
 
     def dtype(self, feature: str) -> Any:
         return np.int32
 
     def padded_to(self, widths: Mapping[str, int]) -> Mapping[str, int] | None:
-        """The widths to which examples are padded before `convert`; None: to the longest of a block."""
+        """Return the widths to pad examples to before `convert`; None pads to the longest example of a block."""
         return None if self.pack else widths
 
     def block(self, widths: Mapping[str, int]) -> int:
-        """The number of examples that are converted together."""
+        """Return the number of examples that are converted together."""
         return max(widths.values())
 
     def convert(self, examples: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Rows [R, ...] of N examples, arrays [N, width] padded with 0. Here: the examples as they are."""
+        """Return rows [R, ...] of N examples, arrays [N, width] padded with 0; by default, the examples unchanged."""
         return dict(examples)
 
     def batch(self, lengths: Mapping[str, int], rows: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype of each array of a batch."""
+        """Return the shape and dtype of each array of a batch."""
         widths = self.widths(lengths, {*self.features, *self.optional_lengths})
         ones = {feature: np.ones((1, width), self.dtype(feature)) for feature, width in widths.items()}
         return {name: ((rows, *x.shape[1:]), x.dtype) for name, x in self.convert(ones, widths).items()}

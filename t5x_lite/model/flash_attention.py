@@ -1,12 +1,12 @@
-"""Attention for TPUs that keeps logits and weights on the chip: a Pallas kernel with T5's bias and the bias's gradient.
+"""A Pallas attention kernel for TPUs with T5's bias and its gradient. Logits and weights stay on the chip.
 
-JAX has kernels, but splash attention takes no bias, and flash attention wants it, and gives its gradient, for each row
-of the batch, as [B, H, T, S]: just what a fused kernel is to avoid. All keys of a T5 fit into VMEM beside a block of
-queries. So a softmax has its whole row at hand, and nothing but the arguments is kept for the backward pass, which
-makes the weights again. The bias's gradient is summed over the batch on the chip: rows are the grid's innermost axis
-and meet in the same block.
+JAX's splash attention takes no bias. JAX's flash attention takes the bias, and returns its gradient, for each row of
+the batch as [B, H, T, S], which a fused kernel should avoid. All keys of a T5 row fit into VMEM together with a block
+of queries, so the softmax sees a whole row. Only the arguments are saved for the backward pass, which recomputes the
+weights. The bias gradient is summed over the batch on the chip: rows are the innermost axis of the grid and accumulate
+into the same block.
 
-This module knows the arrays of one device; it must not know meshes or the other implementations (attention.py does).
+This module handles the arrays of one device; meshes and the other implementations are in attention.py.
 """
 
 import functools
@@ -20,12 +20,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 LANES, SUBLANES = 128, 16  # a tile of bfloat16
-BLOCK_LOGITS = 2**19  # of all heads of a block, at least of two: 2 MiB in float32, a sixth of the VMEM of some chips
-KEYS_BYTES = 2**19  # of a block of keys at most: keys, values and their gradients take twelve times as much
+# Logits of all heads of a block (at least two heads): 2 MiB in float32, a sixth of the smallest VMEM.
+BLOCK_LOGITS = 2**19
+KEYS_BYTES = 2**19  # upper limit for a block of keys: keys, values and their gradients take twelve times as much
 
 
 class Masking(NamedTuple):
-    """`attention.AttentionMask` as the kernel reads it. Segments are of both sides or of none."""
+    """`attention.AttentionMask` as kernel arguments. Segments are given for queries and keys, or for neither."""
 
     offset: Int[Array, "1"]
     query_segments: Int[Array, "B T 1"] | None
@@ -34,7 +35,7 @@ class Masking(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """blocks: of queries. masked: the logit of a key that is not seen. interpret: run without a TPU, slowly."""
+    """Static settings. blocks: number of query blocks. masked: logit of a masked key. interpret: run without a TPU."""
 
     heads: int
     blocks: int
@@ -57,22 +58,22 @@ def flash_attention(
     masked: float,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k + bias) v; of what is seen says `attention.AttentionMask`, of `masked` and `interpret` `Settings`."""
+    """Compute softmax(qk + bias) v. See `attention.AttentionMask` for the masks and `Settings` for the options."""
     _, length, heads, width = query_BTHK.shape
     most = BLOCK_LOGITS // max(_group(heads, width), 2) // key_BSHK.shape[1]
     block = length
-    if length > most:  # blocks as equal as tiles allow
+    if length > most:  # make blocks as equal as tiles allow
         block = math.ceil(length / math.ceil(length / most) / SUBLANES) * SUBLANES
     missing = -length % block
 
     def pad(x: Array | None) -> Any:
-        """More queries, so that blocks are equal. Their outputs are cut off, so that they add nothing to gradients."""
+        """Pad the queries to equal blocks. The padded outputs are cut off and add nothing to the gradients."""
         return (
             jnp.pad(x, [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]) if missing and x is not None else x
         )
 
     def join(x_BSHK: Array) -> Array:
-        """Heads side by side, as the projections give them: alone, a head of 64 would be padded to the 128 lanes."""
+        """Merge heads into the last axis: a single head of 64 would be padded to 128 lanes."""
         return x_BSHK.reshape(*x_BSHK.shape[:2], -1)
 
     masking = Masking(
@@ -87,12 +88,12 @@ def flash_attention(
 
 
 def fits(heads: int, keys: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether VMEM has room for all keys."""
+    """Return whether all keys fit into VMEM."""
     lanes = math.ceil(_group(heads, width) * width / LANES) * LANES
     return keys * lanes * jnp.dtype(dtype).itemsize <= KEYS_BYTES
 
 
-# Below, X is heads and head_dim joined.
+# Axis X below is heads * head_dim.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -119,8 +120,8 @@ def _attend_backward(settings: Settings, arrays: tuple, d_y_BTX: Array) -> tuple
     if settings.blocks == 1:
         grads = _call(_backward, settings, "b", [d_query, d_key, d_value, d_bias], *arrays, d_y_BTX)
     else:
-        # Sums stay on the chip only while steps that follow one another add to the same block. The bias's gradient is
-        # a sum over rows, those of keys and values over blocks of queries: two orders, two passes.
+        # A sum stays on the chip only while consecutive grid steps add to the same block. The bias gradient is a sum
+        # over rows, the gradients of keys and values are sums over blocks of queries: this takes two passes.
         d_key, d_value = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (key, value))
         d_query, *_, d_bias = _call(_backward, settings, "b", [d_query, None, None, d_bias], *arrays, d_y_BTX)
         _, *d_keys, _ = _call(_backward, settings, "t", [None, d_key, d_value, None], *arrays, d_y_BTX)
@@ -132,7 +133,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _group(heads: int, width: int) -> int:
-    """How many heads are in a block: as many as fill the lanes, or all."""
+    """Return the number of heads per block: the fewest that fill the lanes, or all."""
     return min((n for n in range(1, heads + 1) if heads % n == 0 and n * width % LANES == 0), default=heads)
 
 
@@ -148,27 +149,27 @@ def _call(
     masking: Masking,
     *d_y: Array,
 ) -> Any:
-    """Runs a kernel on the grid of groups of heads, then rows (b) and blocks of queries (t), one of them innermost.
+    """Run a kernel on a grid of head groups, rows (b) and blocks of queries (t); `innermost` is "b" or "t".
 
-    Returns an array for each of `out`, or None for None.
+    Returns an array for each shape in `out`, and None for None.
     """
     rows, length, joined = query.shape
     keys, width, block = key.shape[1], joined // settings.heads, length // settings.blocks
     group = _group(settings.heads, width)
 
-    def spec(shape: tuple[int, ...], place: Any) -> pl.BlockSpec:
+    def spec(shape: tuple[int, ...], index: Any) -> pl.BlockSpec:
         return pl.BlockSpec(
-            shape, (lambda g, t, b: place(b, t, g)) if innermost == "b" else lambda g, b, t: place(b, t, g)
+            shape, (lambda g, t, b: index(b, t, g)) if innermost == "b" else lambda g, b, t: index(b, t, g)
         )
 
-    of_queries = spec((1, block, group * width), lambda b, t, g: (b, t, g))
-    of_keys = spec((1, keys, group * width), lambda b, t, g: (b, 0, g))
-    of_bias = spec((group, block, keys), lambda b, t, g: (g, t, 0))
+    query_spec = spec((1, block, group * width), lambda b, t, g: (b, t, g))
+    key_spec = spec((1, keys, group * width), lambda b, t, g: (b, 0, g))
+    bias_spec = spec((group, block, keys), lambda b, t, g: (g, t, 0))
     column, row = spec((1, block, 1), lambda b, t, g: (b, t, 0)), spec((1, 1, keys), lambda b, t, g: (b, 0, 0))
-    specs = [of_queries, of_keys, of_keys, of_bias]
-    of_masking = [pl.BlockSpec(memory_space=pltpu.SMEM), column, row, row]
+    specs = [query_spec, key_spec, key_spec, bias_spec]
+    masking_specs = [pl.BlockSpec(memory_space=pltpu.SMEM), column, row, row]
 
-    def given(specs: Any, arrays: Any) -> Any:
+    def specs_of_present(specs: Any, arrays: Any) -> Any:
         return [None if x is None else s for s, x in zip(specs, arrays, strict=True)]
 
     axis = {"t": 1, "b": 2} if innermost == "b" else {"b": 1, "t": 2}
@@ -176,11 +177,11 @@ def _call(
         functools.partial(kernel, settings, width, axis),
         grid=(settings.heads // group, *((settings.blocks, rows) if innermost == "b" else (rows, settings.blocks))),
         in_specs=[
-            *given(specs, (query, key, value, bias)),
-            Masking(*given(of_masking, masking)),
-            *(of_queries for _ in d_y),
+            *specs_of_present(specs, (query, key, value, bias)),
+            Masking(*specs_of_present(masking_specs, masking)),
+            *(query_spec for _ in d_y),
         ],
-        out_specs=given(specs[: len(out)], out),
+        out_specs=specs_of_present(specs[: len(out)], out),
         out_shape=out,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=settings.interpret,
@@ -190,26 +191,26 @@ def _call(
 def _forward(settings, width, axis, q_ref, k_ref, v_ref, bias_ref, masking, y_ref):
     visible = _visible(settings, q_ref.shape[1], k_ref.shape[1], pl.program_id(axis["t"]), masking)
     for head in range(q_ref.shape[2] // width):
-        at = (0, slice(None), slice(head * width, (head + 1) * width))
-        exp_TS, sum_T1 = _weights(settings, q_ref[at], k_ref[at], bias_ref, head, visible)
-        y_ref[at] = (_dot(exp_TS.astype(v_ref.dtype), v_ref[at], 1, 0) / sum_T1).astype(y_ref.dtype)
+        head_slice = (0, slice(None), slice(head * width, (head + 1) * width))
+        exp_TS, sum_T1 = _weights(settings, q_ref[head_slice], k_ref[head_slice], bias_ref, head, visible)
+        y_ref[head_slice] = (_dot(exp_TS.astype(v_ref.dtype), v_ref[head_slice], 1, 0) / sum_T1).astype(y_ref.dtype)
 
 
 def _backward(settings, width, axis, q_ref, k_ref, v_ref, bias_ref, masking, dy_ref, dq_ref, dk_ref, dv_ref, dbias_ref):
-    """Writes the gradients that there is a reference for."""
+    """Write each gradient whose output reference is given."""
     visible = _visible(settings, q_ref.shape[1], k_ref.shape[1], pl.program_id(axis["t"]), masking)
 
-    def add(ref, at, x, over):
-        """ref[at] += x, from zero in the first step along the grid's axis `over`."""
+    def add(ref, index, x, over):
+        """Compute ref[index] += x, starting from zero in the first step along the grid axis `over`."""
         first = pl.program_id(axis[over]) == 0
-        ref[at] = (x + jnp.where(first, 0.0, ref[at])).astype(ref.dtype)
+        ref[index] = (x + jnp.where(first, 0.0, ref[index])).astype(ref.dtype)
 
     for head in range(q_ref.shape[2] // width):
-        at = (0, slice(None), slice(head * width, (head + 1) * width))
-        q_TK, k_SK, dy_TK = q_ref[at], k_ref[at], dy_ref[at]
+        head_slice = (0, slice(None), slice(head * width, (head + 1) * width))
+        q_TK, k_SK, dy_TK = q_ref[head_slice], k_ref[head_slice], dy_ref[head_slice]
         exp_TS, sum_T1 = _weights(settings, q_TK, k_SK, bias_ref, head, visible)
         p_TS = exp_TS / sum_T1
-        dp_TS = _dot(dy_TK, v_ref[at], 1, 1)
+        dp_TS = _dot(dy_TK, v_ref[head_slice], 1, 1)
         ds_TS = p_TS * (dp_TS - jnp.sum(dp_TS * p_TS, axis=-1, keepdims=True))
         if visible is not None:
             ds_TS = jnp.where(visible, ds_TS, 0.0)
@@ -217,14 +218,14 @@ def _backward(settings, width, axis, q_ref, k_ref, v_ref, bias_ref, masking, dy_
             add(dbias_ref, head, ds_TS, "b")
         ds_TS = ds_TS.astype(q_TK.dtype)
         if dq_ref is not None:
-            dq_ref[at] = _dot(ds_TS, k_SK, 1, 0).astype(dq_ref.dtype)
+            dq_ref[head_slice] = _dot(ds_TS, k_SK, 1, 0).astype(dq_ref.dtype)
         if dk_ref is not None:
-            add(dk_ref, at, _dot(ds_TS, q_TK, 0, 0), "t")
-            add(dv_ref, at, _dot(p_TS.astype(dy_TK.dtype), dy_TK, 0, 0), "t")
+            add(dk_ref, head_slice, _dot(ds_TS, q_TK, 0, 0), "t")
+            add(dv_ref, head_slice, _dot(p_TS.astype(dy_TK.dtype), dy_TK, 0, 0), "t")
 
 
 def _visible(settings, queries, keys, block, masking):
-    """Which keys each query of a block sees; None: all."""
+    """Return the mask [T, S] of the keys that each query of a block sees; None if all."""
     visible_TS = None
     if settings.causal:
         shape = (queries, keys)
@@ -242,7 +243,7 @@ def _visible(settings, queries, keys, block, masking):
 
 
 def _weights(settings, q_TK, k_SK, bias_ref, head, visible_TS):
-    """The softmax before it is divided by its sum, and the sum; float32."""
+    """Return the softmax numerators and their sum; float32."""
     logits_TS = _dot(q_TK, k_SK, 1, 1)
     if bias_ref is not None:
         logits_TS += bias_ref[head].astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""What training, data and tools may ask of any model, and which model families there are.
+"""The interface of models to training, data and tools, and the list of model families.
 
-A family is a frozen dataclass derived from `ModelConfig` and a `Model` made from it. `FAMILIES` is the only list of
-them: its modules are imported when first needed, and a family whose package is absent is left out. Beyond that list
-this module must not know any family, nor training, data or files.
+A family is a frozen dataclass derived from `ModelConfig` and a `Model` built from it. All families are listed in
+`FAMILIES`. Their modules are imported when first needed, and a family whose package is missing is left out. Apart from
+that list this module must not depend on any family, nor on training, data or files.
 """
 
 import functools
@@ -28,10 +28,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class ModelConfig:
-    """Base of the dataclasses that say what one model is.
+    """Base class of model configs.
 
-    `dtype`, `remat`, `scan_layers` and `attention` mean what `config.T5Config` says; they, and `dropout_rate`, belong
-    to a run. The other fields decide the parameters.
+    `dtype`, `remat`, `scan_layers` and `attention` are documented in `config.T5Config`. These and `dropout_rate` may
+    change between runs; the other fields determine the parameters.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -43,14 +43,14 @@ class ModelConfig:
     scan_layers: bool
 
     def for_task(self, name: str, features: Mapping[str, Any]) -> "ModelConfig":
-        """The config completed with what a SeqIO task says, such as the names of its classes.
+        """Return the config with the details of a SeqIO task, such as the names of its classes.
 
         Args:
-          name: of the task or mixture, for errors.
-          features: its `output_features`.
+          name: name of the task or mixture, for error messages.
+          features: `output_features` of the task or mixture.
 
         Raises:
-          UserError: the task does not fit the model.
+          UserError: the model does not fit the task.
         """
         return self
 
@@ -63,61 +63,62 @@ class ModelConfig:
 class Model(Protocol):
     """A model of one family. Outputs and targets are dicts keyed by head; T5 has one head, ""."""
 
-    # Regular expression for the names of parameters that belong to a task. Where a run starts from another checkpoint,
-    # those that the checkpoint lacks, or has in another shape, start at random; those that fit are loaded.
+    # Matches the names of task-specific parameters. When a run starts from another checkpoint, those that are missing
+    # there or have another shape are initialised at random; the others are loaded.
     head_params: ClassVar[str]
 
     def init(self, key: Key[Array, ""]) -> Any:
-        """Parameters at random, each in a flax box with its logical axes."""
+        """Return random parameters, each in a flax box with its logical axes."""
         ...
 
     def logits(
         self, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None
     ) -> Mapping[str, Float[Array, "..."]]:
-        """The output of each head for a batch, float32; with dropout if a key is given.
+        """Return the output of each head for a batch, float32; dropout is on if a key is given.
 
-        The output of a head in `targets` has the shape of its targets and, behind it, the classes (or 1, of a number).
+        The output of a head in `targets` has the shape of its targets plus a last axis of classes (1 for regression).
         """
         ...
 
     def targets(self, batch: Batch) -> Mapping[str, tuple[Num[Array, "B _"], Num[Array, "B _"]]]:
-        """Targets and loss weights of each head that is trained. Targets that are floats are regressed.
+        """Return targets and loss weights of each head that is trained. Float targets mean regression.
 
-        All arrays have B rows, which micro-batches are cut from. Rows of padding, all 0, have weight 0.
+        All arrays have B rows, which are split into micro-batches. Padding rows, all 0, have weight 0.
 
         Raises:
-          UserError: the model learns nothing from such a batch.
+          UserError: no head of the model has targets in such a batch.
         """
         ...
 
     def feature_converter(self, pack: bool) -> FeatureConverter: ...
 
     def flops(self, batch_size: int, lengths: Mapping[str, int]) -> float:
-        """FLOPs of the matrix products in one training step, padding included: what MFU counts as useful work.
+        """Return the matrix-product FLOPs of one training step, padding included: the useful work in MFU.
 
-        A multiplication and its addition are two, the backward pass is twice the forward pass, and what remat repeats
-        does not count. Attention is over whole rows, without a discount for the causal mask (PaLM, appendix B).
+        A multiply-add counts as two, the backward pass as twice the forward pass, and recomputation (remat) is not
+        counted. Attention counts whole rows, without a discount for the causal mask (PaLM, appendix B).
         """
         ...
 
     def predictor(
         self, partitioner: "Partitioner", decoding: "Decoding", max_decode_length: int, seed: int
     ) -> "Predictor":
-        """The compiled functions that evaluation and inference use; the last three arguments are for generation."""
+        """Return the compiled functions for evaluation and inference; the last three arguments are for generation."""
         ...
 
     def pretrained(self, params: Any, path: Any, mesh: Any) -> Any:
-        """What `t5x_lite.load` returns for these parameters, with the tokenizer found at `path`."""
+        """Return the object that `t5x_lite.load` gives for these parameters, with the tokenizer at `path`."""
         ...
 
 
-NO_PARAMS = r"(?!)"  # finds nothing
+NO_PARAMS = r"(?!)"  # matches nothing
 
 
 class _Family(NamedTuple):
-    """config, model: "module:class".
+    """A model family. config and model are given as "module:class".
 
-    hub: the module that reads and writes Hugging Face's directories of these types (config.json's model_type), if any.
+    hub: module that reads and writes Hugging Face directories, or None.
+    hub_types: values of model_type in config.json that `hub` reads.
     """
 
     config: str
@@ -156,17 +157,17 @@ def _installed() -> dict[str, tuple[_Family, type[ModelConfig]]]:
 
 
 def config_types() -> dict[str, type[ModelConfig]]:
-    """The config of each family that is installed, by its name."""
+    """Return the config class of each installed family by its name."""
     return {name: kind for name, (_, kind) in _installed().items()}
 
 
 def hub_modules() -> dict[str, str]:
-    """Hugging Face's model types that can be read, and the modules that read them."""
+    """Return the Hugging Face model types that can be read, and the modules that read them."""
     return {kind: family.hub for family, _ in _installed().values() if family.hub for kind in family.hub_types}
 
 
 def model_of(config: ModelConfig) -> Model:
-    """The model that a config describes.
+    """Return the model that a config describes.
 
     Raises:
       UserError: its family is not in `FAMILIES`.
@@ -175,7 +176,7 @@ def model_of(config: ModelConfig) -> Model:
 
 
 def hub_module(config: ModelConfig) -> Any:
-    """The module with the family's Hugging Face names: `source`, `described`, `name_of` and `is_transposed`."""
+    """Return the family's Hugging Face module, with `source`, `described`, `name_of` and `is_transposed`."""
     hub = _family_of(config).hub
     if hub is None:
         raise UserError(f"Hugging Face has no model like {type(config).__name__}: convert it --to=t5x_lite")
@@ -184,7 +185,7 @@ def hub_module(config: ModelConfig) -> Any:
 
 def _family_of(config: ModelConfig) -> _Family:
     families = {kind: family for family, kind in _installed().values()}
-    for kind in type(config).__mro__:  # the nearest, where one family's config is derived from another's
+    for kind in type(config).__mro__:  # the nearest class, if one family's config is derived from another's
         if kind in families:
             return families[kind]
-    raise UserError(f"{type(config).__name__} is of no model family; there are: {', '.join(config_types())}")
+    raise UserError(f"{type(config).__name__} is not of a known model family: {', '.join(config_types())}")

@@ -1,7 +1,7 @@
-"""The layers that T5 is made of. Each parameter is said once: its shape, logical axes and initialiser stand together.
+"""T5's layers. Shape, logical axes and initialiser of each parameter are defined in one place.
 
-Shapes use the glossary of `t5.py`. Parameters are float32; a layer computes in the dtype it is given. This module
-knows nothing of configs, stacks, meshes or losses: logical axis names become mesh axes in `sharding.py`.
+The letters of axes are defined in `t5.py`. Parameters are float32; a layer computes in the given dtype. This module
+does not depend on configs, stacks, meshes or losses: `sharding.py` maps logical axis names to mesh axes.
 """
 
 import functools
@@ -21,7 +21,7 @@ Initializer = Callable[..., Array]
 
 
 def named_axes(init: Initializer, *axes: str | None) -> Initializer:
-    """The initialiser of a parameter with these logical axes, of which `sharding.py` makes mesh axes."""
+    """Return an initialiser that attaches these logical axes, which `sharding.py` maps to mesh axes."""
     return cast(Initializer, nn.with_logical_partitioning(init, axes))
 
 
@@ -43,14 +43,14 @@ class RMSNorm(nn.Module):
 def project(
     x: Float[Array, "*batch I"], kernel: Float[Array, "_ _"], output_dtype: jnp.dtype, axis: int = 0
 ) -> Float[Array, "*batch O"]:
-    """x @ kernel, with operands in x's dtype and the result in `output_dtype`.
+    """Compute x @ kernel, with operands in x's dtype and the result in `output_dtype`.
 
-    The kernel's gradient leaves its product in the kernel's own dtype, float32. The backward pass is written out,
-    because autodiff makes the kernel's gradient the transpose of a product, for which XLA's CPU compiler copies
-    transposed activations: an MLP's forward and backward pass takes 1.7 times as long.
+    The kernel's gradient is computed in the kernel's dtype, float32. The backward pass is explicit, because autodiff
+    makes the kernel's gradient the transpose of a product, for which XLA's CPU compiler copies transposed activations:
+    an MLP's forward and backward pass takes 1.7 times as long.
 
     Args:
-      axis: of the kernel, that of the inputs: [I, O] has 0, [O, I] has 1. A transposed kernel would do, but not for its
+      axis: the kernel's input axis: 0 for [I, O], 1 for [O, I]. Transposing the kernel instead does not work for its
         gradient: XLA's CPU compiler cannot run the transpose of a product of bfloat16 in float32.
     """
     return _product(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,), output_dtype)
@@ -72,7 +72,7 @@ def _project_backward(
 
 
 def _product(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Sums over pairs of axes; the others, first those of `a`, are the result's."""
+    """Contract pairs of axes; the result has the other axes, first those of `a`."""
     return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=dtype)
 
 
@@ -100,7 +100,7 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """The token table [V, D], T5's N(0, 1). Rows are gathered: 1.24x T5X's one-hot product in a CPU step."""
+    """The token embedding [V, D], initialised N(0, 1). A gather: 1.24x as fast as T5X's one-hot product on CPU."""
 
     vocab_size: int
     features: int
@@ -113,22 +113,23 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embedding"):
-            # Split over the vocabulary only while rows are gathered: XLA can partition that, and not both axes at once.
+            # Shard the table over the vocabulary only: XLA cannot partition a gather over both axes.
             table_VD = constrain(self.embedding, "vocab", None)
             return constrain(jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype), "batch", "length", "embed")
 
     def attend(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of every token, by the transposed table (tied output)."""
+        """Return the logits of every token, by the transposed table (tied output)."""
         return project(x_BTD, self.embedding, jnp.dtype("float32"), axis=1)
 
 
 def relative_position_bucket(
     relative_position: Int[Array, "..."], *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
 ) -> Int[Array, "..."]:
-    """Bucket of (key position - query position), in [0, num_buckets) (T5 paper 2.1; agrees with T5X on every integer).
+    """Map (key position - query position) to a bucket in [0, num_buckets) (T5 paper 2.1; equals T5X on every integer).
 
-    Half of the buckets are one distance each, the other half grow logarithmically up to `max_distance`, beyond which
-    all share the last. Bidirectional: the upper half of the buckets is for keys ahead. Otherwise keys ahead get 0.
+    Half of the buckets hold one distance each; the other half grow logarithmically up to `max_distance`, and all larger
+    distances share the last. If bidirectional, the upper half of the buckets is for keys after the query; otherwise
+    those keys get bucket 0.
     """
     distance = -relative_position
     first = jnp.zeros_like(distance)
@@ -138,7 +139,7 @@ def relative_position_bucket(
         distance = jnp.abs(distance)
     else:
         distance = jnp.maximum(distance, 0)
-    # The logarithm is taken on the host: an accelerator's own could move a bucket's edge by one position.
+    # The logarithm is computed on the host: an accelerator's could move a bucket boundary by one position.
     exact = num_buckets // 2
     distances = np.arange(max_distance + 1)
     with np.errstate(divide="ignore"):
@@ -149,7 +150,7 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-    """A learned scalar for each head and distance bucket, added to the attention logits. One for a whole stack."""
+    """A learned scalar per head and distance bucket, added to the attention logits."""
 
     num_heads: int
     num_buckets: int
@@ -174,9 +175,9 @@ ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "linear": lamb
 
 
 class GatedMlp(nn.Module):
-    """(product of act_i(x W_i)) W_o: one activation is T5 1.0's ReLU layer, ("gelu", "linear") T5 1.1's GEGLU.
+    """(product of act_i(x W_i)) W_o: ("relu",) is the MLP of T5 1.0, ("gelu", "linear") the GEGLU of T5 1.1.
 
-    Dropout on the hidden layer is shared along the length, as in T5X.
+    The dropout mask of the hidden layer is shared along the length, as in T5X.
     """
 
     hidden: int
@@ -201,7 +202,7 @@ class GatedMlp(nn.Module):
 
 
 class Adapter(nn.Module):
-    """x + relu(x W_i) W_o, with few hidden units (Houlsby et al. 2019). W_o is 0 at first, so that it adds nothing."""
+    """x + relu(x W_i) W_o, with few hidden units (Houlsby et al. 2019). W_o is initialised to 0."""
 
     hidden: int
     dtype: jnp.dtype
@@ -216,7 +217,7 @@ class Adapter(nn.Module):
 
 
 class LowRank(nn.Module):
-    """x A B, to be added to a dense layer of x (LoRA, Hu et al. 2021). B is 0 at first, so that it adds nothing."""
+    """x A B, added to the output of a dense layer (LoRA, Hu et al. 2021). B is initialised to 0."""
 
     rank: int
     features: int

@@ -1,7 +1,7 @@
-"""What the backward pass finds kept of the forward pass, and what it computes anew: the option REMAT.
+"""Rematerialisation, option REMAT: which results are saved for the backward pass and which are recomputed.
 
-"minimal" keeps what a matrix product or an attention kernel has given, and computes anew what is cheap. Such results
-are kept by a name that they get here; this module must not know layers or models.
+"minimal" saves the results of matrix products and attention kernels, and recomputes everything else. `keep` marks the
+results to save by name. This module must not depend on layers or models.
 """
 
 from typing import Any
@@ -14,25 +14,25 @@ from jaxtyping import Array
 from t5x_lite.model.interface import Remat
 
 PRODUCT = "product"
-# What cuDNN's backward pass wants of its forward pass has no name, and would cost that pass once more.
+# The residuals of cuDNN's forward pass have no name; recomputing them would repeat the whole pass.
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
 def keep(x: Any) -> Array:
-    """`x`, marked as dear: "minimal" keeps it."""
+    """Mark `x` as expensive, so that "minimal" saves it."""
     return checkpoint_name(x, PRODUCT)
 
 
-def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+def _is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == CUDNN_FORWARD
 
 
 def checkpointed(layer: type[nn.Module], remat: Remat, *, scanned: bool) -> type[nn.Module]:
-    """`layer` with its backward pass as `remat` says. scanned: it is the body of a loop."""
+    """Return `layer` with the remat policy `remat`. scanned: the layer is the body of a scan."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    # JAX's own policies for products do not see into functions with a backward pass of their own, as `project` is.
-    minimal = policies.save_from_both_policies(policies.save_only_these_names(PRODUCT), _of_cudnn)
-    # A loop already keeps XLA from merging the recomputation with the first pass; unrolled layers need the barrier.
+    # JAX's own policies for products do not apply inside functions with a custom backward pass, such as `project`.
+    minimal = policies.save_from_both_policies(policies.save_only_these_names(PRODUCT), _is_cudnn_forward)
+    # In a loop XLA cannot merge the recomputation with the forward pass; unrolled layers need the CSE barrier.
     return nn.remat(layer, policy=minimal if remat == "minimal" else None, prevent_cse=not scanned)

@@ -1,15 +1,15 @@
-"""T5 (Raffel et al. 2020): the encoder-decoder, versions 1.0 and 1.1, and its decoder alone (a language model or a
-prefix language model). Sizes are in config.py, layers in transformer.py and layers.py.
+"""T5 (Raffel et al. 2020): the encoder-decoder, versions 1.0 and 1.1, and decoder-only models (causal or prefix LM).
 
-Axes of every array are named by one letter, in names (`x_BTD`) and in einsum strings alike:
+Sizes are in config.py, layers in transformer.py and layers.py. Axes are named by one letter, in variable names
+(`x_BTD`) and einsum strings:
 
     B batch             D d_model            F d_ff (hidden layer of the MLP)
     S encoder length    H attention heads    V vocabulary
     T decoder length    K head_dim           L layers of a stack
 
-The layers of a stack are stored stacked on a leading axis L, under the name `layers`, whether they are run by a scan
-or unrolled: both have the same parameters, so checkpoints, optimizer and sharding know one layout only. Names are
-T5X's. This module knows nothing of losses, optimizers, meshes or data; token 0 is padding, and starts the decoder.
+The parameters of a stack's layers are stacked on a leading axis L, under the name `layers`, both for scan and for
+unrolled layers, so checkpoints, optimizer and sharding have one layout. Parameter names are T5X's. Token 0 is padding
+and the decoder's start token. This module does not depend on losses, optimizers, meshes or data.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,14 @@ from t5x_lite.sharding import constrain
 
 
 class T5(nn.Module):
-    """T5 1.0 and 1.1. `T5(config, train=True)` has dropout on and needs a "dropout" key where the rate is above 0.
+    """T5 1.0 and 1.1. `T5(config, train=True)` turns dropout on and needs a "dropout" key if the rate is above 0.
 
-    Of a decoder alone the encoder's arguments are None; a row holds inputs and targets one behind the other, and
-    `decoder_causal_attention` (SeqIO's name) is 1 where a prefix language model's tokens see one another: where the
-    start token and then the inputs are read.
+    In a decoder-only model the encoder's arguments are None, and a row holds inputs followed by targets.
+    `decoder_causal_attention` (SeqIO's name) is 1 at the positions of a prefix LM that attend to one another: the start
+    token and the inputs.
 
-    Token arrays are int32, 0 is padding. Segment ids (0 = padding) are given when several examples are packed into one
-    row, and keep them apart. Positions are not asked for: T5 knows relative positions only, and those within a segment
-    are differences of indices.
+    Token arrays are int32, 0 is padding. Segment ids (0 = padding) separate examples that are packed into one row.
+    There are no position arguments: T5 uses relative positions only, which within a segment are index differences.
     """
 
     config: T5Config
@@ -58,11 +57,15 @@ class T5(nn.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         decoder_causal_attention: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits, float32."""
+        """Return teacher-forced logits, float32."""
         encoded_BSD = None if self.config.decoder_only else self.encode(encoder_input_tokens, encoder_segment_ids)
         return self.decode(
-            *(encoded_BSD, encoder_input_tokens, decoder_input_tokens),
-            *(encoder_segment_ids, decoder_segment_ids, decoder_causal_attention),
+            encoded_BSD,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            decoder_causal_attention,
         )
 
     def encode(
@@ -82,9 +85,9 @@ class T5(nn.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         decoder_causal_attention: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits for all target positions at once, float32.
+        """Return logits for all target positions at once, float32.
 
-        Targets that are not packed need no mask beside the causal one: padding comes last, where nothing sees it.
+        Unpacked targets need only the causal mask: padding comes last, so no real token attends to it.
         """
         x_BTD, _ = self.decoder(
             self.token_embedder(decoder_input_tokens),
@@ -100,7 +103,7 @@ class T5(nn.Module):
         return decoder_causal_attention if self.config.prefix_lm else None
 
     def start_cache(self, encoded_BSD: Float[Array, "B S D"] | None, rows: int, max_length: int) -> Cache:
-        """The cache of B = `rows` rows before the first token, with room for `max_length` tokens."""
+        """Return an empty cache of B = `rows` rows with room for `max_length` tokens."""
         return self.decoder.start_cache(encoded_BSD, rows, max_length)
 
     def decode_step(
@@ -113,12 +116,12 @@ class T5(nn.Module):
         decoder_causal_attention: Int[Array, "B M"] | None = None,
         parents: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits of the next tokens (usually one), at positions index, index + 1, ...; and the new cache.
+        """Return the logits of the next tokens (usually one) at positions index, index + 1, ..., and the new cache.
 
         Args:
-          parents: row b goes on from what row parents[b] of the cache has decoded; None: each from its own.
-          decoder_segment_ids, decoder_causal_attention: of all M places of the cache: segment 0 is never seen, which
-            lets rows of different lengths end at the same place.
+          parents: row b continues row parents[b] of the cache; None: each row continues itself.
+          decoder_segment_ids, decoder_causal_attention: for all M positions of the cache. Segment 0 is masked, so rows
+            of different lengths can end at the same position.
         """
         x_BTD, new_cache = self.decoder(
             self.token_embedder(decoder_input_tokens),
@@ -141,14 +144,14 @@ class T5(nn.Module):
 
 
 def _segments(tokens: Int[Array, "B S"] | None, segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"] | None:
-    """A row that is not packed is one segment and padding."""
+    """Return the segment ids; an unpacked row is one segment followed by padding."""
     return (tokens != 0).astype(jnp.int32) if segment_ids is None and tokens is not None else segment_ids
 
 
 def forward(
     config: T5Config, params: Any, batch: Mapping[str, Array], dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T V"]:
-    """Teacher-forced logits of a batch of SeqIO's fields, packed or not; with dropout if a key is given."""
+    """Return teacher-forced logits of a batch with SeqIO's fields, packed or not; dropout is on if a key is given."""
     logits_BTV = T5(config, train=dropout_key is not None).apply(
         {"params": params},
         batch.get("encoder_input_tokens"),

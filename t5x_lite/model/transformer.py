@@ -1,7 +1,7 @@
-"""T5's two stacks of layers, and the cache of a decoder that is part of the way through.
+"""T5's encoder and decoder stacks, and the decoder's cache.
 
-The layers of a stack are stored stacked on a leading axis L, under the name `layers`, whether they are run by a scan
-or unrolled. Axes and names are those of t5.py. This module knows embedded tokens, not tokens or logits of them.
+The parameters of a stack's layers are stacked on a leading axis L, under the name `layers`, both for scan and for
+unrolled layers. Axes and names are those of t5.py. This module handles embedded tokens, not token ids or logits.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from t5x_lite.sharding import constrain
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of a decoder that is part of the way through: an explicit argument and result of `decode_step`.
+    """Keys and values of cached decoding, an explicit argument and result of `decode_step`.
 
-    self_*: of the tokens decoded so far, zeros after them. cross_*: of the encoded inputs, complete from the start, or
-    None without an encoder; several rows, one behind the other, may share one of these: the beams or samples of an
-    input. The length comes last: a product with one query would else move it there, at each step.
+    self_*: keys and values of the tokens decoded so far, followed by zeros. cross_*: keys and values of the encoded
+    inputs, computed once, or None without an encoder; consecutive rows (the beams or samples of an input) share one.
+    The length axis is last, because a product with a single query would otherwise transpose it at each step.
     """
 
     self_key: Float[Array, "L B H K T"]
@@ -42,7 +42,7 @@ def _append_to_cache(
     index: Int[Array, ""] | int,
     parents_B: Int[Array, " B"] | None,
 ) -> tuple[Float[Array, "L B H K T"], Float[Array, "B T H K"]]:
-    """A cache with new tokens of a layer at `index`, written in place where XLA can; and that layer's part of it."""
+    """Write new tokens of a layer at `index`, in place if XLA can; return the cache and the layer's slice of it."""
     new_BHKT = jnp.moveaxis(new_BTHK, 1, -1)
     if parents_B is None:
         x_LBHKT = jax.lax.dynamic_update_slice(x_LBHKT, new_BHKT[None], (layer, 0, 0, 0, index))
@@ -56,7 +56,7 @@ def _layer_slice(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> F
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values come from `keys_values` (of x itself, of the encoder, or of a cache)."""
+    """Multi-head attention. Keys and values come from `keys_values` (of x or the encoder's output) or from a cache."""
 
     config: T5Config
     train: bool
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
         def query_init(*args: Any) -> Array:
-            return normal(*args) / jnp.sqrt(c.head_dim)  # the scale that the logits do not get
+            return normal(*args) / jnp.sqrt(c.head_dim)  # replaces the 1/sqrt(K) of the logits
 
         self.query = Dense(joined, ("embed", "joined_kv"), query_init, c.compute_dtype)
         self.key = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
@@ -117,7 +117,7 @@ def _relative_bias(config: T5Config, **options: Any) -> RelativePositionBias:
 
 
 class EncoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Where no bias is given, the layer has its own."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Without a given bias, the layer has its own."""
 
     config: T5Config
     train: bool
@@ -145,9 +145,9 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoded inputs if any, and the MLP, each on a normed input and added.
+    """Causal self-attention, cross-attention if there is an encoder, and the MLP, as pre-norm residual blocks.
 
-    Where no bias is given, the layer has its own.
+    Without a given bias, the layer has its own.
     """
 
     config: T5Config
@@ -183,9 +183,9 @@ class DecoderLayer(nn.Module):
         key, value = self.self_attention.keys_values(h_BTD)
         if cache is not None:
             assert self_attention_mask.offset is not None
-            where = (layer, self_attention_mask.offset, parents_B)
-            self_key, key = _append_to_cache(cache.self_key, key, *where)
-            self_value, value = _append_to_cache(cache.self_value, value, *where)
+            offset = self_attention_mask.offset
+            self_key, key = _append_to_cache(cache.self_key, key, layer, offset, parents_B)
+            self_value, value = _append_to_cache(cache.self_value, value, layer, offset, parents_B)
             cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
         if bias_HTS is None:
             positions_T = self_attention_mask.query_positions(x_BTD.shape[1])
@@ -200,7 +200,7 @@ class DecoderLayer(nn.Module):
             else:
                 assert cache is not None and cache.cross_key is not None and cache.cross_value is not None
                 key, value = _layer_slice(cache.cross_key, layer), _layer_slice(cache.cross_value, layer)
-            # Rows that are decoded from the same inputs, one behind the other, are queries of one row: all see all.
+            # Consecutive rows decoded from the same inputs become queries of one row, since there is no causal mask.
             h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_attention_mask)
             x_BTD += self.dropout(h_BTD.reshape(x_BTD.shape))
 
@@ -216,7 +216,7 @@ class DecoderLayer(nn.Module):
 
 
 def stack(layer: type[nn.Module], config: Any, length: int, **in_axes: tuple) -> type[nn.Module]:
-    """`length` layers under one name, parameters on a leading axis, as config.scan_layers and config.remat say.
+    """Stack `length` layers, with parameters on a leading axis, by config.scan_layers and config.remat.
 
     in_axes: method -> scan axes of its arguments.
     """
@@ -234,7 +234,7 @@ def stack(layer: type[nn.Module], config: Any, length: int, **in_axes: tuple) ->
 
 
 class Encoder(nn.Module):
-    """Embedded inputs to encodings."""
+    """The encoder stack: maps embedded inputs to encodings."""
 
     config: T5Config
     train: bool
@@ -254,7 +254,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded tokens, attending to the encodings (or to a cache of them) if there are any, to hidden states."""
+    """The decoder stack: maps embedded tokens to hidden states, with cross-attention to encodings or their cache."""
 
     config: T5Config
     train: bool
@@ -263,13 +263,12 @@ class Decoder(nn.Module):
         c = self.config
         if c.relative_bias == "shared":
             self.relpos_bias = _relative_bias(c, bidirectional=False)
-        everywhere = nn.broadcast
         self.layers = stack(
             DecoderLayer,
             c,
             c.num_decoder_layers,
-            __call__=(0, everywhere, everywhere, everywhere, everywhere, everywhere),
-            cross_keys_values=(everywhere,),
+            __call__=(0, *(nn.broadcast,) * 5),
+            cross_keys_values=(nn.broadcast,),
         )(c, self.train)
         self.decoder_norm = RMSNorm(c.compute_dtype)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)

@@ -1,8 +1,8 @@
-"""What a run will take, before the machine is rented: its real step, compiled for devices that need not be there.
+"""Plan a run's memory and step time by compiling its training step for hardware that you do not have.
 
-Memory is what the compiler allotted; FLOPs are counted in the program before it is compiled, collectives and traffic
-with the memory in the compiled one. Times are bounds from these and the chip's published peaks, no measurements. This
-module reads no data and runs nothing; it knows the step, the machine and what chips are said to do.
+Memory is what the compiler allocates. FLOPs are counted in the traced program; collectives and memory traffic in the
+compiled one. Times are lower bounds from these numbers and the chip's published peak rates, not measurements. This
+module reads no data and runs no program.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ from t5x_lite.training.optim import Optimizer
 
 @dataclasses.dataclass
 class Memory:
-    """Bytes on each device, as the compiler counts them, with the padding of its layouts.
+    """Bytes per device, as counted by the compiler, including the padding of its layouts.
 
-    needed: all together; outputs that take an argument's place (aliased) count once. The others are unknown (None)
-    where the compiler refused the program for its size and said no more.
+    needed: total; outputs that alias an argument count once. The other fields are None if the compiler rejected the
+    program for its size.
     """
 
     needed: int
@@ -44,9 +44,9 @@ class Memory:
 
 @dataclasses.dataclass
 class Times:
-    """Seconds for a step if one thing alone bounded it, at the published peak; None: unknown.
+    """Lower bounds of the step time in seconds, one for each resource, at published peak rates; None if unknown.
 
-    compute: matrix products, what remat repeats included. memory: traffic with HBM. links, network: collectives inside
+    compute: matrix products, including those repeated by remat. memory: HBM traffic. links, network: collectives within
     a slice (host), and between slices (hosts).
     """
 
@@ -57,13 +57,12 @@ class Times:
 
     @property
     def bound(self) -> float | None:
-        known = [seconds for seconds in vars(self).values() if seconds is not None]
-        return max(known, default=None)
+        return max((seconds for seconds in vars(self).values() if seconds is not None), default=None)
 
 
 @dataclasses.dataclass
 class Plan:
-    """Bytes are of each device. `parameters` ... `batch` follow from shapes and shardings, without padding."""
+    """The plan of one run. Bytes are per device; those of parameters, optimizer and batch exclude padding."""
 
     topology: str
     devices: int
@@ -91,7 +90,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None: the capacity is not known."""
+        """Whether the step fits in memory; None if the capacity is unknown."""
         return None if self.capacity is None else self.memory.needed <= self.capacity
 
 
@@ -109,12 +108,12 @@ def of_step(
     rng_impl: str = "threefry2x32",
     on_paper: bool = False,
 ) -> Plan:
-    """Compiles one training step for `topology`.
+    """Compile one training step for `topology`.
 
     Args:
       abstract, batch: shapes and shardings of the state and of a global batch, on the compiler's mesh.
-      lengths: of the features in a row.
-      on_paper: do not compile what cannot fit by `least_memory`; that is then the plan's memory.
+      lengths: length of each feature.
+      on_paper: skip the compilation if `least_memory` exceeds the chip's memory; the plan then reports `least_memory`.
     """
     key = jax.eval_shape(lambda: jax.random.key(0, impl=rng_impl))
     train_step = compiler.train_step(
@@ -172,10 +171,10 @@ def least_memory(
     batch: Mapping[str, jax.ShapeDtypeStruct],
     num_microbatches: int = 1,
 ) -> float:
-    """Bytes on each device below which no compiled step can stay: state, gradients, logits and saved activations.
+    """Return a lower bound of the bytes per device of a step: state, gradients, logits and saved activations.
 
-    Of what the backward pass is traced to save a compiler may recompute cheap parts, so half of it counts, and that as
-    if it were divided over all devices.
+    The compiler may recompute cheap residuals of the backward pass, so half of their size counts, divided by the number
+    of devices.
     """
     rows = next(iter(batch.values())).shape[0] // num_microbatches
     part = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
@@ -186,48 +185,51 @@ def least_memory(
             return jax.vjp(lambda params: model.logits(params, part, jax.random.key(0)), params)
 
     leaves = jax.tree.leaves(jax.eval_shape(saved, abstract.params, part))
-    held = sum(x.size * x.dtype.itemsize for x in leaves if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
-    held -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
-    return shard_bytes(abstract) + shard_bytes(abstract.params) + max(held, 0) / 2 / compiler.mesh.size
+    residuals = sum(
+        x.size * x.dtype.itemsize for x in leaves if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+    residuals -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+    return shard_bytes(abstract) + shard_bytes(abstract.params) + max(residuals, 0) / 2 / compiler.mesh.size
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's part of abstract arrays."""
+    """Return the bytes of one device's shards of abstract arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
 
 
 def compile_within(lowered: Any, topology: Topology) -> tuple[Memory, Any | None, float]:
-    """Memory, the compiled program and the seconds that it took; None: it is larger than the chip's memory."""
+    """Return memory, the compiled program (None if it exceeds the chip's memory) and the compile time in seconds."""
     start = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        # The TPU's compiler refuses what does not fit, which is an answer to what is asked here.
-        said = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not said:
+        # The TPU compiler rejects a program that does not fit, and reports the size that it needs.
+        match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not match:
             raise
-        size, unit = (said[1], said[2]) if said[1] else (said[3], said[4])
+        size, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
         return Memory(int(float(size) * 1024 ** ("KMGT".index(unit) + 1))), None, time.monotonic() - start
     return memory_of(compiled), compiled, time.monotonic() - start
 
 
 def memory_of(compiled: Any) -> Memory:
-    """Returns what the compiler allotted to a compiled program."""
+    """Return the memory that the compiler allocated to a compiled program."""
     m = compiled.memory_analysis()
     parts = (m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes)
     program = m.generated_code_size_in_bytes
     return Memory(parts[0] + parts[1] - parts[2] + parts[3] + program, *parts, program)
 
 
-# Of its attention, as JAX calls it: queries with keys, weights with values; backward these again, and four gradients.
+# Matrix products per attention call, by JAX primitive. Forward: qk and weights times values. Backward: qk again and
+# four gradients.
 CUDNN_PRODUCTS = {remat.CUDNN_FORWARD: 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def matmul_flops(jaxpr: Any) -> float:
-    """FLOPs of all matrix products in a traced program, of all devices together; what remat repeats counts again.
+    """Return the FLOPs of all matrix products in a traced program, for all devices, including those repeated by remat.
 
-    A `while` that is no scan counts once, of the branches of a `cond` the dearest.
+    A `while` loop that is not a scan counts once; of the branches of a `cond` the most expensive counts.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -257,11 +259,12 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 
 
 def bounds(plan: Plan, topology: Topology) -> Times:
+    """Return the lower bounds of the step time from the plan's counts and the chip's peak rates."""
     chip = topology.chip
     if not chip.flops:
         return Times()
-    inside = sum(found.bytes for found in plan.collectives.values())
-    between = sum(found.network_bytes for found in plan.collectives.values())
+    inside = sum(total.bytes for total in plan.collectives.values())
+    between = sum(total.network_bytes for total in plan.collectives.values())
     return Times(
         compute=plan.executed_flops / plan.devices / chip.flops,
         memory=None if plan.traffic is None else plan.traffic / chip.memory_bandwidth,
@@ -270,16 +273,13 @@ def bounds(plan: Plan, topology: Topology) -> Times:
     )
 
 
-# What is said of it
-
-
 def table(plan: Plan) -> str:
-    """The plan as lines of text."""
+    """Return the plan as text."""
     m, t = plan.memory, plan.times
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lengths = " / ".join(str(length) for length in plan.lengths.values())
     capacity = "" if plan.capacity is None else f" of {gib(plan.capacity)}"
-    fits = {True: "fits", False: "DOES NOT FIT", None: "the device's memory is not known"}[plan.fits]
+    fits = {True: "fits", False: "DOES NOT FIT", None: "the device's memory is unknown"}[plan.fits]
     lines = [
         ("topology", f"{plan.topology}: {plan.devices} device(s), mesh {mesh}"),
         ("batch", f"{plan.batch_size} rows of {lengths}, {plan.num_microbatches} micro-batch(es), remat {plan.remat}"),
@@ -296,14 +296,14 @@ def table(plan: Plan) -> str:
         ("  of them in arguments' place", m.aliased),
         ("  program", m.program),
     ):
-        lines.append((name, "unknown: the compiler refused" if value is None else gib(value)))
+        lines.append((name, "unknown: the compiler rejected the program" if value is None else gib(value)))
     extra = plan.executed_flops / plan.flops - 1
-    lines.append(("FLOPs a step", f"{plan.flops:.3e} (and {extra:.0%} more are computed: remat and such)"))
-    for kind, found in sorted(plan.collectives.items()):
-        further = f", and {gib(found.network_bytes)} to other slices or hosts" if found.network_bytes else ""
-        lines.append((kind, f"{found.count:,} a step, each device sends {gib(found.bytes)}{further}"))
+    lines.append(("FLOPs a step", f"{plan.flops:.3e} ({extra:.0%} more with remat and other overhead)"))
+    for kind, total in sorted(plan.collectives.items()):
+        network = f", and {gib(total.network_bytes)} to other slices or hosts" if total.network_bytes else ""
+        lines.append((kind, f"{total.count:,} per step, each device sends {gib(total.bytes)}{network}"))
     if plan.traffic is not None:
-        lines.append(("traffic with memory", f"{gib(plan.traffic)} a device and step"))
+        lines.append(("traffic with memory", f"{gib(plan.traffic)} per device and step"))
     if plan.step_seconds and plan.mfu:
         parts = [f"{name} {seconds * 1e3:.1f}" for name, seconds in vars(t).items() if seconds is not None]
         lines.append(("bounds, ms", ", ".join(parts)))
@@ -320,10 +320,10 @@ def table(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.step_seconds:
-        notes.append("a bound, the largest of those above, each at the published peak; real steps take longer")
+        notes.append("this is the largest of the bounds above, at published peak rates; real steps take longer")
     if plan.compiled_for == "cpu" and plan.capacity is not None:
-        notes.append("no JAX for NVIDIA GPUs is installed: temporaries are those of the program that CPUs get, which")
-        notes.append("computes bfloat16 in float32; for the real ones: pip install -r requirements-gpu.txt")
+        notes.append("JAX for NVIDIA GPUs is not installed: temporaries are those of a program compiled for CPU, which")
+        notes.append("computes bfloat16 in float32; for exact numbers: pip install -r requirements-gpu.txt")
     return notes
 
 

@@ -1,7 +1,7 @@
-"""What a compiled XLA program does on one device in one run: its collectives, and its traffic with the memory.
+"""Count collectives and memory traffic of a compiled XLA program, per device and run.
 
-Read out of the program's text, for XLA's own count (`cost_analysis`) takes the body of a loop once. Here a loop counts
-as often as it runs. Knows the text form of HLO; must not know models, meshes or chips.
+The counts are parsed from the HLO text, because XLA's own (`cost_analysis`) count the body of a loop once. Here a body
+counts once per iteration. Must not depend on models, meshes or chips.
 """
 
 import collections
@@ -15,7 +15,7 @@ from t5x_lite.errors import UserError
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# What costs nothing by itself: names for what is there already, or a wrapper of computations that are counted.
+# Instructions without traffic of their own: aliases, and wrappers of computations that are counted separately.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 FREE |= {"partition-id", "replica-id", "opt-barrier", "iota"}
 
@@ -31,7 +31,7 @@ class Instruction:
     opcode: str
     operands: list[str]
     attributes: str
-    inside: str  # between the brackets, as it stands
+    inside: str  # the text between the parentheses
     root: bool
 
 
@@ -40,7 +40,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass
 class Collectives:
-    """Of one kind: how many run, and the bytes that one device sends for them, in its domain and to others."""
+    """Count of one kind of collective, and the bytes that one device sends for it within its domain and to others."""
 
     count: int = 0
     bytes: float = 0.0
@@ -56,14 +56,14 @@ class Program:
         entry = ""
         for line in text.splitlines():
             if line.startswith(" "):
-                if found := _instruction(line):
-                    current[found.name] = found
+                if instruction := _instruction(line):
+                    current[instruction.name] = instruction
             elif head := _HEAD.match(line):
                 current = self.computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
         if not entry:
-            raise UserError("this is no text of a compiled program: it has no ENTRY computation")
-        self.unknown_loops: list[str] = []  # whose number of turns the text does not give: counted once
+            raise UserError("this is not the text of a compiled program: it has no ENTRY computation")
+        self.unknown_loops: list[str] = []  # loops without a known trip count, counted once
         self.times: collections.Counter[str] = collections.Counter()  # how often each computation runs
         self.fused: set[str] = set()
         self._visit(entry, 1)
@@ -80,9 +80,9 @@ class Program:
                     self._visit(callee, times * turns)
 
     def _turns(self, loop: Instruction, around: Computation) -> int:
-        """From XLA's own count, or from a condition `i < constant` and a body that adds a constant to i."""
-        if known := re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)', loop.attributes):
-            return int(known[1])
+        """Return a loop's trip count: XLA's, or from a condition `i < constant` and a body adding a constant to i."""
+        if trip_count := re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)', loop.attributes):
+            return int(trip_count[1])
         condition, body = (
             self.computations[m[1]] if (m := re.search(rf"{part}=%([\w.\-]+)", loop.attributes)) else {}
             for part in ("condition", "body")
@@ -108,19 +108,18 @@ class Program:
         return max(-(-(end - start) // (step or 1)), 0)
 
     def collectives(self, devices: int, domain: Sequence[int] | None = None) -> dict[str, Collectives]:
-        """By kind. Bytes are the fewest that algorithms with rings inside each domain, and then between them, send.
+        """Return the collectives by kind. Bytes are those of ring algorithms within each domain, then between domains.
 
-        For n devices of d domains, m = n / d in each, with x bytes on each device: inside, all-gather sends (n - d) x,
-        reduce-scatter (m - 1)/m x, all-to-all (m - 1)/n x; to other domains (d - 1) x, (d - 1)/d x/m and (n - m)/n x;
-        all-reduce twice what reduce-scatter does; collective-permute x, on the one way or on the other.
+        For n devices in d domains of m = n / d devices each, and x bytes per device: within a domain, all-gather sends
+        (n - d) x, reduce-scatter (m - 1)/m x, all-to-all (m - 1)/n x; to other domains (d - 1) x, (d - 1)/d x/m and
+        (n - m)/n x. All-reduce sends twice as much as reduce-scatter. Collective-permute sends x, either way.
 
         Args:
-          domain: the slice (or host) of each device, in the order of the mesh; None: all in one.
+          domain: slice (or host) of each device, in mesh order; None: all devices are in one domain.
         """
-        # A collective that is spread over several fusions, to overlap with them, stands in each: it runs as often as
-        # the rarest of them.
-        spread: dict[str, int] = {}
-        found = []
+        # A collective that overlaps with several fusions appears in each: it runs as often as the least frequent one.
+        runs: dict[str, int] = {}
+        instructions = []
         for name, computation in self.computations.items():
             for instruction in computation.values():
                 kind = _kind(instruction)
@@ -128,16 +127,16 @@ class Program:
                     continue
                 chain = "chain_id=" in instruction.attributes and re.search(r"channel_id=\d+", instruction.attributes)
                 key = chain[0] if chain else f"{name} {instruction.name}"
-                if key not in spread:
-                    found.append((key, kind, instruction, computation))
-                spread[key] = min(spread.get(key, self.times[name]), self.times[name])
+                if key not in runs:
+                    instructions.append((key, kind, instruction, computation))
+                runs[key] = min(runs.get(key, self.times[name]), self.times[name])
         result: dict[str, Collectives] = collections.defaultdict(Collectives)
-        for key, kind, instruction, computation in found:
-            # One between slices has become a `send` of its first operand to the same device of each other slice.
-            apart = instruction.opcode == "send"
-            held = sum(_bytes(computation[o].shape) for o in instruction.operands[: 1 if apart else None])
+        for key, kind, instruction, computation in instructions:
+            # Between slices, XLA emits a `send` of the first operand to the same device of each other slice.
+            is_send = instruction.opcode == "send"
+            size = sum(_bytes(computation[o].shape) for o in instruction.operands[: 1 if is_send else None])
             group = _groups(instruction.attributes, devices)[0]
-            members = sorted(set(domain or [0])) if apart else [domain[device] if domain else 0 for device in group]
+            members = sorted(set(domain or [0])) if is_send else [domain[device] if domain else 0 for device in group]
             n, d = len(members), len(set(members))
             if n == 1:
                 continue
@@ -147,17 +146,17 @@ class Program:
                 "all-to-all": ((m - 1) / n, (n - m) / n),
                 "collective-permute": (float(d == 1), float(d > 1)),
             }.get(kind, ((m - 1) / m, (d - 1) / d / m))
-            passes = spread[key] * (2 if kind == "all-reduce" else 1)
-            result[kind].count += spread[key]
-            result[kind].bytes += passes * held * inside
-            result[kind].network_bytes += passes * held * between
+            passes = runs[key] * (2 if kind == "all-reduce" else 1)
+            result[kind].count += runs[key]
+            result[kind].bytes += passes * size * inside
+            result[kind].network_bytes += passes * size * between
         return dict(result)
 
     def memory_traffic(self) -> float:
-        """Bytes to and from the device's main memory: what each instruction (a fusion is one) reads and writes there.
+        """Return the bytes that all instructions (a fusion counts as one) read from and write to main memory.
 
-        What only a part is read or written of, counts as that part. Arrays in another memory space (a TPU's VMEM) do
-        not count.
+        If only a part of an array is read or written, that part counts. Arrays in another memory space (a TPU's VMEM)
+        do not count.
         """
         total = 0.0
         for name, computation in self.computations.items():
@@ -170,8 +169,8 @@ class Program:
             return 0.0
         operands = [around[o].shape for o in i.operands if o in around]
         if i.opcode == "custom-call" and not operands:
-            return 0.0  # room, not traffic
-        if i.opcode.endswith("-start"):  # both sides in one tuple
+            return 0.0  # allocates memory only
+        if i.opcode.endswith("-start"):  # the tuple holds source and destination
             sizes = [size for size in map(_array_bytes, _arrays(i.shape)) if size[0] > 8]
             return min((s for s, _ in sizes), default=0) * sum(main for _, main in sizes[:2])
         if i.opcode in ("dynamic-slice", "gather", "slice", "copy", "reshape", "transpose"):
@@ -193,7 +192,7 @@ class Program:
         return read + written
 
     def _read(self, inner: Computation, parameter: str) -> float:
-        """How much of a fusion's parameter is read, at most."""
+        """Return an upper bound of the bytes read of a fusion's parameter."""
         total = 0.0
         for user in inner.values():
             if parameter not in user.operands or user.opcode == "tuple" or user.opcode in KINDS:
@@ -210,7 +209,7 @@ class Program:
         return total
 
     def _written(self, inner: Computation, part: Instruction) -> float:
-        """How much of a fusion's result is written, at most: nothing of a parameter that is passed on."""
+        """Return an upper bound of the bytes written of a fusion's result; 0 for a parameter that is passed through."""
         if part.opcode == "parameter" or part.opcode in KINDS:
             return 0.0
         if part.opcode == "bitcast":
@@ -247,13 +246,13 @@ def _closing(text: str, start: int) -> int:
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise UserError(f"unbalanced brackets in a line of HLO: {text[:200]}")
+    raise UserError(f"unbalanced parentheses in a line of HLO: {text[:200]}")
 
 
 def _kind(instruction: Instruction) -> str:
-    sent = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    if sent and instruction.opcode == "send":
-        return sent[1].lower().replace("_", "-")
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if transfer and instruction.opcode == "send":
+        return transfer[1].lower().replace("_", "-")
     return instruction.opcode.removesuffix("-start")
 
 
@@ -267,10 +266,10 @@ def _callees(attributes: str) -> list[str]:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    found = computation.get(name)
-    if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.inside):
+    instruction = computation.get(name)
+    if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.inside):
         return None
-    return int(found.inside)
+    return int(instruction.inside)
 
 
 def _arrays(shape: str) -> list[tuple[str, str, str]]:
@@ -278,7 +277,7 @@ def _arrays(shape: str) -> list[tuple[str, str, str]]:
 
 
 def _array_bytes(array: tuple[str, str, str]) -> tuple[float, bool]:
-    """Of an array in a shape's text: its bytes, and whether it lies in the main memory, space 0."""
+    """Return the bytes of an array in a shape's text, and whether it is in main memory (space 0)."""
     dtype, dims, layout = array
     bits = {"pred": 8, "token": 0, "opaque": 0}.get(dtype) if not re.search(r"\d", dtype) else None
     if bits is None:
@@ -298,7 +297,7 @@ def _main_bytes(shape: str) -> float:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """The devices that exchange with one another, [groups, devices of a group], in all forms that XLA prints."""
+    """Return the groups of devices that communicate, [groups, devices per group], from any form that XLA prints."""
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes):
         moves = [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
         across = [pair for pair in moves if pair[0] != pair[1]]
@@ -316,4 +315,4 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         order = [a for a in sizes if a not in joined] + joined
         ids = ids.transpose([list(sizes).index(a) for a in order])
         return ids.reshape(-1, int(np.prod([sizes[a] for a in joined])))
-    return np.arange(devices)[None]  # all of them
+    return np.arange(devices)[None]  # all devices

@@ -1,7 +1,6 @@
-"""Which mesh, remat policy and number of micro-batches fit a topology, and which of them should be the quickest.
+"""Suggest the mesh, remat policy and number of micro-batches that fit a topology and have the best step-time bound.
 
-Few are compiled: what cannot fit by a count on paper is left out. It knows plans, and nothing of gin files but the
-names of those in gin_configs/mesh.
+A setting whose estimated memory already exceeds the chip's is not compiled. Mesh names are those in gin_configs/mesh.
 """
 
 import logging
@@ -16,7 +15,7 @@ from t5x_lite.plan.topologies import Topology
 
 log = logging.getLogger("t5x_lite")
 
-# As in gin_configs/mesh/*.gin, the thriftiest with memory that goes with every model first.
+# As in gin_configs/mesh/*.gin. The first needs the least memory and supports every model.
 MESHES: dict[str, Mapping[str, int]] = {
     "fsdp": {"data": 1, "fsdp": -1, "tensor": 1},
     "data": {"data": -1, "fsdp": 1, "tensor": 1},
@@ -25,7 +24,7 @@ MESHES: dict[str, Mapping[str, int]] = {
 
 
 class Setting(NamedTuple):
-    """One of the combinations that are tried; `name` is the mesh's in gin_configs/mesh."""
+    """A combination to try; `name` is the mesh file in gin_configs/mesh."""
 
     name: str
     mesh: Mapping[str, int]
@@ -37,32 +36,33 @@ Make = Callable[[Setting], Plan]
 
 
 def best(make: Make, batch_size: int, topology: Topology) -> tuple[Setting, Plan]:
-    """The setting that fits and has the best bound on the step's time, and its plan; prints all that was compiled.
+    """Return the setting that fits and has the lowest step-time bound, and its plan; print all compiled settings.
 
-    On the first mesh that can hold the model each remat policy is compiled, with the fewest micro-batches that fit; the
-    best of these is then tried on the other meshes.
+    On the first mesh that fits the model, every remat policy is compiled with the fewest micro-batches that fit. The
+    best policy is then tried on the other meshes.
 
     Args:
-      make: compiles a setting, where it may fit (`on_paper` of plan.of_step).
-      batch_size: rows of a global batch, the most micro-batches that are tried.
+      make: compiles a setting if it may fit (`on_paper` of plan.of_step).
+      batch_size: rows of a global batch, the upper limit of micro-batches.
 
     Raises:
-      UserError: nothing fits.
+      UserError: no setting fits.
     """
     fitting: list[tuple[Setting, Plan]] = []
     errors: list[ValueError | None] = []
     policies: tuple[Remat, ...] = get_args(Remat)
     print(f"{'mesh':12} {'REMAT':8} {'NUM_MICROBATCHES':16}  memory a device  step at least")
     for name, mesh in MESHES.items():
-        of_mesh = [plan for remat in policies if (plan := _fewest_parts(make, batch_size, name, mesh, remat, errors))]
-        fitting += of_mesh
-        if of_mesh:
-            policies = (min(of_mesh, key=_seconds)[0].remat,)
+        settings = (_fewest_parts(make, batch_size, name, mesh, remat, errors) for remat in policies)
+        candidates = [setting for setting in settings if setting]
+        fitting += candidates
+        if candidates:
+            policies = (min(candidates, key=_seconds)[0].remat,)
     if not fitting and errors and None not in errors:
-        raise UserError(str(errors[0]))  # not the memory, but something that no mesh puts right
+        raise UserError(str(errors[0]))  # an error that is not about memory and occurs on every mesh
     if not fitting:
         raise UserError(
-            f"nothing fits {topology.name} on any of the meshes {', '.join(MESHES)}: take more or larger devices, "
+            f"nothing fits {topology.name} on any of the meshes {', '.join(MESHES)}: use more or larger devices, "
             "or a smaller BATCH_SIZE"
         )
     setting, plan = min(fitting, key=_seconds)
@@ -85,9 +85,9 @@ def _fewest_parts(
     remat: Remat,
     errors: list[ValueError | None],
 ) -> tuple[Setting, Plan] | None:
-    """The setting with the fewest micro-batches that fit; None: none do, or the mesh does not suit model and batch.
+    """Return the setting with the fewest micro-batches that fits; None if none does or the mesh is unsuitable.
 
-    Adds to `errors` why a setting could not be planned, and None for each that could.
+    Appends to `errors` the error of each setting, or None if it could be planned.
     """
     parts = 1
     while parts <= batch_size:
@@ -96,12 +96,12 @@ def _fewest_parts(
         try:
             plan = make(setting)
         except ValueError as error:
-            log.info("%s  left out: %s", line, error)
+            log.info("%s  skipped: %s", line, error)
             errors.append(error)
             return None
         errors.append(None)
         if plan.compile_seconds == 0.0:
-            log.info("%s  left out: needs %s at least", line, gib(plan.memory.needed))
+            log.info("%s  skipped: needs at least %s", line, gib(plan.memory.needed))
         else:
             seconds = "" if plan.step_seconds is None else f"{plan.step_seconds * 1e3:.1f} ms"
             note = "  does not fit" if plan.fits is False else ""

@@ -1,7 +1,7 @@
-"""What a person reads when a run has ended: scores beside baselines, some predictions, where everything is, what next.
+"""Report on a finished run: scores with baselines, sample predictions, output files and next steps.
 
-In the terminal, and at length in MODEL_DIR/report.html, which `python -m t5x_lite.report MODEL_DIR` makes again. It
-takes scores and the files that a run has left in MODEL_DIR; it must not know the model, SeqIO or TensorFlow.
+A summary is printed, and the full report is MODEL_DIR/report.html (`python -m t5x_lite.report MODEL_DIR` rewrites it).
+Reads scores and the files in MODEL_DIR; must not depend on the model, SeqIO or TensorFlow.
 """
 
 import dataclasses
@@ -16,54 +16,54 @@ from t5x_lite.report.page import About
 
 Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
-PREDICTIONS_SHOWN = 3  # of each task
-WIDTH = 100  # characters of a text
+PREDICTIONS_SHOWN = 3  # per task
+WIDTH = 100  # characters of a printed text
 PAGE = "report.html"
-ABOUT_FILE = "report.json"  # what the page shows beside metrics.jsonl and predictions/, for when it is made again
+ABOUT_FILE = "report.json"  # the `About` of the page, for rewriting it
 
 
 def table(scores: Scores, baselines: page.Baselines) -> str:
-    """Lines of task, metric, score and, where there is one, baseline."""
+    """Return a table of task, metric, score and baseline."""
     rows = [("task", "metric", "score", "baseline")]
     notes = []
     for task, metrics in scores.items():
-        known = baselines.get(task, {})
+        baseline = baselines.get(task, {})
         for metric, value in metrics.items():
-            rows.append((task, metric, f"{value:.4g}", f"{known[metric]:.4g}" if metric in known else ""))
-        if "what" in known:
-            notes.append(f"  baseline of {task}: {known['what']}")
+            rows.append((task, metric, f"{value:.4g}", f"{baseline[metric]:.4g}" if metric in baseline else ""))
+        if "what" in baseline:
+            notes.append(f"  baseline of {task}: {baseline['what']}")
     if not baselines:
         rows = [row[:3] for row in rows]
     return "\n".join([_aligned(rows), *notes])
 
 
 def confusions(folder: Path, step: int) -> str:
-    """How often each target (row) got each prediction (column), by task, of those tasks whose targets are classes."""
-    found = []
+    """Return the confusion tables (rows: target, columns: prediction) of the classification tasks."""
+    tables = []
     for file in sorted((folder / "predictions").glob(f"*-{step}.jsonl")):
         rows = read_predictions(file)
         if labels := analysis.classes(rows):
             counts = analysis.confusion(rows, labels).astype(str)
             head = (f"{file.name.removesuffix(f'-{step}.jsonl')}: target, by prediction", *labels, "other")
-            found.append(_aligned([head, *((label, *row) for label, row in zip(labels, counts, strict=True))]))
-    return "\n\n".join(found)
+            tables.append(_aligned([head, *((label, *row) for label, row in zip(labels, counts, strict=True))]))
+    return "\n\n".join(tables)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A line a row, a column below another."""
+    """Format rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def write_page(folder: Path, about: About | None = None) -> Path:
-    """Writes report.html from metrics.jsonl and each task's newest predictions that belong to scores in it.
+    """Write report.html from metrics.jsonl and each task's newest predictions for a step in it.
 
     Args:
-      folder: MODEL_DIR, local.
-      about: kept in report.json; None: as it is there.
+      folder: a local MODEL_DIR.
+      about: saved to report.json; None reads it from there.
 
     Raises:
-      FileNotFoundError, ValueError: there are no metrics; a file is not what a run writes.
+      MissingFileError, UserError: there are no metrics, or a file is damaged.
     """
     train, tasks = analysis.curves(metric_logger.read_metrics(folder))
     if about is not None:
@@ -80,31 +80,31 @@ def write_page(folder: Path, about: About | None = None) -> Path:
     about = about or About()
     text = page.page(about.run or folder.resolve().name, train, tasks, predicted, about)
     partial = folder / f"{PAGE}.partial"
-    partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # predictions may hold half a surrogate pair
+    partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # predictions may contain half of a surrogate pair
     return partial.replace(folder / PAGE)
 
 
 def read_predictions(path: Path) -> list[analysis.Row]:
-    """The rows that say what was due. Raises ValueError, with file and line, for what is no JSON."""
+    """Return the rows that have targets. Raises UserError, with file and line, for invalid JSON."""
     with path.open(encoding="utf-8") as lines:
         rows = [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     return [row for row in rows if "targets" in row]
 
 
-def _parsed(text: str, place: str) -> dict:
+def _parsed(text: str, location: str) -> dict:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        raise UserError(f"{place} is not JSON: {text[:60]!r}; remove it") from None
+        raise UserError(f"{location} is not JSON: {text[:60]!r}; remove it") from None
 
 
 def after_training(
     folder: Path, scores: Scores, step: int, about: About, next_steps: tuple[str, Sequence[str]]
 ) -> None:
-    """Draws loss.png, writes report.html and prints the report of a training run that ended at `step`.
+    """Draw loss.png, write report.html and print the report of a training run that ended at `step`.
 
     Args:
-      next_steps: what can be done with the model in addition to training on, in words and as commands.
+      next_steps: a description and commands of what to do with the model, apart from more training.
     """
     losses = {f"{task}: baseline": named["loss"] for task, named in about.baselines.items() if "loss" in named}
     picture = metric_logger.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
@@ -116,7 +116,7 @@ def after_training(
             print(f"\n{task}")
             print("\n".join(_shown(file)))
     config = folder / "config.gin"
-    what, commands = next_steps
+    description, commands = next_steps
     indented = "\n".join(f"  {command}" for command in commands)
     print(f"""
 {write_page(folder, about)}  scores, curves and predictions, for a browser
@@ -124,16 +124,16 @@ def after_training(
 {folder / metric_logger.METRICS_FILE}  every number of the run; `tensorboard --logdir {folder}` shows them
 {folder / "predictions"}/*.jsonl  all predictions on validation data
 {folder / "checkpoints"}/  the model
-{config}  this run's options, to be given to --gin_file again
+{config}  this run's options, for --gin_file
 
-What next: train on; {what}:
+What next: train on; {description}:
   python run.py --gin_file={config} --gin.TRAIN_STEPS={2 * step}
 {indented}
 """)
 
 
 def _shown(file: Path) -> list[str]:
-    """The first predictions of a file, an input with what was due and what came."""
+    """Return the first inputs, targets and predictions of a file as lines."""
     lines = []
     for row in read_predictions(file)[:PREDICTIONS_SHOWN]:
         lines.append(f"  {_short(row['inputs'])}")

@@ -10,14 +10,14 @@ from t5x_lite.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m t5x_lite.report", description="Writes MODEL_DIR/report.html from what a run has left there."
+        prog="python -m t5x_lite.report", description="Writes MODEL_DIR/report.html from the files of a run."
     )
     parser.add_argument("model_dir", help="a local folder")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        if "://" in asked.model_dir:
-            raise UserError(f"{asked.model_dir} is no local folder: copy it, or use run.py --mode=eval")
-        print(report.write_page(Path(asked.model_dir)))
+        if "://" in args.model_dir:
+            raise UserError(f"{args.model_dir} is not a local folder: copy it, or use run.py --mode=eval")
+        print(report.write_page(Path(args.model_dir)))
     except (UserError, OSError) as error:
         print(f"t5x_lite.report: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""What a run's records and predictions say: curves, best scores, confusions, the worst examples, the words that differ.
+"""Analyse a run's records and predictions: curves, best scores, confusion tables, worst examples, word differences.
 
-Takes what metrics.jsonl and predictions/*.jsonl hold once it is read. Must not know files, HTML, JAX or TensorFlow.
+Takes parsed rows of metrics.jsonl and predictions/*.jsonl. Must not depend on files, HTML, JAX or TensorFlow.
 """
 
 import collections
@@ -15,34 +15,34 @@ import numpy as np
 
 Curve = dict[int, float]  # by step, in order
 Curves = dict[str, dict[str, Curve]]  # by task and metric
-Row = Mapping[str, Any]  # `inputs`, `targets`; `prediction` and `score` where there are any
+Row = Mapping[str, Any]  # `inputs`, `targets`; `prediction` and `score` if given
 
 MAX_CLASSES = 12
 MAX_LABEL = 40  # characters
-ROWS_A_CLASS = 5  # at least, on average: short answers that hardly ever come twice are no classes
+ROWS_A_CLASS = 5  # minimum on average: short answers that rarely repeat are not classes
 
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> tuple[Curve, Curves]:
-    """The training loss and every validation metric, over steps; of a step that is there twice the later record counts.
+    """Return the training loss and every validation metric by step; a later record of a step replaces an earlier one.
 
-    Losses are cross entropies (nats a target token) where the records tell them from their z-loss.
+    Losses are cross entropies (nats per target token) if the records separate them from the z-loss.
     """
     train: Curve = {}
     tasks: Curves = {}
     for record in records:
         loss = record.get("cross_ent_loss", record.get("loss"))
         if record["split"] == "train":
-            found: Mapping[str, Any] = {"loss": loss}
-            into = {"loss": train}
+            values: Mapping[str, Any] = {"loss": loss}
+            target = {"loss": train}
         else:
             others = {k: v for k, v in record.items() if k not in ("step", "split", "task", "loss", "cross_ent_loss")}
-            found = {"loss": loss} | others
-            into = tasks.setdefault(record.get("task", "validation"), {})
-        for name, value in found.items():
+            values = {"loss": loss} | others
+            target = tasks.setdefault(record.get("task", "validation"), {})
+        for name, value in values.items():
             if value is not None:
-                into.setdefault(name, {})[record["step"]] = float(value)
+                target.setdefault(name, {})[record["step"]] = float(value)
     ordered = {
         task: {name: dict(sorted(c.items())) for name, c in named.items()} for task, named in tasks.items() if named
     }
@@ -54,13 +54,13 @@ def lower_is_better(metric: str) -> bool:
 
 
 def best(metric: str, curve: Curve) -> tuple[int, float]:
-    """The step of the best value, the first such step if there are several, and the value."""
+    """Return the first step with the best value, and the value."""
     pick = min if lower_is_better(metric) else max
     return pick(curve.items(), key=lambda point: point[1])
 
 
 def binned(curve: Curve, most: int) -> list[tuple[float, float, float, float]]:
-    """(step, mean, least, greatest) of each of at most `most` groups of so many neighbouring points."""
+    """Return (step, mean, min, max) of at most `most` groups of consecutive points."""
     points = np.array(list(curve.items()), np.float64)
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -71,35 +71,35 @@ def binned(curve: Curve, most: int) -> list[tuple[float, float, float, float]]:
 
 
 def classes(rows: Sequence[Row]) -> list[str] | None:
-    """The targets of a classification task, sorted; None where they are many, long or seldom the same, or nothing was
-    predicted."""
-    found = {row["targets"] for row in rows if "prediction" in row}
-    if not 0 < len(found) <= min(MAX_CLASSES, len(rows) / ROWS_A_CLASS) or max(map(len, found)) > MAX_LABEL:
+    """Return the sorted classes of a classification task; None if targets are many, long or rarely repeat, or there are
+    no predictions."""
+    labels = {row["targets"] for row in rows if "prediction" in row}
+    if not 0 < len(labels) <= min(MAX_CLASSES, len(rows) / ROWS_A_CLASS) or max(map(len, labels)) > MAX_LABEL:
         return None
-    return sorted(found, key=lambda label: (_number(label), label))
+    return sorted(labels, key=lambda label: (_number(label), label))
 
 
 def confusion(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
-    """How often each target (row) got each prediction (column) -> int [n, n + 1]; the last column is any other text."""
-    place = {label: i for i, label in enumerate(labels)}
+    """Return the confusion matrix, int [n, n + 1]: targets by predictions; the last column is any other text."""
+    index = {label: i for i, label in enumerate(labels)}
     counts = np.zeros((len(labels), len(labels) + 1), int)
     for row in rows:
-        counts[place[row["targets"]], place.get(row["prediction"], len(labels))] += 1
+        counts[index[row["targets"]], index.get(row["prediction"], len(labels))] += 1
     return counts
 
 
 def numeric(rows: Sequence[Row]) -> bool:
-    """Whether all targets are numbers, as STS-B's."""
+    """Return whether all targets are numbers, as in STS-B."""
     return bool(rows) and all(math.isfinite(_number(row["targets"])) for row in rows)
 
 
 def distance(row: Row) -> float:
-    """Between the numbers that target and prediction spell; infinite where the prediction spells none."""
+    """Return |prediction - target|; infinity if the prediction is not a number."""
     return abs(_number(row["prediction"]) - _number(row["targets"]))
 
 
 def _number(text: str) -> float:
-    """What the text spells; infinity if that is no finite number."""
+    """Return the number in `text`; infinity if it is not a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -114,14 +114,14 @@ _ARTICLES = {"a", "an", "the"}
 
 
 def words(text: str) -> list[str]:
-    """As SQuAD's metric sees them: lower case, without ASCII punctuation and articles."""
+    """Return the words that SQuAD's metric compares: lower case, without ASCII punctuation and articles."""
     return [word for word in text.lower().translate(_PUNCTUATION).split() if word not in _ARTICLES]
 
 
 def f1(row: Row) -> float:
-    """F1 of the `words` of target and prediction, in 0..1: SQuAD's, but 1 for equal texts that have no words.
+    """Return SQuAD's F1 of the `words` of target and prediction, in 0..1; 1 for equal texts without words.
 
-    A test holds it to tasks.metrics, which cannot be imported without TensorFlow.
+    Not imported from tasks.metrics, which needs TensorFlow; a test compares the two.
     """
     if row["targets"] == row["prediction"]:
         return 1.0
@@ -129,19 +129,19 @@ def f1(row: Row) -> float:
     return 2 * (t & p).total() / (t.total() + p.total()) if t and p else 0.0
 
 
-Pieces = list[tuple[str, bool]]  # of a text, which they make up; and whether the other text lacks them
+Pieces = list[tuple[str, bool]]  # consecutive pieces of a text, and whether the other text lacks them
 
 
 def differences(target: str, prediction: str) -> tuple[Pieces, Pieces]:
-    """Both texts in pieces, those marked that the other lacks; what `words` does not see is no difference."""
+    """Split both texts into pieces, and mark those that the other text lacks; only `words` are compared."""
     texts = [re.findall(r"\S+\s*|\s+", text) for text in (target, prediction)]
     keys = [["".join(words(token)) for token in tokens] for tokens in texts]
-    places = [[i for i, key in enumerate(k) if key] for k in keys]
-    seen = [[k[i] for i in place] for k, place in zip(keys, places, strict=True)]
-    alone: tuple[set[int], set[int]] = (set(), set())
-    for kind, *spans in difflib.SequenceMatcher(None, *seen, autojunk=False).get_opcodes():
+    positions = [[i for i, key in enumerate(k) if key] for k in keys]
+    compared = [[k[i] for i in indices] for k, indices in zip(keys, positions, strict=True)]
+    unmatched: tuple[set[int], set[int]] = (set(), set())
+    for kind, *spans in difflib.SequenceMatcher(None, *compared, autojunk=False).get_opcodes():
         if kind != "equal":
             for side, (first, last) in enumerate((spans[:2], spans[2:])):
-                alone[side].update(places[side][first:last])
-    marked = [[(token, i in side) for i, token in enumerate(t)] for t, side in zip(texts, alone, strict=True)]
+                unmatched[side].update(positions[side][first:last])
+    marked = [[(token, i in side) for i, token in enumerate(t)] for t, side in zip(texts, unmatched, strict=True)]
     return marked[0], marked[1]

@@ -1,7 +1,7 @@
-"""Curves as HTML: an SVG that is as wide as there is room, with its numbers and names beside it as text.
+"""Draw curves as HTML: an SVG as wide as the page, with tick labels and line names as positioned text.
 
-The SVG is stretched sideways, so lines keep their width by `non-scaling-stroke`, and text, which would be stretched
-too, is placed over it by CSS; dots are lines of no length with round ends. Must not know files, runs or predictions.
+The SVG is stretched horizontally, so lines use `non-scaling-stroke`, and text is positioned over it by CSS. Dots are
+zero-length lines with round caps. Must not depend on files, runs or predictions.
 """
 
 import html
@@ -10,26 +10,26 @@ from collections.abc import Sequence
 
 from t5x_lite.report.analysis import Curve, Curves, best, binned
 
-WIDTH = 1000  # of the SVG in its own units; its height is in pixels
-BINS = 100  # of the training loss: more points are drawn as their mean and range
+WIDTH = 1000  # of the SVG in user units; its height is in pixels
+BINS = 100  # more points of the training loss are drawn as mean and range of bins
 COLOURS = 8  # classes c1 ... c8 of the style sheet; c0 is the training loss
-SETTLED = 0.04  # the part of a run behind which losses are to be seen whole: before it they fall from far above
-DOTS = 60  # a line of more points has none
-LABEL = 16  # pixels from one label to the next
+SETTLED = 0.04  # the plot is scaled to losses after this fraction of the run; the initial drop is cut off
+DOTS = 60  # longer lines have no dots
+LABEL = 16  # minimum distance of labels in pixels
 
 Point = tuple[float | int, float]  # step, value
 Points = Sequence[Point]
 
 
 def number(value: float, largest: float) -> str:
-    """With so many decimals as all values up to `largest` have: 2 of percentages, 3 of losses and shares."""
+    """Format `value` with the decimals of values up to `largest`: 2 for percentages, 3 for losses and shares."""
     return f"{value:,.{2 if largest >= 10 else 3}f}"
 
 
 def losses(train: Curve, tasks: Curves) -> str:
-    """One plot of the training loss and each task's validation loss; nothing where no loss has two points."""
-    found = {task: named["loss"] for task, named in tasks.items() if len(named.get("loss", ())) > 1}
-    lines: list[tuple[str, Points]] = [(task, list(curve.items())) for task, curve in found.items()]
+    """Plot the training loss and each task's validation loss; empty if no loss has two points."""
+    validation = {task: named["loss"] for task, named in tasks.items() if len(named.get("loss", ())) > 1}
+    lines: list[tuple[str, Points]] = [(task, list(curve.items())) for task, curve in validation.items()]
     classes = [f"c{1 + i % COLOURS}" for i in range(len(lines))]
     band: Points = []
     if len(train) > 1:
@@ -43,18 +43,18 @@ def losses(train: Curve, tasks: Curves) -> str:
     early = min(steps) + SETTLED * (max(steps) - min(steps))
     top = max(value for _, points in lines for step, value in points if step >= early)
     cut = any(value > top for _, points in lines for _, value in points)
-    caption = "Loss, nats a target token" + "<small>the first steps, above this, are cut off</small>" * cut
+    caption = "Loss, nats per target token" + "<small>the first steps, above this, are cut off</small>" * cut
     return _plot(caption, lines, classes, band, max(300, LABEL * (len(lines) + 1)), 5, top=top)
 
 
 def panel(task: str, metric: str, curve: Curve) -> str:
-    """A small plot of one metric of one task, its best value marked; nothing of a single point."""
+    """Draw a small plot of one metric of a task with its best value marked; empty for a single point."""
     if len(curve) < 2:
         return ""
     step, value = best(metric, curve)
     title = f"{html.escape(task)} <b>{html.escape(metric)}</b>"
-    said = f"best {number(value, max(curve.values()))} at step {step:,}"
-    return _plot(f"{title}<small>{said}</small>", [("", list(curve.items()))], ["c1"], (), 110, 3, (step, value))
+    note = f"best {number(value, max(curve.values()))} at step {step:,}"
+    return _plot(f"{title}<small>{note}</small>", [("", list(curve.items()))], ["c1"], (), 110, 3, (step, value))
 
 
 def _plot(
@@ -67,7 +67,7 @@ def _plot(
     marked: Point | None = None,
     top: float = math.inf,
 ) -> str:
-    """Named lines of (step, value) up to the value `top`, each with its newest value at its end; `caption` is HTML."""
+    """Plot named lines of (step, value) up to the value `top`, labelled with their last value; `caption` is HTML."""
     every = [point for _, points in lines for point in points] + list(band)
     steps, values = zip(*every, strict=True)
     left, right = (0.0 if min(steps) < max(steps) / 4 else float(min(steps))), float(max(steps))
@@ -97,15 +97,15 @@ def _plot(
         if len(points) <= DOTS and style != "c0":
             for step, value in points:
                 kind = "dot best" if (step, value) == marked else "dot"
-                where = f"M{x(step):.1f} {y(value):.1f}h0"
-                said = f"{html.escape(name)} step {step:,}: {number(value, top)}"
-                drawn.append(f'<path class="{kind} {style}" d="{where}"><title>{said.strip()}</title></path>')
+                start = f"M{x(step):.1f} {y(value):.1f}h0"
+                tooltip = f"{html.escape(name)} step {step:,}: {number(value, top)}"
+                drawn.append(f'<path class="{kind} {style}" d="{start}"><title>{tooltip.strip()}</title></path>')
     ends = [points[-1][1] for _, points in lines]
-    places = _apart([y(value) for value in ends], height)
-    for (name, _), style, value, place in zip(lines, classes, ends, places, strict=True):
-        said = f"<b>{number(value, top)}</b> {html.escape(name)}".strip()
-        text.append(f'<span class="end {style}" style="top:{place:.1f}px">{said}</span>')
-    aloud = "; ".join(
+    label_tops = _apart([y(value) for value in ends], height)
+    for (name, _), style, value, label_top in zip(lines, classes, ends, label_tops, strict=True):
+        label = f"<b>{number(value, top)}</b> {html.escape(name)}".strip()
+        text.append(f'<span class="end {style}" style="top:{label_top:.1f}px">{label}</span>')
+    spoken = "; ".join(
         f"{name or 'value'} from {points[0][1]:.4g} at step {points[0][0]:,.0f} to {points[-1][1]:.4g} at step "
         f"{points[-1][0]:,.0f}"
         for name, points in lines
@@ -113,21 +113,21 @@ def _plot(
     gutter = max(len(name) for name, _ in lines) + 7
     return (
         f'<figure><figcaption>{caption}</figcaption><div class="plot" style="height:{height}px;--gutter:{gutter}ch">'
-        f'<svg role="img" aria-label="{html.escape(aloud)}" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none">'
+        f'<svg role="img" aria-label="{html.escape(spoken)}" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none">'
         f"{''.join(drawn)}</svg>{''.join(text)}</div></figure>"
     )
 
 
 def _ticks(low: float, high: float, most: int, least: float = 0.0) -> list[tuple[float, str]]:
-    """At most `most` + 1 round numbers in the range, not less than `least` apart, with their labels."""
+    """Return at most `most` + 1 round numbers in the range, at least `least` apart, with labels."""
     if high <= low:
         return [(low, _short(low))]
     unit = 10.0 ** math.floor(math.log10((high - low) / most))
     steps = (max(least, unit * times) for times in (1, 2, 5, 10))
     step = next(step for step in steps if math.floor(high / step) - math.ceil(low / step) <= most)
     decimals = max(0, -math.floor(math.log10(step * 1.0001)))
-    found = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return [(value, f"{value:.{decimals}f}" if decimals else _short(value)) for value in found]
+    values = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [(value, f"{value:.{decimals}f}" if decimals else _short(value)) for value in values]
 
 
 def _short(value: float) -> str:
@@ -137,10 +137,10 @@ def _short(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _apart(places: Sequence[float], height: int) -> list[float]:
-    """The places of labels moved so little that none covers another; in the given order, between 0 and height."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = list(places)
+def _apart(positions: Sequence[float], height: int) -> list[float]:
+    """Move label positions as little as needed to avoid overlaps; results are in the given order, in [0, height]."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    moved = list(positions)
     for before, i in zip([None, *order], order, strict=False):
         moved[i] = max(moved[i], 0.0 if before is None else moved[before] + LABEL)
     limit = float(height)

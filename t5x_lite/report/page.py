@@ -1,7 +1,7 @@
-"""A run as one HTML page that opens from disk: scores, curves, the mixture, and where the predictions go wrong.
+"""Render a run as a self-contained HTML page: scores, curves, mixture rates, and wrong predictions.
 
-The page has no scripts and asks for nothing; its own policy (CSP) forbids both, whatever a prediction may hold.
-Takes numbers and rows; must not know files, JAX or TensorFlow.
+The page has no scripts and loads nothing; its Content-Security-Policy forbids both, whatever a prediction contains.
+Takes numbers and rows; must not depend on files, JAX or TensorFlow.
 """
 
 import dataclasses
@@ -13,45 +13,45 @@ from t5x_lite.report.curves import number
 from t5x_lite.report.predictions import escaped, name
 from t5x_lite.report.style import CSS
 
-Baselines = Mapping[str, Mapping[str, float | str]]  # by task and metric; "what" says in words what they are
+Baselines = Mapping[str, Mapping[str, float | str]]  # by task and metric; "what" describes them
 
-COMMON = ("loss", "token_accuracy")  # what every task has, beside its own metrics
+COMMON = ("loss", "token_accuracy")  # every task has these in addition to its own metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a run knows and its records do not say."""
+    """Facts about a run that are not in its records."""
 
     mixture: str = ""
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # share of training, by task
     baselines: Baselines = dataclasses.field(default_factory=dict)
-    run: str = ""  # its name, where that is not its folder's: a bucket's files are made in another
+    run: str = ""  # its name, if that differs from the folder's, as for files mirrored to a bucket
 
 
 def page(
     run: str, train: Curve, tasks: Curves, predicted: Mapping[str, tuple[int, Sequence[Row]]], about: About
 ) -> str:
-    """The whole document.
+    """Return the HTML document.
 
     Args:
-      run: its name.
-      train, tasks: as from `analysis.curves`.
-      predicted: by task, the step and the rows of the predictions that are to be shown.
+      run: name of the run.
+      train, tasks: results of `analysis.curves`.
+      predicted: by task, the step and the rows of the predictions to show.
     """
-    places = {task: f"task-{i}" for i, task in enumerate(predicted)}
-    sections = [predictions.section(task, *found, places[task]) for task, found in predicted.items()]
+    anchors = {task: f"task-{i}" for i, task in enumerate(predicted)}
+    sections = [predictions.section(task, step, rows, anchors[task]) for task, (step, rows) in predicted.items()]
     legend = f'<p class="note">{predictions.LEGEND}</p>' if sections else ""
     parts = {
-        "Scores": _scores(tasks, places, about.baselines),
+        "Scores": _scores(tasks, anchors, about.baselines),
         "Curves": _curves(train, tasks),
         f"Mixture {escaped(about.mixture)}": _rates(about.rates),
         "Predictions": legend + "".join(sections),
     }
     steps = [*train, *(step for named in tasks.values() for curve in named.values() for step in curve)]
-    said = [f"step {max(steps):,}"] if steps else []
+    summary = [f"step {max(steps):,}"] if steps else []
     if train:
-        said.append(f"training loss {list(train.values())[-1]:.3f}")
-    said.append(f"{len(tasks)} task{'s' * (len(tasks) != 1)} evaluated")
+        summary.append(f"training loss {list(train.values())[-1]:.3f}")
+    summary.append(f"{len(tasks)} task{'s' * (len(tasks) != 1)} evaluated")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
@@ -63,7 +63,7 @@ def page(
 <style>{CSS}</style>
 </head>
 <body>
-<header><h1>{escaped(run)}</h1><p class="note">{" · ".join(said)}</p></header>
+<header><h1>{escaped(run)}</h1><p class="note">{" · ".join(summary)}</p></header>
 <main>
 {"".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in parts.items() if body)}
 </main>
@@ -72,18 +72,18 @@ def page(
 """
 
 
-def _scores(tasks: Curves, places: Mapping[str, str], baselines: Baselines) -> str:
+def _scores(tasks: Curves, anchors: Mapping[str, str], baselines: Baselines) -> str:
     if not tasks:
         return ""
     last = max(step for named in tasks.values() for curve in named.values() for step in curve)
     groups, notes = [], []
     with_baselines = any(metric in named for task, named in tasks.items() for metric in baselines.get(task, ()))
     for task, named in tasks.items():
-        known = baselines.get(task, {})
-        if "what" in known:
-            notes.append(f"<br>Baseline of {escaped(task)}: {escaped(str(known['what']))}.")
-        linked = f'<a href="#{places[task]}">{name(task)}</a>' if task in places else name(task)
-        metrics = sorted(named, key=lambda metric: metric in COMMON)  # a task's own come first
+        baseline = baselines.get(task, {})
+        if "what" in baseline:
+            notes.append(f"<br>Baseline of {escaped(task)}: {escaped(str(baseline['what']))}.")
+        linked = f'<a href="#{anchors[task]}">{name(task)}</a>' if task in anchors else name(task)
+        metrics = sorted(named, key=lambda metric: metric in COMMON)  # a task's own metrics come first
         rows = []
         for i, metric in enumerate(metrics):
             curve = named[metric]
@@ -97,8 +97,8 @@ def _scores(tasks: Curves, places: Mapping[str, str], baselines: Baselines) -> s
                 f'<td class="n best">{_aligned(value, largest)}</td><td class="n step">{step:,}</td>',
             ]
             if with_baselines:
-                found = known.get(metric)
-                cells.append(f'<td class="n">{"" if found is None else _aligned(float(found), largest)}</td>')
+                score = baseline.get(metric)
+                cells.append(f'<td class="n">{"" if score is None else _aligned(float(score), largest)}</td>')
             kind = ' class="aside"' if metric in COMMON else ""
             rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
         groups.append(f"<tbody>{''.join(rows)}</tbody>")
@@ -110,13 +110,13 @@ def _scores(tasks: Curves, places: Mapping[str, str], baselines: Baselines) -> s
         f"<caption>On validation data. Newest: step {last:,}. Best: of {count} evaluation{'s' * (count != 1)}, each "
         "metric at its own best step, as the T5 paper reports.</caption>"
         f'<thead><tr><th scope="col">task</th><th scope="col">metric</th>{columns}</tr></thead>'
-        f'{"".join(groups)}</table></div><p class="note">Lower losses are better; of all else, higher.'
+        f'{"".join(groups)}</table></div><p class="note">For losses lower is better, for all other metrics higher.'
         f"{''.join(notes)}</p>"
     )
 
 
 def _aligned(value: float, largest: float) -> str:
-    """With a figure space where others have a third decimal, so that decimal points stand below one another."""
+    """Format with a figure space in place of a missing third decimal, so that decimal points are aligned."""
     return number(value, largest) + "\N{FIGURE SPACE}" * (largest >= 10)
 
 

@@ -1,6 +1,6 @@
-"""A task's predictions as HTML: a confusion table or what else sums them up, the worst of them, and some of all.
+"""Render a task's predictions as HTML: a confusion table or other summary, the worst predictions, and samples.
 
-All text that comes from a run goes through `escaped`. Takes rows; must not know files, JAX or TensorFlow.
+All text from a run goes through `escaped`. Takes rows; must not depend on files, JAX or TensorFlow.
 """
 
 import collections
@@ -13,17 +13,17 @@ import numpy as np
 from t5x_lite.report import analysis
 from t5x_lite.report.analysis import Row
 
-WORST, SAMPLES = 8, 4  # examples of each task
-LONGEST = 400  # characters of a text
+WORST, SAMPLES = 8, 4  # examples per task
+LONGEST = 400  # characters shown of a text
 LEGEND = "Marked: <del>what the prediction lacks</del> and <ins>what the target lacks</ins>."
 
 
-def section(task: str, step: int, rows: Sequence[Row], place: str) -> str:
-    """What the predictions of a task at a step amount to, the worst of them, and some of all.
+def section(task: str, step: int, rows: Sequence[Row], anchor: str) -> str:
+    """Return the section of a task: a summary of its predictions at `step`, the worst of them, and samples.
 
     Args:
-      rows: one or more.
-      place: the id of the heading.
+      rows: one or more prediction rows.
+      anchor: id of the heading.
     """
     predicted = "prediction" in rows[0]
     if labels := analysis.classes(rows):
@@ -38,10 +38,10 @@ def section(task: str, step: int, rows: Sequence[Row], place: str) -> str:
             _examples("Least likely targets", rows, _worst(rows, lambda row: row["score"]), _log_likelihood),
         )
     head = f"{len(rows):,} {'prediction' if predicted else 'scored target'}{'s' * (len(rows) > 1)} at step {step:,}"
-    return f'<section><h3 id="{place}">{name(task)}</h3><p class="note">{head}{summary}</p>{body}</section>'
+    return f'<section><h3 id="{anchor}">{name(task)}</h3><p class="note">{head}{summary}</p>{body}</section>'
 
 
-Verdict = Callable[[Row], tuple[str, str]]  # what is said of an example, and its class: right, wrong or none
+Verdict = Callable[[Row], tuple[str, str]]  # the label of an example, and its CSS class: right, wrong or empty
 
 
 def _classes(rows: Sequence[Row], labels: Sequence[str]) -> tuple[str, str]:
@@ -72,10 +72,10 @@ def _confusion(rows: Sequence[Row], labels: Sequence[str], counts: np.ndarray) -
     note = ""
     if counts[:, -1].any():
         others = collections.Counter(row["prediction"] for row in rows if row["prediction"] not in labels)
-        said = ", ".join(
+        frequent = ", ".join(
             f"{escaped(_cut(text, 60)[0]) or '(nothing)'} ({count:,})" for text, count in others.most_common(3)
         )
-        note = f'<p class="note">{others.total():,} are no label; the most frequent: <bdi>{said}</bdi>.</p>'
+        note = f'<p class="note">{others.total():,} are not a label; the most frequent: <bdi>{frequent}</bdi>.</p>'
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Confusion table"><table class="confusion">'
         '<caption>Rows: target. Columns: prediction.</caption><thead><tr><th scope="col">target</th>'
@@ -85,14 +85,14 @@ def _confusion(rows: Sequence[Row], labels: Sequence[str], counts: np.ndarray) -
 
 def _numbers(rows: Sequence[Row]) -> tuple[str, str]:
     finite = [distance for distance in map(analysis.distance, rows) if np.isfinite(distance)]
-    summary = f"; {len(rows) - len(finite):,} that are no number"
+    summary = f"; {len(rows) - len(finite):,} that are not a number"
     if finite:
         summary = f"; mean distance from the target {np.mean(finite):.3g}{summary}"
 
     def verdict(row: Row) -> tuple[str, str]:
         distance = analysis.distance(row)
         if not np.isfinite(distance):
-            return "no number", "wrong"
+            return "not a number", "wrong"
         return (f"off by {distance:.2g}", "") if distance else ("right", "right")
 
     worst = _worst(rows, lambda row: -analysis.distance(row))
@@ -105,13 +105,13 @@ def _texts(rows: Sequence[Row]) -> tuple[str, str]:
     parts.append(("some", "with some of them", sum(0 < x < 1 for x in f1)))
     parts.append(("none", "with none", sum(x == 0 for x in f1)))
     bar = "".join(f'<div class="{kind}" style="flex:{count} 0 0"></div>' for kind, _, count in parts if count)
-    summary = "; " + ", ".join(f"{count:,} {what}" for _, what, count in parts)
+    summary = "; " + ", ".join(f"{count:,} {description}" for _, description, count in parts)
 
     def verdict(row: Row) -> tuple[str, str]:
         value = analysis.f1(row)
         return f"F1 {100 * value:.0f}", "right" if value == 1 else "wrong" if value == 0 else ""
 
-    note = '<p class="note">F1 of words against the target shown; a metric that knows more answers may be milder.</p>'
+    note = '<p class="note">F1 of words against the target shown; metrics with several answers may score higher.</p>'
     below = [row for row, value in zip(rows, f1, strict=True) if value < 1]
     worst = _examples("Lowest F1", below, _worst(below, analysis.f1), verdict)
     return summary, f'<div class="parts" aria-hidden="true">{bar}</div>{note}{worst}{_samples(rows, verdict)}'
@@ -125,21 +125,21 @@ def _log_likelihood(row: Row) -> tuple[str, str]:
 
 
 def _worst(rows: Sequence[Row], goodness: Callable[[Row], float]) -> Sequence[Row]:
-    """The least good first; of equals the least likely where that is known, else some at even distances."""
+    """Return the worst rows first; ties are ordered by likelihood if known, else sampled at even distances."""
 
     def order(row: Row) -> tuple[float, float]:
         return goodness(row), row.get("score", 0.0)
 
-    found = sorted(rows, key=order)
-    if len(found) <= WORST:
-        return found
-    last = order(found[WORST - 1])
-    worse = [row for row in found[:WORST] if order(row) < last]
-    return worse + list(_spread([row for row in found if order(row) == last], WORST - len(worse)))
+    ordered = sorted(rows, key=order)
+    if len(ordered) <= WORST:
+        return ordered
+    last = order(ordered[WORST - 1])
+    worse = [row for row in ordered[:WORST] if order(row) < last]
+    return worse + list(_spread([row for row in ordered if order(row) == last], WORST - len(worse)))
 
 
 def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
-    """So many of them at even distances."""
+    """Return `count` rows at even distances, or all if there are fewer."""
     return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
 
 
@@ -147,20 +147,23 @@ def _samples(rows: Sequence[Row], verdict: Verdict) -> str:
     return _examples("Samples", rows, _spread(rows, SAMPLES), verdict)
 
 
-def _examples(title: str, among: Sequence[Row], shown: Sequence[Row], verdict: Verdict) -> str:
+def _examples(title: str, rows: Sequence[Row], shown: Sequence[Row], verdict: Verdict) -> str:
     if not shown:
         return ""
     items = "".join(_example(row, *verdict(row)) for row in shown)
-    return f'<h4>{title} <small>{len(shown)} of {len(among):,}</small></h4><ol class="examples">{items}</ol>'
+    return f'<h4>{title} <small>{len(shown)} of {len(rows):,}</small></h4><ol class="examples">{items}</ol>'
 
 
-def _example(row: Row, said: str, kind: str) -> str:
+def _example(row: Row, label: str, kind: str) -> str:
     if "prediction" in row:
-        (target, target_left), (came, came_left) = _cut(row["targets"]), _cut(row["prediction"])
-        lacking, extra = analysis.differences(target, came)
-        if kind == "right":  # in other digits, perhaps
-            lacking, extra = [(target, False)], [(came, False)]
-        parts = [("target", _marked(lacking, "del"), target_left), ("prediction", _marked(extra, "ins"), came_left)]
+        (target, target_left), (prediction, prediction_left) = _cut(row["targets"]), _cut(row["prediction"])
+        lacking, extra = analysis.differences(target, prediction)
+        if kind == "right":  # the same number may be written differently
+            lacking, extra = [(target, False)], [(prediction, False)]
+        parts = [
+            ("target", _marked(lacking, "del"), target_left),
+            ("prediction", _marked(extra, "ins"), prediction_left),
+        ]
     else:
         text, left = _cut(row["targets"])
         parts = [("target", escaped(text), left)]
@@ -169,32 +172,32 @@ def _example(row: Row, said: str, kind: str) -> str:
         f'<dt>{part}</dt><dd class="{part}" dir="auto">{text or "<small>(nothing)</small>"}{_rest(left)}</dd>'
         for part, text, left in parts
     )
-    return f'<li><p class="verdict {kind}">{said}</p><dl>{body}</dl></li>'
+    return f'<li><p class="verdict {kind}">{label}</p><dl>{body}</dl></li>'
 
 
 def _marked(pieces: analysis.Pieces, tag: str) -> str:
-    """Runs of marked pieces within one element, the space behind the last left outside."""
-    done = []
+    """Wrap each run of marked pieces in one element, without its trailing space."""
+    elements = []
     for marked, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
         text = "".join(token for token, _ in run)
         bare = text.rstrip()
-        done.append(f"<{tag}>{escaped(bare)}</{tag}>{escaped(text[len(bare) :])}" if marked else escaped(text))
-    return "".join(done)
+        elements.append(f"<{tag}>{escaped(bare)}</{tag}>{escaped(text[len(bare) :])}" if marked else escaped(text))
+    return "".join(elements)
 
 
 def _cut(text: str, longest: int = LONGEST) -> tuple[str, int]:
-    """The beginning of a text, and how many characters are left out."""
+    """Return the beginning of a text, and the number of characters left out."""
     return (text, 0) if len(text) <= longest else (text[:longest], len(text) - longest)
 
 
 def _passages(text: str, target: str) -> str:
-    """Of a long input the beginning, where questions stand, and where the target does; without one, the end."""
+    """Return the beginning of a long input and the passage around the target, or the end if it is not in the input."""
     if len(text) <= LONGEST:
         return escaped(text)
     half = LONGEST // 2
     first = text.rfind(" ", 0, half) + 1 or half
-    at = text.find(target, first) if target else -1
-    begin, end = (at - half // 2, at + half // 2) if at >= 0 else (len(text) - half, len(text))
+    position = text.find(target, first) if target else -1
+    begin, end = (position - half // 2, position + half // 2) if position >= 0 else (len(text) - half, len(text))
     begin = max(first, text.find(" ", begin, begin + half // 4) + 1 or begin)
     end = len(text) if end >= len(text) else max(text.rfind(" ", begin, end), end - half // 4)
     gap = f"{_rest(begin - first)} " if begin > first else ""
@@ -209,10 +212,10 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 
 
 def name(text: str) -> str:
-    """Of a task or metric: may be broken at its underscores."""
+    """Escape the name of a task or metric, with line-break opportunities at underscores."""
     return escaped(text).replace("_", "_<wbr>")
 
 
 def escaped(text: str) -> str:
-    """For HTML: escaped, control characters shown as pictures of themselves."""
+    """Escape text for HTML, and show control characters as symbols."""
     return html.escape(text.translate(_CONTROLS))

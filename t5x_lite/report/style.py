@@ -1,4 +1,4 @@
-"""The page's style sheet, light and dark. As Python, so that nothing but modules need be installed."""
+"""The style sheet of the page, light and dark, as a Python string: no data files to install."""
 
 CSS = """
 :root { color-scheme: light dark;

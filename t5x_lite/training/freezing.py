@@ -1,8 +1,8 @@
-"""Which parameters train: rules over their names, and gradual unfreezing over the steps.
+"""Select the parameters that train: rules over parameter names, and gradual unfreezing.
 
 A name is a parameter's path, such as ``encoder/layers/mlp/wo/kernel``. Frozen parameters have no gradient and no
 optimizer state; the training step, the checkpoints and the log all use the `ParameterFilter` of the optimizer.
-This module knows names, arrays and steps; it must not know the model, the optimizer or the mesh.
+This module must not depend on the model, the optimizer or the mesh.
 """
 
 import dataclasses
@@ -26,12 +26,11 @@ class ParameterFilter:
     """The parameters that train.
 
     Attributes:
-      rules: (regular expression, whether it trains); the first that is found in a name decides, and what none is found
-        in is frozen. None: everything trains.
-      layers: (step, L) -> bool [L], the layers of a stack of L that train in the step after `step` updates; None: all,
-        always. They belong to the stack, so that one program serves all steps: a layer that does not train yet keeps
-        its parameters, but its gradient is computed, and the optimizer's moments follow it. When it thaws, they are
-        warm, and its first updates are no larger than any other.
+      rules: pairs (regular expression, whether matching parameters train). The first that matches a name (re.search)
+        decides; a parameter without a match is frozen. None means that all parameters train.
+      layers: (step, L) -> bool [L], the layers of a stack of L that train in the step after `step` updates; None means
+        all layers in all steps. One compiled program serves all steps: a frozen layer keeps its parameters, but its
+        gradient is computed and updates the optimizer's moments. Its first updates are therefore of normal size.
     """
 
     rules: Rules | None = None
@@ -42,12 +41,12 @@ class ParameterFilter:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"TRAINABLE: {pattern!r} is no regular expression: {error}") from None
+                raise UserError(f"TRAINABLE: {pattern!r} is not a regular expression: {error}") from None
 
     def partition(self, params: Any) -> tuple[Any, Any]:
-        """Two trees like `params`: with the leaves that train, and with those that do not.
+        """Split `params` into two trees, of the trained and of the frozen parameters.
 
-        Raises ValueError: a rule is found in no name, or nothing trains.
+        Raises ValueError if a rule matches no name, or no parameter trains.
         """
         if self.rules is None:
             return params, {}
@@ -55,11 +54,11 @@ class ParameterFilter:
         for pattern, _ in self.rules:
             if not any(re.search(pattern, name) for name in leaves):
                 nearest = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or sorted(leaves)[:3]
-                raise UserError(f"TRAINABLE: {pattern!r} is in no parameter's name; near it: {', '.join(nearest)}")
+                raise UserError(f"TRAINABLE: {pattern!r} matches no parameter's name; nearest: {', '.join(nearest)}")
         trained = {name: leaf for name, leaf in leaves.items() if self._trains(name)}
         if not trained:
             raise UserError(
-                f"TRAINABLE = {self.rules!r} trains nothing: what no rule is found in is frozen, so end with "
+                f"TRAINABLE = {self.rules!r} trains nothing: parameters that match no rule are frozen, so end with "
                 f"('', True) to train the rest, such as {', '.join(sorted(leaves)[:3])}"
             )
         frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
@@ -69,23 +68,23 @@ class ParameterFilter:
         return next((trains for pattern, trains in self.rules or () if re.search(pattern, name)), False)
 
     def apply_mask(self, step: Any, new: Any, old: Any) -> Any:
-        """`new`, the trained parameters after an update, with the layers that do not train at `step` as in `old`."""
+        """Return the updated parameters `new`, with the layers that do not train at `step` taken from `old`."""
         if self.layers is None:
             return new
 
-        def held(path: Sequence[Any], new: Array, old: Array) -> Array:
+        def mask(path: Sequence[Any], new: Array, old: Array) -> Array:
             if not is_layer_stack(path):
                 return new
             return jnp.where(self._mask(step, new), new, old)
 
-        return jax.tree_util.tree_map_with_path(held, new, old)
+        return jax.tree_util.tree_map_with_path(mask, new, old)
 
     def _mask(self, step: Any, leaf: Any) -> Bool[Array, "..."]:
         assert self.layers is not None
         return self.layers(step, leaf.shape[0]).reshape(-1, *(1,) * (leaf.ndim - 1))
 
     def count(self, params: Any, step: Any = None) -> Float[Array, ""] | int:
-        """How many numbers of `params` train; at `step`, if it is given and layers thaw one by one."""
+        """Count the trained parameters; at `step`, if it is given and layers unfreeze gradually."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.partition(params)[0])
         if self.layers is None or step is None:
             return sum(leaf.size for _, leaf in leaves)
@@ -100,35 +99,35 @@ ALL_PARAMETERS = ParameterFilter()
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """The whole tree again, of what `ParameterFilter.partition` makes."""
+    """Merge the two trees of `ParameterFilter.partition`."""
     if not frozen:
         return trained
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trained))
 
 
 def gradual_unfreezing(total_steps: int, episodes: int = 12) -> ParameterFilter:
-    """Thaws encoder and decoder in parallel, from the top, in `episodes` equal parts of the run (T5 paper 3.5.1).
+    """Unfreeze encoder and decoder in parallel, from the top, in `episodes` equal parts of the run (T5 paper 3.5.1).
 
-    In part k = 0, 1, ... the top k+1 blocks train where there are as many blocks as parts, as in T5 base; of L blocks,
-    the top (k+1) L / episodes, rounded up. Embeddings and output train throughout, as in the paper. It does not say
-    what of final norms and shared relative-bias tables: here they train throughout, too. The norms lie above the top
-    block, and the tables, like the embeddings, belong to no block; UMT5's, one a block, thaw with it.
+    In episode k = 0, 1, ... the top (k+1) L / episodes of L blocks train, rounded up: k+1 blocks if L equals
+    `episodes`, as in T5 base. Embeddings and output train throughout, as in the paper. The paper does not mention final
+    norms and shared relative-bias tables; here they train throughout as well, because the norms are above the top block
+    and the tables, like the embeddings, belong to no block. UMT5's tables, one in each block, unfreeze with it.
 
-    Raises ValueError: no steps, or more episodes than steps.
+    Raises ValueError if there are no steps, or more episodes than steps.
     """
     if not 1 <= episodes <= total_steps:
         raise UserError(f"gradual_unfreezing: 1 <= episodes = {episodes} <= total_steps = {total_steps} must hold")
 
     def layers(step: Any, count: int) -> Bool[Array, " L"]:
-        # Where episode k begins is computed here, in whole numbers that do not overflow.
+        # The first step of each episode, computed with Python integers, which do not overflow.
         starts = jnp.asarray([-(-k * total_steps // episodes) for k in range(episodes)], jnp.int32)
         episode = jnp.sum(jnp.asarray(step) >= starts) - 1
-        thawed = jnp.minimum(-(-(episode + 1) * count // episodes), count)
-        return jnp.arange(count) >= count - thawed
+        unfrozen = jnp.minimum(-(-(episode + 1) * count // episodes), count)
+        return jnp.arange(count) >= count - unfrozen
 
     return ParameterFilter(layers=layers)
 
 
 def is_layer_stack(path: Sequence[Any]) -> bool:
-    """Whether a parameter with this key path has a leading layer axis: one of the path's components is `layers`."""
+    """Return whether a parameter with this key path has a leading layer axis: a component of the path is `layers`."""
     return any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path)

@@ -1,7 +1,7 @@
 """The training loop: step, log, evaluate, save.
 
-It takes a state, a compiled step and an iterator of numpy batches, and does not know where any of them comes from. The
-device is not waited for: what step n-1 measured is fetched after step n has been launched.
+It takes a state, a compiled step and an iterator of numpy batches. It does not wait for the device: the metrics of step
+n-1 are fetched after step n has been launched.
 """
 
 import dataclasses
@@ -79,30 +79,30 @@ def train(
     """Runs from `state.step` to `schedule.last_step`, or until the data ends.
 
     Args:
-      train_step: from `step.Compiler.train_step`; the state given to it is gone afterwards.
-      batches: this host's rows. Its position is saved with the state: a batch counts as used once its step is done.
-      key: of the run, on the mesh.
-      rows: how the rows of a batch lie on the mesh.
-      evaluate: scores a state; what it returns goes to the log, and to the saver as "task/metric".
-      stop: asked after each step: True saves at once, and raises watch.Preempted. An evaluation that is due then is
-        left to the run that goes on (the saver is given None for metrics).
+      train_step: from `step.Compiler.train_step`; it donates its state.
+      batches: this host's rows. Their position is saved with the state: a batch counts as used once its step is done.
+      key: the run's dropout key, on the mesh.
+      rows: the sharding of a batch's rows.
+      evaluate: returns the scores of a state, which are logged, and passed to the saver as "task/metric".
+      stop: called after each step; if it returns True, the loop saves and raises monitors.Preempted. An evaluation that
+        is due then is left to the resumed run (the saver gets None for metrics).
       max_skipped_steps: how many steps in a row may be skipped because they were not finite.
-      dump: keeps the batch of a step somewhere; returns the sentence that says where.
+      dump: stores the batch of a step; returns a sentence that says where.
       profiler: called after the steps at which it is due, once these are done on the device.
 
     Raises:
-      FloatingPointError: one step more has been skipped.
-      watch.Preempted: `stop` said so.
+      FloatingPointError: one more step than that was not finite.
+      monitors.Preempted: `stop` returned True.
     """
     step = int(state.step)
     launched: tuple[int, Mapping[str, jax.Array], Mapping[str, np.ndarray]] | None = None
-    clock: float | None = None  # when the step before the launched one was done; None: the next one is not timed
+    clock: float | None = None  # when the step before the launched one ended; None: the next step is not timed
     times: list[float] = []  # of the steps since the last log record
     skipped = 0  # in a row
     spikes = monitors.LossSpikeDetector()
 
     def report() -> None:
-        """Waits for the launched step, and logs it if it is due."""
+        """Waits for the launched step, and logs its metrics if they are due."""
         nonlocal launched, clock, skipped
         if launched is None:
             return
@@ -120,15 +120,15 @@ def train(
             spikes(number, metrics["loss"])
             return
         skipped += 1
-        said = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "param_norm"))
+        values = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "param_norm"))
         if skipped > max_skipped_steps:
             where = f" {dump(number, batch)}" if dump is not None else ""
             raise NotFiniteError(
-                f"step {number} is not finite ({said}), and so were the {max_skipped_steps} before it that "
-                f"MAX_SKIPPED_STEPS allows; none of them changed the parameters. The last checkpoint is of step "
+                f"step {number} is not finite ({values}), nor were the {max_skipped_steps} steps before it that "
+                f"MAX_SKIPPED_STEPS allows; none of them changed the parameters. The newest checkpoint is step "
                 f"{saver and saver.latest_step()}.{where}"
             )
-        log.warning("Step %d is skipped, for it is not finite: %s.", number, said)
+        log.warning("Step %d is skipped because it is not finite: %s.", number, values)
 
     with monitors.HangDetector().watched() as progress:
         while step < schedule.last_step:
@@ -147,23 +147,25 @@ def train(
                 step += 1
                 launched = step, metrics, batch
             scores: Scores = {}
-            told = stop(step)
-            if evaluate is not None and schedule.due(schedule.evaluate, step) and not told:
+            preempted = stop(step)
+            if evaluate is not None and schedule.due(schedule.evaluate, step) and not preempted:
                 report()
                 scores = evaluate(state)
                 progress.step(step)
                 logger.evaluation(step, scores)
-            if saver is not None and (told or schedule.due(schedule.save, step)):
+            if saver is not None and (preempted or schedule.due(schedule.save, step)):
                 report()
-                named = {f"{task}/{name}": x for task, of in scores.items() for name, x in of.items()}
-                saver.save(step, state, batches, None if told else named)
+                metrics_of_tasks = {
+                    f"{task}/{name}": value for task, values in scores.items() for name, value in values.items()
+                }
+                saver.save(step, state, batches, None if preempted else metrics_of_tasks)
                 progress.step(step)
-            if told:
+            if preempted:
                 report()
-                log.warning("Told to stop: step %d is saved. The same command goes on from there.", step)
+                log.warning("Preempted: step %d is saved. The same command resumes from it.", step)
                 raise monitors.Preempted()
             if launched is None:
-                clock = time.perf_counter()  # what evaluating and saving took is not the steps'
+                clock = time.perf_counter()  # evaluating and saving do not count as time of steps
         report()
         if profiler is not None:
             profiler.close()

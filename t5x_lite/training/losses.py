@@ -1,7 +1,7 @@
-"""Training loss: weighted cross entropy with z-loss and label smoothing, or squared error; what the sum is divided by.
+"""Training loss: weighted cross entropy with z-loss and label smoothing, or squared error, and its normaliser.
 
-Everything here is a weighted *sum* over target tokens; the caller divides, so that micro-batches can be added up.
-Knows logits, targets and weights; must not know the model, the mesh or the optimizer.
+Every loss here is a weighted *sum* over target tokens; the caller divides it, so that micro-batches can be added.
+This module must not depend on the model, the mesh or the optimizer.
 Dimensions: B batch, T decoder length, V vocabulary.
 """
 
@@ -20,17 +20,17 @@ NamedFactor = Literal["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVER
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What the training loss is made of.
+    """Settings of the training loss.
 
     Attributes:
-      z_loss: coefficient of log(Z)^2, Z being the softmax normaliser; keeps logits from drifting away from zero.
-      label_smoothing: probability mass taken from the target and spread evenly over the rest of the vocabulary.
-      normalizing_factor: what the summed loss is divided by: None for nothing (T5's way), a positive number, or
+      z_loss: coefficient of log(Z)^2, where Z is the softmax normaliser; keeps logits from drifting away from zero.
+      label_smoothing: probability mass moved from the target to the rest of the vocabulary, evenly.
+      normalizing_factor: divisor of the summed loss: None for no division (as in T5), a positive number, or
         NUM_REAL_TARGET_TOKENS (sum of the loss weights), NUM_TOTAL_TARGET_TOKENS (batch size times target length),
-        AVERAGE_PER_SEQUENCE (every sequence, packed or not, counts the same whatever its length).
+        AVERAGE_PER_SEQUENCE (every sequence, packed or not, has the same weight, whatever its length).
 
     Raises:
-      ValueError: a value out of range or an unknown name.
+      ValueError: a value is out of range, or a name is unknown.
     """
 
     z_loss: float = 1e-4
@@ -62,29 +62,28 @@ def cross_entropy_sums(
     z_loss: float,
     label_smoothing: float,
 ) -> dict[str, Float[Array, ""]]:
-    """Sums over the target tokens of one batch, each token multiplied by its weight.
+    """Sum loss and metrics over the target tokens of one batch, each token multiplied by its weight.
 
-    The smoothed target's own entropy is subtracted, so a perfect prediction scores 0 before z-loss. There is no one-hot
-    [B, T, V] operand: of six formulations measured on CPU the plain gather below takes the least time and memory. XLA
-    makes its gradient an in-place scatter, and over a sharded V only [B, T] sums travel. A target outside the
-    vocabulary makes the loss NaN instead of passing unseen. Agrees with `compute_weighted_cross_entropy` in
-    t5x/losses.py.
+    The smoothed target's own entropy is subtracted, so a perfect prediction has loss 0 before z-loss. The code avoids a
+    one-hot [B, T, V] operand: of six formulations measured on CPU the plain gather below takes the least time and
+    memory. XLA makes its gradient an in-place scatter, and over a sharded V only [B, T] sums are communicated. A target
+    outside the vocabulary makes the loss NaN. Agrees with `compute_weighted_cross_entropy` in t5x/losses.py.
 
     Args:
-      logits_BTV: in any floating dtype; the arithmetic is float32.
+      logits_BTV: logits in any floating dtype; the arithmetic is float32.
       targets_BT: token ids in [0, V).
-      weights_BT: 0 for tokens that do not count.
+      weights_BT: loss weights; 0 excludes a token.
       z_loss, label_smoothing: see `LossConfig`.
 
     Returns:
-      float32 scalars: `loss` (nats, z-loss included), `z_loss`, `correct` (tokens whose target has the highest logit,
-      a tie counting as correct) and `weights`.
+      float32 scalars: `loss` (nats, z-loss included), `z_loss`, `correct` (tokens whose target has the highest logit;
+      ties count as correct) and `weights`.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     vocab_size = logits_BTV.shape[-1]
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_logit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    # Not argmax, which would double the time of all this on CPU: logsumexp takes this maximum anyway.
+    # argmax would double the time of this function on CPU; logsumexp computes this maximum anyway.
     max_logit_BT = jnp.max(jax.lax.stop_gradient(logits_BTV), axis=-1)
 
     cross_entropy_BT = log_z_BT - target_logit_BT
@@ -107,29 +106,29 @@ def cross_entropy_sums(
 
 
 def squared_error_sums(
-    said_BT: Float[Array, "B T"], targets_BT: Float[Array, "B T"], weights_BT: Float[Array, "B T"]
+    predictions_BT: Float[Array, "B T"], targets_BT: Float[Array, "B T"], weights_BT: Float[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
-    """Of numbers to be hit: `loss`, the sum of the squared errors, and `weights`, both float32 scalars."""
-    errors_BT = jnp.square(said_BT.astype(jnp.float32) - targets_BT)
+    """Return the regression sums: `loss`, the sum of the squared errors, and `weights`, both float32 scalars."""
+    errors_BT = jnp.square(predictions_BT.astype(jnp.float32) - targets_BT)
     return {"loss": jnp.sum(errors_BT * weights_BT), "weights": jnp.sum(weights_BT, dtype=jnp.float32)}
 
 
 def normalizer(
     config: LossConfig, weights_BT: Num[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
-    """Loss weights of a batch and the number its summed loss is to be divided by.
+    """Return the loss weights of a batch and the divisor of its summed loss.
 
-    Must see the whole (global) batch: computed per micro-batch, loss and gradients would grow with the number of
-    micro-batches. Agrees with `get_loss_normalizing_factor_and_weights` in t5x/losses.py, except that a batch in which
-    no token counts yields 1 and not a division by zero.
+    The batch must be the whole (global) batch: per micro-batch, loss and gradients would grow with the number of
+    micro-batches. Agrees with `get_loss_normalizing_factor_and_weights` in t5x/losses.py, except that the divisor is 1
+    instead of 0 if all weights are 0.
 
     Args:
-      config: says which factor.
-      weights_BT: 0 for tokens that do not count.
-      segments_BT: the number of each token's example in its row (0 = padding), where examples are packed.
+      config: its normalizing_factor is used.
+      weights_BT: loss weights; 0 excludes a token.
+      segments_BT: segment ids (0 = padding) if examples are packed.
 
     Returns:
-      float32 weights [B, T], with AVERAGE_PER_SEQUENCE divided by their sum within each sequence, and the factor.
+      float32 weights [B, T], for AVERAGE_PER_SEQUENCE divided by their sum in each sequence, and the divisor.
     """
     weights_BT = weights_BT.astype(jnp.float32)
     factor = config.normalizing_factor

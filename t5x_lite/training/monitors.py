@@ -1,7 +1,4 @@
-"""What is watched while a run trains: notices to stop, progress, and losses that jump.
-
-Knows signals, threads and numbers. Must not know models, data or checkpoints.
-"""
+"""Monitors of a training run: preemption signals, hangs and loss spikes."""
 
 import contextlib
 import faulthandler
@@ -19,49 +16,49 @@ from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
 
-# The exit code of a run that has been asked to stop, has saved, and goes on when it is started again (EX_TEMPFAIL).
+# The exit code of a preempted run that has saved and resumes when it is started again (EX_TEMPFAIL).
 PREEMPTED = 75
 
 STALLED_SECONDS = 600
 
 
 class Preempted(SystemExit):
-    """The run has saved and stops, because it was told to."""
+    """The run was preempted; it has saved and exits."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)
 
 
 class PreemptionSignal:
-    """Whether SIGTERM (or, on Cloud TPUs, a maintenance notice) has come; all hosts are told at the same step.
+    """Detects SIGTERM (or, on Cloud TPUs, a maintenance notice) and reports it to all hosts at the same step.
 
-    On several hosts JAX's own service hears the signal and agrees on the step. Further signals change nothing.
+    On several hosts JAX's preemption service receives the signal and chooses the step. Further signals have no effect.
     """
 
     def __init__(self) -> None:
-        self._came = False
+        self._received = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["PreemptionSignal"]:
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.signal(signal.SIGTERM, self._hear)
+        previous = signal.signal(signal.SIGTERM, self._handle)
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous)
 
-    def _hear(self, number: int, frame: Any) -> None:
-        self._came = True
+    def _handle(self, number: int, frame: Any) -> None:
+        self._received = True
 
     def __call__(self, step: int) -> bool:
-        """To be asked at every step, on all hosts."""
-        return self._came or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
+        """Return whether to stop after `step`. Call it at every step, on all hosts."""
+        return self._received or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
 
 
 class HangDetector:
-    """Warns, with the stack of every thread of this host, when no step has been done for `seconds`, again and again."""
+    """Logs a warning and the stacks of this host's threads whenever no step has finished for `seconds`."""
 
     def __init__(self, seconds: float = STALLED_SECONDS):
         self._seconds = seconds
@@ -89,14 +86,16 @@ class HangDetector:
                 warned_at = now
                 log.warning(
                     "No progress for %.0f s since step %d: slow data, a long compilation or evaluation, or another "
-                    "host that has stopped. This is where process %d is:",
-                    *(now - since, number, jax.process_index()),
+                    "host that has stopped. Stack traces of process %d:",
+                    now - since,
+                    number,
+                    jax.process_index(),
                 )
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
 class LossSpikeDetector:
-    """Warns of a loss far above what it has been lately: by 6 standard deviations, and a tenth."""
+    """Logs a warning if a loss exceeds its recent mean by more than 6 standard deviations and 10%."""
 
     def __init__(self, window: int = 100):
         self._decay = 1 - 1 / window
@@ -107,7 +106,9 @@ class LossSpikeDetector:
         deviation = math.sqrt(max(self._square - self._mean**2, 0.0))
         spike = self._count >= self._window and loss > self._mean + max(6 * deviation, 0.1 * abs(self._mean))
         if spike:
-            log.warning("The loss of step %d is %.4g; it was %.4g +- %.2g lately.", step, loss, self._mean, deviation)
+            log.warning(
+                "The loss of step %d is %.4g; its recent mean: %.4g +- %.2g.", step, loss, self._mean, deviation
+            )
         self._count += 1
         decay = min(self._decay, 1 - 1 / self._count)
         self._mean = decay * self._mean + (1 - decay) * loss

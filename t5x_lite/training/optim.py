@@ -1,13 +1,12 @@
 """Optimizers and learning rate schedules.
 
-An optimizer is an optax transform that knows no learning rate, and a schedule. The transform turns gradients into the
-step at learning rate 1; the training step multiplies it by the schedule's value, once, and logs that same value. Any
-optax transform without a learning rate of its own will do.
+An optimizer is an optax transform without a learning rate, and a schedule. The transform turns gradients into the step
+at learning rate 1; the training step multiplies it by the schedule's value, once, and logs that value. Any optax
+transform without its own learning rate works.
 
-A parameter under a path component `layers` is a stack of layers along axis 0, and every layer of it is treated as the
-parameter of its own that it would be without the stack. This module knows that name, arrays and gradients; it must not
-know the model, the mesh or the loop. State is a pytree in which whatever belongs to a parameter carries the parameter's
-path as the end of its own, so that whoever lays out the state can match them.
+A parameter under a path component `layers` is a stack of layers along axis 0; each layer is treated as a separate
+parameter. This module must not depend on the model, the mesh or the loop. The state is a pytree in which the path of
+each slot ends with the path of its parameter, so that sharding can match them.
 """
 
 import dataclasses
@@ -35,10 +34,10 @@ class Optimizer:
     """A transform without a learning rate, and the learning rate of each step.
 
     Attributes:
-      transform: `transform.update(grads, state, params, learning_rate=lr)` gives the step at learning rate 1, already
-        downhill: the parameters move by lr times it. Only momentum in Adafactor looks at `learning_rate`.
-      schedule: number of updates done so far -> learning rate, a float32 scalar.
-      trainable: which parameters it is given.
+      transform: `transform.update(grads, state, params, learning_rate=lr)` returns the descent step at learning rate 1:
+        the parameters move by lr times it. Only momentum in Adafactor uses `learning_rate`.
+      schedule: number of updates so far -> learning rate, a float32 scalar.
+      trainable: the parameters that the transform updates.
     """
 
     transform: GradientTransformation
@@ -52,10 +51,10 @@ def make_optimizer(
     clip_norm: float | None = None,
     trainable: ParameterFilter | Rules | None = None,
 ) -> Optimizer:
-    """An `Optimizer`; with `clip_norm`, gradients whose global norm is above it are scaled down to it first.
+    """Create an `Optimizer`. With `clip_norm`, gradients with a larger global norm are first scaled down to it.
 
     Args:
-      trainable: what trains, or the rules that say it; None: everything.
+      trainable: the parameters that train, or rules for them; None means all.
     """
     if clip_norm is not None:
         _require(clip_norm > 0, "clip_norm must be > 0 or None", clip_norm)
@@ -69,13 +68,13 @@ def make_optimizer(
 
 
 class AdafactorState(NamedTuple):
-    """Trees named like the parameters; a slot that a parameter does not use holds a zero of shape (1,), as in T5X."""
+    """Trees with the parameters' structure. An unused slot holds zeros of shape (1,), as in T5X."""
 
     count: Int[Array, ""]
     v_row: Any  # second moments averaged over the parameter's largest dimension ...
     v_col: Any  # ... and over its second largest, if it is factored
-    v: Any  # second moments, if it is not
-    m: Any  # momentum, if beta1 is given
+    v: Any  # second moments of a parameter that is not factored
+    m: Any  # momentum, if beta1 is set
 
 
 def adafactor(
@@ -88,21 +87,21 @@ def adafactor(
     step_offset: int = 0,
     beta1: float | None = None,
 ) -> GradientTransformationExtraArgs:
-    """Adafactor (Shazeer & Stern 2018) as T5X computes it in t5x/adafactor.py, layer by layer.
+    """Adafactor (Shazeer & Stern 2018) as in t5x/adafactor.py, computed layer by layer.
 
     Args:
       decay_rate: second moments decay by 1 - t^-decay_rate at update t = 1, 2, ...
-      clipping_threshold: the largest root mean square of an update before the parameter's scale; None: no clipping.
+      clipping_threshold: maximum RMS of an update before scaling by the parameter's scale; None means no clipping.
       multiply_by_parameter_scale: scale an update by max(epsilon2, RMS of the parameter).
       epsilon1: added to squared gradients.
-      epsilon2: the smallest scale of a parameter.
-      min_dim_size_to_factor: second moments are factored along the two largest dimensions if both reach this.
-      step_offset: updates of an earlier phase, by which t starts later; those before it count as the first.
-      beta1: decay of momentum, which T5 does without. As in T5X it averages steps already multiplied by their learning
-        rate, so `update` must then be told `learning_rate`.
+      epsilon2: minimum scale of a parameter.
+      min_dim_size_to_factor: second moments are factored along the two largest dimensions if both have this size.
+      step_offset: number of updates of an earlier phase, subtracted from t, which is at least 1.
+      beta1: decay of momentum, which T5 does not use. As in T5X it averages steps multiplied by their learning rate, so
+        `update` then needs `learning_rate`.
 
     Raises:
-      ValueError: an argument out of range; at update, no parameters, or momentum without a learning rate.
+      ValueError: an argument is out of range; at update, parameters are missing, or beta1 is set without learning_rate.
     """
     _require(0 < decay_rate <= 1, "adafactor.decay_rate must lie in (0, 1]", decay_rate)
     _require(
@@ -139,14 +138,14 @@ def adafactor(
         return AdafactorState(jnp.zeros((), jnp.int32), *(tree.unflatten(column) for column in columns))
 
     def layer_step(param: Array, grad: Array, *moments: Array, beta2: Array) -> tuple[Array, tuple[Array, ...]]:
-        """The step of one layer's parameter at learning rate 1, uphill, and its new second moments."""
+        """Return one layer's ascent step at learning rate 1, and its new second moments."""
         squared = jnp.square(grad) + epsilon1
         if dims := factored_dims(param.shape):
             second, largest = dims
             v_row = beta2 * moments[0] + (1 - beta2) * jnp.mean(squared, axis=largest)
             v_col = beta2 * moments[1] + (1 - beta2) * jnp.mean(squared, axis=second)
             moments = (v_row, v_col)
-            rows = second - (largest < second)  # where the second largest dimension is once the largest is gone
+            rows = second - (largest < second)  # axis of the second largest dimension after removing the largest
             row_factor = jax.lax.rsqrt(v_row / jnp.mean(v_row, axis=rows, keepdims=True))
             step = grad * jnp.expand_dims(row_factor, largest) * jnp.expand_dims(jax.lax.rsqrt(v_col), second)
         else:
@@ -205,19 +204,19 @@ def adamw(
     weight_decay: float = 0.0,
     rms_scaling: bool = True,
 ) -> GradientTransformation:
-    """AdamW whose steps are scaled by max(1e-3, RMS of the parameter), as nanoT5's AdamWScale trains T5 with.
+    """AdamW with steps scaled by max(1e-3, RMS of the parameter), as in nanoT5's AdamWScale.
 
-    Weight decay is not scaled, and leaves vectors (the norms' scales) alone. Two details are optax's and not nanoT5's:
-    `eps` is added after bias correction, and the decay is of the parameters before the step.
+    Weight decay is not scaled, and excludes vectors (the norms' scales). Two details follow optax instead of nanoT5:
+    `eps` is added after bias correction, and the decay applies to the parameters before the step.
 
     Args:
       b1, b2: decay of the first and second moments.
-      eps: added to the root of the second moment.
-      weight_decay: a parameter shrinks by learning rate * weight_decay of itself each step.
+      eps: added to the square root of the second moment.
+      weight_decay: each step subtracts learning rate * weight_decay * parameter.
       rms_scaling: False gives plain AdamW.
 
     Raises:
-      ValueError: an argument out of range.
+      ValueError: an argument is out of range.
     """
     _require(0 <= b1 < 1, "adamw.b1 must lie in [0, 1)", b1)
     _require(0 <= b2 < 1, "adamw.b2 must lie in [0, 1)", b2)
@@ -241,43 +240,43 @@ def adamw(
     return optax.chain(*parts, optax.scale(-1.0))
 
 
-# Schedules: each maps the number of updates done so far, n, to a learning rate.
+# Schedules: functions from the number of updates so far, n, to a learning rate.
 
 
 def rsqrt_decay(base: float = 1.0, warmup_steps: int = 10_000) -> Schedule:
-    """base / sqrt(max(n, warmup_steps)): constant, then the inverse square root; T5's for pre-training."""
+    """base / sqrt(max(n, warmup_steps)): constant, then inverse square root decay; T5 uses it for pre-training."""
     _require(base > 0, "rsqrt_decay.base must be > 0", base)
     _require(warmup_steps > 0, "rsqrt_decay.warmup_steps must be > 0", warmup_steps)
     return _floored(lambda n: base / jnp.sqrt(jnp.maximum(n, warmup_steps)))
 
 
 def warmup_rsqrt_decay(base: float = 0.5, warmup_steps: int = 1000) -> Schedule:
-    """`rsqrt_decay` after a linear rise from 0: what T5X uses when a run names no schedule."""
+    """`rsqrt_decay` multiplied by a linear warm-up from 0; T5X's default schedule."""
     decay = rsqrt_decay(base, warmup_steps)
-    return _floored(lambda n: _rise(n, warmup_steps) * decay(n))
+    return _floored(lambda n: _warmup(n, warmup_steps) * decay(n))
 
 
 def constant(value: float, warmup_steps: int = 0) -> Schedule:
-    """`value`, after a linear rise from 0 over warmup_steps; T5 fine-tunes at 0.001 without one."""
+    """`value` after a linear warm-up from 0 over warmup_steps; T5 fine-tunes at 0.001 without warm-up."""
     _require(value > 0, "constant.value must be > 0", value)
     _require(warmup_steps >= 0, "constant.warmup_steps must be >= 0", warmup_steps)
-    return _floored(lambda n: value * _rise(n, warmup_steps))
+    return _floored(lambda n: value * _warmup(n, warmup_steps))
 
 
 def linear(base: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:
-    """A linear rise from 0 to `base` over warmup_steps, then a straight line to `final` at total_steps."""
+    """A linear warm-up from 0 to `base` over warmup_steps, then linear decay to `final` at total_steps."""
     return _decay("linear", lambda done: 1 - done, base, warmup_steps, total_steps, final)
 
 
 def cosine(base: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:
-    """A linear rise from 0 to `base` over warmup_steps, then half a cosine wave down to `final` at total_steps."""
+    """A linear warm-up from 0 to `base` over warmup_steps, then cosine decay to `final` at total_steps."""
     return _decay("cosine", lambda done: (1 + jnp.cos(jnp.pi * done)) / 2, base, warmup_steps, total_steps, final)
 
 
 def _decay(
     name: str, shape: Callable[[Array], Array], base: float, warmup_steps: int, total_steps: int, final: float
 ) -> Schedule:
-    """A rise, then from base to final as `shape` goes from 1 to 0 while the part done goes from 0 to 1."""
+    """Make a schedule: warm-up to base, then decay to final as `shape` maps the completed fraction 0..1 to 1..0."""
     _require(base > 0, f"{name}.base must be > 0", base)
     _require(0 <= final <= base, f"{name}.final must lie between 0 and base = {base}", final)
     _require(warmup_steps >= 0, f"{name}.warmup_steps must be >= 0", warmup_steps)
@@ -285,12 +284,12 @@ def _decay(
 
     def value(n: Array) -> Array:
         done = jnp.clip((n - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
-        return _rise(n, warmup_steps) * (final + (base - final) * shape(done))
+        return _warmup(n, warmup_steps) * (final + (base - final) * shape(done))
 
     return _floored(value)
 
 
-def _rise(n: Array, steps: int) -> Array | float:
+def _warmup(n: Array, steps: int) -> Array | float:
     return jnp.minimum(1.0, n / steps) if steps else 1.0
 
 

@@ -1,6 +1,6 @@
-"""The device mesh, the sharded shapes of the train state, and functions compiled for both: T5X's partitioner.
+"""The device mesh, the sharded shapes of the train state, and functions compiled for both, as in T5X's partitioner.
 
-It knows the step and the mesh; it must not know text, SeqIO or TensorFlow.
+It must not depend on text, SeqIO or TensorFlow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +16,17 @@ from t5x_lite.training.optim import Optimizer
 
 
 class Partitioner:
-    """The mesh of a run and its train state's shapes on it.
+    """The device mesh and the sharded shapes of the train state.
 
     Args:
-      config, optimizer: these decide the state.
-      mesh: the size of each mesh axis; -1 takes the devices that are left.
-      rules: which logical axis lies on which mesh axis; None: sharding.RULES.
-      batch_rows: "NAME" -> number of rows that are on the devices at once, each to be divided over the mesh.
-      devices: those of a plan, which need not exist; None: all devices.
+      config, optimizer: model and optimizer, which determine the state.
+      mesh: the size of each mesh axis; -1 takes the remaining devices.
+      rules: (logical axis, mesh axis) pairs; None means sharding.RULES.
+      batch_rows: "NAME" -> number of rows on the devices at a time; each must divide over the mesh's batch axes.
+      devices: devices of the mesh, which need not exist (for a plan); None means all devices.
 
     Raises:
-      UserError: sizes that do not fit the devices.
+      UserError: the sizes do not fit the devices. No data is read before.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Partitioner:
     ):
         if devices is None and jax.process_count() > 1 and not jax.distributed.is_initialized():
             raise UserError(
-                "the devices belong to several processes, which have not found one another: give "
+                "the devices belong to several processes, but JAX distributed is not initialised: give "
                 "--coordinator_address, --process_count and --process_index"
             )
         if unknown := set(mesh) - set(sharding.MESH_AXES):
@@ -58,25 +58,25 @@ class Partitioner:
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
 
     def with_params(self, function: Callable, **options: Any) -> Callable:
-        """`function(params, batch, **options)` compiled; every host can read its results."""
+        """Compile `function(params, batch, **options)`; every host can read its results."""
         return self.compiler.with_params(function, self.abstract, **options)
 
     def train_step(self, **options: Any) -> Callable:
-        """`step.train_step` compiled with these options; the old state's memory is reused for the new state."""
+        """Compile `step.train_step` with these options; the old state is donated to the new one."""
         return self.compiler.train_step(self.abstract, **options)
 
     def local_rows(self, batch_size: int) -> tuple[int, int]:
-        """First and last + 1 of the rows of a global batch that lie on this host's devices.
+        """Return the first and last + 1 of the rows of a global batch that are on this host's devices.
 
-        Raises ValueError: they do not follow one another.
+        Raises ValueError if they are not contiguous.
         """
-        held = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
-        parts = {rows[0].indices(batch_size)[:2] for rows in held if rows is not None}
+        row_slices = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
+        parts = {rows[0].indices(batch_size)[:2] for rows in row_slices if rows is not None}
         first, last = min(start for start, _ in parts), max(end for _, end in parts)
         if sum(end - start for start, end in parts) != last - first:
             raise UserError(
-                f"the devices of this host hold the rows {sorted(parts)} of a batch, which do not follow one another; "
-                f"MESH = {dict(self.mesh.shape)} over {jax.process_count()} hosts: give data and fsdp whole hosts"
+                f"the devices of this host hold the rows {sorted(parts)} of a batch, which are not contiguous; "
+                f"MESH = {dict(self.mesh.shape)} over {jax.process_count()} hosts: let data and fsdp span whole hosts"
             )
         return first, last
 

@@ -1,7 +1,7 @@
-"""One training step: the state, how it starts, and the pure functions that advance and evaluate it.
+"""The train state, its initialisation, and the pure functions that update and evaluate it.
 
-Gin file to gradient: run.py -> train.train -> step.train_step -> `jax.value_and_grad`. This module knows a model, an
-optimizer and a loss; nothing of data sources, checkpoints or logs.
+From a gin file to gradients: run.py -> train.train -> step.train_step -> `jax.value_and_grad`. This module uses a
+model, an optimizer and a loss; it must not depend on data sources, checkpoints or logs.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ T5_LOSS = LossConfig()
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and the parameters that it does not. `step` counts the updates done."""
+    """The state of training: the number of updates, all parameters (frozen ones included) and the optimizer state."""
 
-    step: Any  # int32 scalar; in an abstract state its shape, in one of shardings where it lies
+    step: Any  # int32 scalar; also its shape or sharding, in a tree of those
     params: Any
     opt_state: Any
 
@@ -51,7 +51,7 @@ def _boxed_params(config: ModelConfig) -> Any:
 
 
 def abstract_params(config: ModelConfig, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES) -> Any:
-    """Shapes, dtypes and shardings of the parameters, without computing any of them."""
+    """Return shapes, dtypes and shardings of the parameters (`jax.ShapeDtypeStruct` leaves)."""
     boxed = _boxed_params(config)
     return sharding.shard_state(nn.unbox(boxed), boxed, mesh, rules)
 
@@ -59,7 +59,7 @@ def abstract_params(config: ModelConfig, mesh: sharding.AnyMesh, rules: sharding
 def abstract_state(
     config: ModelConfig, optimizer: Optimizer, mesh: sharding.AnyMesh, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing any of it (`jax.ShapeDtypeStruct` leaves)."""
+    """Return shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct` leaves)."""
     boxed, key = _boxed_params(config), jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key, params: _new_state(config, optimizer, key, params), key, nn.unbox(boxed))
     return sharding.shard_state(state, boxed, mesh, rules)
@@ -68,10 +68,10 @@ def abstract_state(
 def init_state(
     config: ModelConfig, optimizer: Optimizer, key: Key[Array, ""], abstract: TrainState, params: Any = None
 ) -> TrainState:
-    """A fresh state, each leaf made where it will lie. The same numbers on every mesh.
+    """Create the initial state, each leaf directly with its sharding. The values are the same on every mesh.
 
     Args:
-      params: the parameters, whose memory the state takes over; None: random ones.
+      params: initial parameters, whose buffers are donated; None means random ones.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(
@@ -83,13 +83,13 @@ def init_state(
 def init_params(
     config: ModelConfig, key: Key[Array, ""], abstract: TrainState, names: Collection[str]
 ) -> dict[str, Array]:
-    """Random values of the parameters with these names ("a/b/c") alone, the same as in `init_state`."""
+    """Initialise only the parameters with these names ("a/b/c"), with the same values as in `init_state`."""
 
-    def named(tree: Any) -> dict[str, Any]:
+    def select(tree: Any) -> dict[str, Any]:
         return {k: v for k, v in traverse_util.flatten_dict(tree, sep="/").items() if k in names}
 
-    shardings = {name: leaf.sharding for name, leaf in named(abstract.params).items()}
-    return jax.jit(lambda key: named(nn.unbox(model_of(config).init(key))), out_shardings=shardings)(key)
+    shardings = {name: leaf.sharding for name, leaf in select(abstract.params).items()}
+    return jax.jit(lambda key: select(nn.unbox(model_of(config).init(key))), out_shardings=shardings)(key)
 
 
 def param_count(params: Any) -> int:
@@ -99,14 +99,14 @@ def param_count(params: Any) -> int:
 def _sums(
     logits: Mapping[str, Array], targets: Mapping[str, tuple[Array, Array]], loss: LossConfig
 ) -> dict[str, Metrics]:
-    def sums(logits: Array, right: Array, weights: Array) -> Metrics:
-        logits, weights = logits.reshape(*right.shape, -1), weights.astype(jnp.float32)
-        if jnp.issubdtype(right.dtype, jnp.floating):
-            return squared_error_sums(logits[..., 0], right, weights)
+    def sums(logits: Array, labels: Array, weights: Array) -> Metrics:
+        logits, weights = logits.reshape(*labels.shape, -1), weights.astype(jnp.float32)
+        if jnp.issubdtype(labels.dtype, jnp.floating):
+            return squared_error_sums(logits[..., 0], labels, weights)
         options = {"z_loss": loss.z_loss, "label_smoothing": loss.label_smoothing}
-        return cross_entropy_sums(logits, right, weights, **options)
+        return cross_entropy_sums(logits, labels, weights, **options)
 
-    return {head: sums(logits[head], right, weights) for head, (right, weights) in targets.items()}
+    return {head: sums(logits[head], labels, weights) for head, (labels, weights) in targets.items()}
 
 
 def train_step(
@@ -119,21 +119,21 @@ def train_step(
     loss: LossConfig = T5_LOSS,
     num_microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update from one global batch.
+    """Compute one update from one global batch.
 
     Args:
-      key: of the run; the step, and then the micro-batch, are folded into it for dropout.
-      num_microbatches: parts that are run one after the other to save memory. The loss is normalised by the whole
-        batch, so without dropout the result is that of one part, up to rounding.
+      key: the run's key; the step, and then the micro-batch, are folded into it for dropout.
+      num_microbatches: number of sequential parts of the batch, to save memory. The loss is normalised by the whole
+        batch, so without dropout the result equals that of one part, up to rounding.
 
     Returns:
-      The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats a
-      target token; `accuracy`; `learning_rate` as used; `grad_norm`, `param_norm` (before the update);
-      `target_tokens` and `input_tokens`, without padding; `skipped`, 1 where loss, gradients or update are not finite:
-      the step is then counted, and changes nothing else. BERT has the first four of each head, and the sum as `loss`;
-      a head that is to hit a number only its `loss`, the squared error.
-      Where not everything trains, `trainable_params`, the number of those that did; `grad_norm` is of what has
-      gradients.
+      The new state, and float32 scalars: `loss` (cross entropy + z-loss), `cross_ent_loss` and `z_loss`, in nats per
+      target token; `accuracy`; `learning_rate` of this step; `grad_norm`, `param_norm` (before the update);
+      `target_tokens` and `input_tokens`, without padding; `skipped`, which is 1 if loss, gradients or update are not
+      finite: the step is then counted, and nothing else changes. BERT has the first four for each head, and their sum
+      as `loss`; a regression head has only its `loss`, the squared error.
+      If some parameters are frozen, `trainable_params` is the number of trained ones, and `grad_norm` covers the
+      parameters that have gradients.
     """
     trained, frozen = optimizer.trainable.partition(state.params)
     model = model_of(config)
@@ -160,12 +160,12 @@ def train_step(
     if num_microbatches == 1:
         grads, sums = gradient(whole, 0)
     else:
-        # Part i takes rows i, i + n, ...: each device cuts up its own rows, and no row moves.
-        def cut(rows: Array) -> Array:
+        # Part i takes rows i, i + n, ..., so each device splits its own rows, and no row moves.
+        def split(rows: Array) -> Array:
             parts = jnp.swapaxes(rows.reshape(-1, num_microbatches, *rows.shape[1:]), 0, 1)
             return sharding.constrain(parts, None, "batch")
 
-        parts = jax.tree.map(cut, whole)
+        parts = jax.tree.map(split, whole)
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), 0))
         (grads, sums), _ = jax.lax.scan(
             lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None),
@@ -178,48 +178,48 @@ def train_step(
         direction, opt_state = optax.with_extra_args_support(optimizer.transform).update(
             grads, state.opt_state, trained, learning_rate=learning_rate
         )
-        moved = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), trained, direction)
-        moved = optimizer.trainable.apply_mask(state.step, moved, trained)
-        found = means(sums)
+        updated = jax.tree.map(lambda p, d: p + (learning_rate * d).astype(p.dtype), trained, direction)
+        updated = optimizer.trainable.apply_mask(state.step, updated, trained)
+        mean_metrics = means(sums)
         grad_norm = optax.tree.norm(grads)
-        sound = jnp.isfinite(found["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
-        moved, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (moved, opt_state), (trained, state.opt_state)
+        finite = jnp.isfinite(mean_metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
+        updated, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (trained, state.opt_state)
         )
 
     sides = ("inputs", "encoder_input_tokens", "decoder_target_tokens")
     tokens = sum(jnp.sum(batch[side] != 0) for side in sides if side in batch)
     target_tokens = jnp.sum(next(iter(targets.values()))[1] != 0)
-    metrics = found | {
+    metrics = mean_metrics | {
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(state.params),
         "target_tokens": target_tokens.astype(jnp.float32),
         "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
-        "skipped": 1.0 - sound,
+        "skipped": 1.0 - finite,
     }
     if optimizer.trainable != ALL_PARAMETERS:
         metrics["trainable_params"] = jnp.asarray(optimizer.trainable.count(state.params, state.step), jnp.float32)
-    return TrainState(state.step + 1, combine(moved, frozen), opt_state), metrics
+    return TrainState(state.step + 1, combine(updated, frozen), opt_state), metrics
 
 
 def means(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of `eval_step`, perhaps added up over batches, as means over what counts: `train_step` says which."""
-    found: dict[str, Any] = {}
-    for head, of in sums.items():
-        count = jnp.maximum(of["weights"], 1e-9)
-        values = {"loss": of["loss"] / count}
-        if "correct" in of:  # of classes, not of numbers
-            values["cross_ent_loss"] = (of["loss"] - of["z_loss"]) / count
-            values |= {"z_loss": of["z_loss"] / count, "accuracy": of["correct"] / count}
-        found |= {f"{head}_{name}" if head else name: value for name, value in values.items()}
-    return found if "" in sums else {"loss": sum(found[f"{head}_loss"] for head in sums)} | found
+    """Turn the sums of `eval_step`, possibly added over batches, into weighted means, named as in `train_step`."""
+    metrics: dict[str, Any] = {}
+    for head, head_sums in sums.items():
+        count = jnp.maximum(head_sums["weights"], 1e-9)
+        values = {"loss": head_sums["loss"] / count}
+        if "correct" in head_sums:  # classification, not regression
+            values["cross_ent_loss"] = (head_sums["loss"] - head_sums["z_loss"]) / count
+            values |= {"z_loss": head_sums["z_loss"] / count, "accuracy": head_sums["correct"] / count}
+        metrics |= {f"{head}_{name}" if head else name: value for name, value in values.items()}
+    return metrics if "" in sums else {"loss": sum(metrics[f"{head}_loss"] for head in sums)} | metrics
 
 
 def eval_step(params: Any, batch: Batch, *, config: ModelConfig) -> dict[str, Metrics]:
-    """Sums over a batch of the plain loss (no z-loss, no smoothing), of each head ("" is T5's).
+    """Sum the plain loss (no z-loss, no smoothing) of each head ("" for T5) over a batch.
 
-    They are `loss`, `weights` and, of classes, `correct`.
+    The sums are `loss`, `weights` and, for classes, `correct`.
     """
     model = model_of(config)
     return _sums(model.logits(params, batch), model.targets(batch), LossConfig(z_loss=0.0))
@@ -227,7 +227,7 @@ def eval_step(params: Any, batch: Batch, *, config: ModelConfig) -> dict[str, Me
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Compiles step functions for one mesh: arguments and results lie where `abstract_state` says."""
+    """Compiles step functions for one mesh, with the shardings of `abstract_state` for arguments and results."""
 
     mesh: Mesh
     rules: sharding.Rules = sharding.RULES
@@ -236,7 +236,7 @@ class Compiler:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def train_step(self, abstract: TrainState, **options: Any) -> Callable:
-        """`train_step` with its keyword arguments fixed; the old state's memory is reused for the new one."""
+        """Compile `train_step` with fixed keyword arguments; the old state is donated to the new one."""
         state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return jax.jit(
             self._traced(train_step, **options),
@@ -246,7 +246,7 @@ class Compiler:
         )
 
     def with_params(self, function: Callable, abstract: TrainState, **options: Any) -> Callable:
-        """`function(params, batch, **options)` -> results that every host can read."""
+        """Compile `function(params, batch, **options)` with replicated results, which every host can read."""
         params = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
         return jax.jit(
             self._traced(function, **options),

@@ -1,7 +1,7 @@
-"""Offline caches of tokenised tasks: checked before they are read. `python -m tasks.cache` makes them.
+"""Check offline caches of tokenised tasks before they are read. `python -m tasks.cache` builds them.
 
-SeqIO finds a task's cache and reads it; it does not ask which vocabulary it was made with. COMPLETED, the file that
-SeqIO takes for the sign of a whole cache, says that here. Must not know: Beam, what any task reads or makes.
+SeqIO reads a task's cache without checking its vocabulary. Here the file COMPLETED, which marks a complete cache for
+SeqIO, also records the vocabulary. Must not depend on Beam or on particular tasks.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ COMPLETED = "COMPLETED"
 
 
 def check(task: seqio.Task, split: str | None = None) -> str:
-    """The folder of a task's cache, which is whole, has `split` and was made with the task's vocabulary.
+    """Return the folder of a task's cache, after checking that it is complete, has `split` and the task's vocabulary.
 
-    Raises FileNotFoundError where there is no such cache, ValueError where it has other vocabularies; both say what to
-    do. A cache made by another program does not name its vocabulary: a warning says so.
+    Raises MissingFileError if there is no such cache, UserError if its vocabulary differs. For a cache made by another
+    program, which does not record its vocabulary, a warning is logged.
     """
     folder = task.cache_dir
     if not folder:
@@ -32,31 +32,29 @@ def check(task: seqio.Task, split: str | None = None) -> str:
         unfinished = [root for root in roots if tf.io.gfile.isdir(os.path.join(root, name))]
         raise MissingFileError(
             f"{task.name} is not cached: there is no {name}/{COMPLETED} in "
-            f"{', '.join(roots) or 'any folder, for none was given (SEQIO_ADDITIONAL_CACHE_DIRS)'}"
+            f"{', '.join(roots) or 'any folder, because none was given (SEQIO_ADDITIONAL_CACHE_DIRS)'}"
             + (f" ({unfinished[0]} has an unfinished one)" if unfinished else "")
-            + f". Make it with: make cache TASK={task.name} CACHE_DIR={roots[0] if roots else 'FOLDER'}"
+            + f". Build it with: make cache TASK={task.name} CACHE_DIR={roots[0] if roots else 'FOLDER'}"
         )
     if split and not tf.io.gfile.exists(seqio.get_cached_info_path(folder, split)):
-        raise MissingFileError(
-            f"{folder} has no split {split!r} of {task.name}: it was made where that was not. " + _anew(task, folder)
-        )
+        raise MissingFileError(f"{folder} has no split {split!r} of {task.name}. " + _rebuild_hint(task, folder))
     with tf.io.gfile.GFile(os.path.join(folder, COMPLETED)) as file:
-        made = _parse(file.read())
-    if made is None:
-        logging.warning("%s does not say which vocabulary it was made with: make sure that it is the run's", folder)
+        recorded = _parse(file.read())
+    if recorded is None:
+        logging.warning("%s does not record its vocabulary: make sure that it is the run's", folder)
         return folder
-    for feature, now in _vocabularies(task).items():
-        then = made.get(feature, now)
-        if {**then, "name": ""} != {**now, "name": ""}:
+    for feature, current in _vocabularies(task).items():
+        cached = recorded.get(feature, current)
+        if {**cached, "name": ""} != {**current, "name": ""}:
             raise UserError(
-                f"{folder} was made with the vocabulary {_show(then)}, and {task.name} now has {_show(now)} for "
-                f"{feature!r}: set VOCABULARY to the former, or use another folder. " + _anew(task, folder)
+                f"{folder} was made with the vocabulary {_show(cached)}, but {task.name} now has {_show(current)} for "
+                f"{feature!r}: set VOCABULARY to the former, or use another folder. " + _rebuild_hint(task, folder)
             )
     return folder
 
 
 def describe(task_or_mixture: seqio.Task | seqio.Mixture) -> dict[str, str]:
-    """Task name to what a run with USE_CACHED_TASKS reads, each cache checked as by `check`."""
+    """Return task name -> what a run with USE_CACHED_TASKS reads; each cache is checked by `check`."""
     return {
         task.name: f"the cache {check(task)}"
         if task.supports_caching
@@ -66,7 +64,7 @@ def describe(task_or_mixture: seqio.Task | seqio.Mixture) -> dict[str, str]:
 
 
 def record(task: seqio.Task) -> str:
-    """What COMPLETED holds: the vocabulary of each feature, as JSON."""
+    """Return the content of COMPLETED: the vocabulary of each feature, as JSON."""
     return json.dumps({"vocabularies": _vocabularies(task)})
 
 
@@ -82,7 +80,7 @@ def _vocabularies(task: seqio.Task) -> dict[str, dict[str, Any]]:
 
 
 def _identity(which: seqio.Vocabulary) -> dict[str, Any]:
-    """All that tells vocabularies apart; `name` is for people, for the same file may lie in two places."""
+    """Return the properties that identify a vocabulary; `name` is not compared, as files may be copied."""
     which = vocabulary.resolved(which)
     kind = type(which).__name__
     file = getattr(which, "sentencepiece_model_file", getattr(which, "file", None))
@@ -104,13 +102,13 @@ def _show(identity: Mapping[str, Any]) -> str:
     return f"{identity['name']} ({identity['size']} ids{digest})"
 
 
-def _anew(task: seqio.Task, folder: str) -> str:
+def _rebuild_hint(task: seqio.Task, folder: str) -> str:
     root = folder.removesuffix(seqio.get_task_dir_from_name(task.name)).rstrip("/")
-    return f"To make it anew: make cache TASK={task.name} CACHE_DIR={root} CACHE_FLAGS=--overwrite"
+    return f"To rebuild it: make cache TASK={task.name} CACHE_DIR={root} CACHE_FLAGS=--overwrite"
 
 
 def prepare_worker(environment: Mapping[str, str], vocabulary_name: str | None, bad_rows: readers.Action) -> None:
-    """Makes a worker's process read the data, with the vocabulary, that the command was given."""
+    """Configure a worker process with the data folders and vocabulary of the command."""
     os.environ.update(environment)
     readers.set_bad_rows(bad_rows)
     if vocabulary_name:

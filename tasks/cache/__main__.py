@@ -1,13 +1,14 @@
-"""Makes offline caches of tokenised tasks by SeqIO's own cache job on Apache Beam.
+"""Build offline caches of tokenised tasks with SeqIO's cache job on Apache Beam.
 
     python -m tasks.cache --tasks=c4_v220_span_corruption --output_cache_dir=DIR [--vocabulary=FILE|bytes]
         [--module_import=my.tasks] [--pipeline_options=--runner=DataflowRunner,--project=...] [--overwrite]
 
-The job is seqio.scripts.cache_tasks_main, whose flags these are. What this adds: a mixture stands for its tasks; names,
-data and folders are checked before Beam starts; every worker gets this process's data folders and vocabulary; and the
-cache says which vocabulary that was. `--verbosity=0` shows what SeqIO and Beam do. Exit code 2 when nothing was begun.
+The job and its flags are those of seqio.scripts.cache_tasks_main. In addition, a mixture is expanded to its tasks;
+names, data and folders are checked before Beam starts; every worker gets this process's data folders and vocabulary;
+and the cache records the vocabulary. `--verbosity=0` shows the logs of SeqIO and Beam. Exit code 2 if the job was not
+started.
 
-Needs requirements-cache.txt. Must not know: what any task reads or makes.
+Needs requirements-cache.txt. Must not depend on particular tasks.
 """
 
 import dataclasses
@@ -26,92 +27,92 @@ from absl import app, flags, logging
 from tasks import cache, readers, vocabulary
 from tasks.errors import UserError
 
-_ENVIRONMENT = (readers.DATA_DIR_VARIABLE, "TFDS_DATA_DIR")  # what says where examples come from
+_ENVIRONMENT = (readers.DATA_DIR_VARIABLE, "TFDS_DATA_DIR")  # locations of the data
 
 
 def main(_: Sequence[str]) -> int:
-    """The command, once absl has parsed SeqIO's flags and those of `command`; returns the exit code."""
+    """Run the command after absl has parsed SeqIO's flags and those of `command`; return the exit code."""
     import apache_beam as beam  # pyright: ignore[reportMissingImports]
     from seqio import beam_utils
     from seqio.scripts import cache_tasks_main as job
 
-    given = flags.FLAGS
-    if not given["verbosity"].present:
+    args = flags.FLAGS
+    if not args["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # SeqIO logs whole examples
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    prepare = functools.partial(cache.prepare_worker, environment, given.vocabulary, given.bad_rows)
-    modules = ["tasks", *given.module_import]
+    prepare = functools.partial(cache.prepare_worker, environment, args.vocabulary, args.bad_rows)
+    modules = ["tasks", *args.module_import]
     try:
         job._import_modules(modules)
         prepare()
-        tasks = _to_do(_named(given.tasks or []), given.output_cache_dir, given.overwrite)
+        tasks = _to_do(_find_tasks(args.tasks or []), args.output_cache_dir, args.overwrite)
     except (ImportError, OSError, ValueError) as error:
         print(f"tasks.cache: {error}", file=sys.stderr)
         return 2
-    # SeqIO's transforms can be told what a worker does first, and with which vocabulary to count tokens (one where the
-    # first was not done has only T5's to stand for SHARED); SeqIO's job has no flag for that.
+    # SeqIO's job has no flag for a worker's set-up function, nor for the vocabulary to count tokens with. (In a worker
+    # without that set-up, SHARED is T5's vocabulary.) So its transforms are replaced.
     preprocess, count = beam_utils.PreprocessTask, beam_utils.GetStats
     job.beam_utils.PreprocessTask = functools.partial(preprocess, setup_fn=prepare)
     job.beam_utils.GetStats = lambda features, **settings: count(_with_vocabularies(features), **settings)
-    options = beam.options.pipeline_options.PipelineOptions(given.pipeline_options)
+    options = beam.options.pipeline_options.PipelineOptions(args.pipeline_options)
     with beam.Pipeline(options=options) as pipeline:
         for task in tasks:
             job.run_pipeline(
                 pipeline,
                 [re.escape(task.name)],
-                given.output_cache_dir,
+                args.output_cache_dir,
                 modules_to_import=modules,
                 completed_file_contents=cache.record(task),
             )
     for task in tasks:
-        _print_counts(task, _folder(task, given.output_cache_dir))
+        _print_counts(task, _folder(task, args.output_cache_dir))
     return 0
 
 
-def _named(patterns: Sequence[str]) -> list[seqio.Task]:
-    """The tasks that the names, or regular expressions, stand for. Raises ValueError for one that matches nothing."""
+def _find_tasks(patterns: Sequence[str]) -> list[seqio.Task]:
+    """Return the tasks that match names or regular expressions. Raises UserError if one matches nothing."""
     if not patterns:
         raise UserError("nothing to cache: name tasks or mixtures, --tasks=glue_rte_v002,squad_v010_allanswers")
-    known = {name: seqio.TaskRegistry.get(name) for name in seqio.TaskRegistry.names()}
+    registered = {name: seqio.TaskRegistry.get(name) for name in seqio.TaskRegistry.names()}
     mixtures = {name: seqio.MixtureRegistry.get(name) for name in seqio.MixtureRegistry.names()}
-    found: dict[str, seqio.Task] = {}
+    tasks: dict[str, seqio.Task] = {}
     for pattern in patterns:
-        matching = [known[name] for name in known if re.fullmatch(pattern, name)]
+        matching = [registered[name] for name in registered if re.fullmatch(pattern, name)]
         if not matching and pattern in mixtures:
             matching = mixtures[pattern].tasks
         if not matching:
-            near = difflib.get_close_matches(pattern, [*known, *mixtures], n=3, cutoff=0.4)
+            near = difflib.get_close_matches(pattern, [*registered, *mixtures], n=3, cutoff=0.4)
             raise UserError(f"no task or mixture is called {pattern!r}; nearest: {', '.join(near) or 'none'}")
-        found |= {task.name: task for task in matching}
-    return list(found.values())
+        tasks |= {task.name: task for task in matching}
+    return list(tasks.values())
 
 
 def _to_do(tasks: Sequence[seqio.Task], root: str, overwrite: bool) -> list[seqio.Task]:
-    """Those not cached in `root` yet; with `overwrite` all, and what is there is removed."""
+    """Return the tasks that are not cached in `root`; with `overwrite`, delete their caches and return all."""
     seqio.add_global_cache_dirs([root])
     to_do = []
     for task in tasks:
         folder = _folder(task, root)
         if not task.supports_caching:
-            raise UserError(f"{task.name} has no CacheDatasetPlaceholder among its steps: there is nothing to cache")
+            raise UserError(f"{task.name} has no CacheDatasetPlaceholder among its preprocessors: it cannot be cached")
         if not task.splits:
-            raise UserError(f"{task.name} has no data: none of its splits' files is there")
+            raise UserError(f"{task.name} has no data: no file of its splits exists")
         for split in task.splits:
-            task.source.list_shards(split)  # says so if the data is not there, before anything is removed
+            task.source.list_shards(split)  # raises an error if data are missing, before anything is deleted
         if overwrite or not tf.io.gfile.isdir(folder):
             to_do.append(task)
         elif tf.io.gfile.exists(os.path.join(folder, cache.COMPLETED)):
             cache.check(task)
-            print(f"{task.name} is cached already in {folder}; --overwrite makes it anew")
+            print(f"{task.name} is already cached in {folder}; --overwrite rebuilds it")
         else:
             raise UserError(
-                f"{folder} holds an unfinished cache: its job was stopped, or still runs. If it does not, "
-                "--overwrite (make cache CACHE_FLAGS=--overwrite) removes what is there and begins again"
+                f"{folder} has an unfinished cache: its job was interrupted or is still running. If it is not running, "
+                "--overwrite (make cache CACHE_FLAGS=--overwrite) deletes it and starts again"
             )
     for task in to_do:
         if tf.io.gfile.isdir(_folder(task, root)):
             tf.io.gfile.rmtree(_folder(task, root))
-            task._cache_dir = None  # SeqIO remembers where it found one
+            task._cache_dir = None  # reset SeqIO's cached location
     return to_do
 
 
@@ -131,18 +132,18 @@ def _print_counts(task: seqio.Task, folder: str) -> None:
 
 
 def command() -> None:
-    """Adds to SeqIO's flags and runs `main`."""
+    """Define additional flags and run `main`."""
     try:
         from seqio.scripts import cache_tasks_main  # noqa: F401  defines SeqIO's flags
     except ModuleNotFoundError as error:
         sys.exit(
-            f"tasks.cache: making a cache needs Apache Beam ({error}): use `make cache`, or pip install -r "
-            "requirements-cache.txt. Reading one does not"
+            f"tasks.cache: building a cache needs Apache Beam ({error}): use `make cache`, or pip install -r "
+            "requirements-cache.txt. Reading a cache does not need it"
         )
     flags.DEFINE_string("vocabulary", None, 'A SentencePiece model, or "bytes"; T5\'s if not given.')
     flags.DEFINE_enum("bad_rows", "refuse", ["refuse", "skip"], "What to do with lines that cannot be read.")
     flags.mark_flag_as_required("output_cache_dir")
-    # Beam's own choice, DirectRunner, would first fetch a program from the network.
+    # Beam's default, DirectRunner, would first download a program.
     flags.FLAGS.set_default("pipeline_options", ["--runner=FnApiRunner"])
     app.run(main)
 

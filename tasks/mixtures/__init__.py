@@ -1,21 +1,21 @@
-"""How much of each task: T5's three ways to mix as plain functions, and ready mixtures of C4, GLUE and SQuAD.
+"""T5's three mixing strategies, and mixtures of C4, GLUE and SQuAD.
 
-  proportional   min(examples, K): like a concatenation, but no task counts for more than the artificial limit K
+  proportional   min(examples, K): examples-proportional mixing with artificial limit K
   temperature    min(examples, K)^(1/T): T = 1 is proportional, a large T nearly equal
-  equal          the same for each
+  equal          the same rate for each task
 
-Rates come from the published example counts below and touch no data. Source: T5 paper, section 3.5.2.
+Rates are computed from the published example counts below, without reading data. Source: T5 paper, section 3.5.2.
 
 Mixtures are registered for the sets `glue_v002`, `glue_squad` and `c4_glue_squad` as SET_proportional (K = 2^19, the
 paper's choice for multi-task training), SET_proportional_k16 ... _k21 (K = 2^16 ... 2^21), SET_temperature_2, _4 and
-_8 (K = 2^21) and SET_equal. GLUE's part is t5's: WNLI is left out, and MNLI's two dev sets and AX are in at rate 0, so
-that an evaluation of the mixture sees them and training never does.
+_8 (K = 2^21) and SET_equal. As in t5, GLUE excludes WNLI, and MNLI's two dev sets and AX have rate 0: they are
+evaluated but not trained on.
 
-For leave-one-out training (section 3.5.3) SET_leave_out_TASK is SET_proportional without one task: `_leave_out_mnli`,
-`_leave_out_squad`, `_leave_out_c4` ..., and `_leave_out_glue` without all of GLUE. `python -m tasks.mixtures` shows
-what any of them, or a list of your own, does to each task.
+For leave-one-out training (section 3.5.3), SET_leave_out_TASK is SET_proportional without one task: `_leave_out_mnli`,
+`_leave_out_squad`, `_leave_out_c4` ..., and `_leave_out_glue` without all of GLUE. `python -m tasks.mixtures` prints
+the share of each task in any of these, or in your own list of tasks.
 
-Must not know: text, files, models.
+Must not import: text, files, models.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 import seqio
 
-from tasks import c4, glue, squad  # noqa: F401  the mixtures below name their tasks
+from tasks import c4, glue, squad  # noqa: F401  registers the tasks of the mixtures below
 from tasks.errors import UserError
 
 Strategy = Literal["proportional", "temperature", "equal"]
@@ -33,8 +33,8 @@ Strategy = Literal["proportional", "temperature", "equal"]
 MULTI_TASK_LIMIT = 2**19
 TEMPERATURE_LIMIT = 2**21
 
-# Training examples as published. A task that is not here has the count of one that reads the same source, as another
-# objective on C4 does (`train_examples`). QQP's is that of the release which t5 used (today's has three fewer).
+# Published numbers of training examples. Other tasks on the same source, such as other objectives on C4, have the same
+# count (`train_examples`). QQP's count is that of the release used by t5 (the current one has three fewer).
 TRAIN_EXAMPLES: dict[str, int] = {
     "c4_v220_span_corruption": 364_868_892,
     "c4_v020_unsupervised": 364_868_892,
@@ -75,23 +75,25 @@ def rates(
     temperature: float = 1.0,
     scale: float = 1.0,
 ) -> dict[str, float]:
-    """The share of each task in a mixture: (min(examples * scale, limit))^(1 / temperature), made to sum to 1.
+    """Return the share of each task: (min(examples * scale, limit))^(1 / temperature), normalised to sum 1.
 
     Args:
       tasks: names with a published count (`TRAIN_EXAMPLES`), or a mapping of any names to example counts.
       strategy: "proportional", "temperature", or "equal" (which takes none of the settings below).
       limit: the artificial limit K on a task's examples; None for no limit.
-      temperature: T, for strategy "temperature" alone.
+      temperature: T, only for strategy "temperature".
       scale: factor on the counts, applied before the limit.
 
-    Returns probabilities by task, in the order given.
+    Returns:
+      Probabilities by task, in the given order.
 
-    Raises ValueError for unknown tasks, counts below 0 or all 0, and settings out of range or of another strategy.
+    Raises:
+      UserError: unknown tasks, counts below 0 or all 0, or settings that are out of range or of another strategy.
     """
     raw = raw_rates(tasks, strategy, limit, temperature, scale)
     total = math.fsum(raw.values())
     if not total:
-        raise UserError(f"none of {', '.join(raw)} has training examples: there is nothing to draw from")
+        raise UserError(f"none of {', '.join(raw)} has training examples: there is nothing to sample from")
     return {name: rate / total for name, rate in raw.items()}
 
 
@@ -102,7 +104,7 @@ def raw_rates(
     temperature: float = 1.0,
     scale: float = 1.0,
 ) -> dict[str, float]:
-    """The same before it is made to sum to 1: proportional rates are counts of examples, equal ones 1."""
+    """Like `rates`, before normalisation: proportional rates are numbers of examples, equal rates are 1."""
     counts = dict(tasks) if isinstance(tasks, Mapping) else _published(tasks)
     if not counts:
         raise UserError("no tasks to mix")
@@ -118,16 +120,16 @@ def raw_rates(
     if not (math.isfinite(scale) and scale > 0):
         raise UserError(f"scale {scale}: it must be finite and above 0")
     if strategy != "temperature" and temperature != 1:
-        raise UserError(f"temperature {temperature} has no part in strategy {strategy!r}: use strategy='temperature'")
+        raise UserError(f"temperature {temperature} needs strategy='temperature', not {strategy!r}")
     if strategy == "equal":
         if limit is not None or scale != 1:
-            raise UserError("strategy 'equal' gives each task the same: it takes no limit and no scale")
+            raise UserError("strategy 'equal' gives each task the same rate: it takes no limit and no scale")
         return dict.fromkeys(counts, 1.0)
     return {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
 
 
 def train_examples(name: str) -> int | None:
-    """How many training examples a task has as published, itself or another one on the same source; None if unknown."""
+    """Return the published number of training examples of a task, or of one on the same source; None if unknown."""
     if name in TRAIN_EXAMPLES or name not in seqio.TaskRegistry.names():
         return TRAIN_EXAMPLES.get(name)
     source = seqio.TaskRegistry.get(name).source
@@ -152,13 +154,13 @@ def _published(names: Iterable[str]) -> dict[str, float]:
 
 
 def add_mixture(name: str, task_rates: Mapping[str, float]) -> seqio.Mixture:
-    """Registers a mixture; where GLUE's MNLI is in it, its dev sets and AX come along at rate 0 to be evaluated."""
+    """Register a mixture; with GLUE's MNLI, its dev sets and AX are added at rate 0, for evaluation."""
     extra = GLUE_EVALUATED_ONLY if "glue_mnli_v002" in task_rates else ()
     return seqio.MixtureRegistry.add(name, [*task_rates.items(), *((task, 0.0) for task in extra)])
 
 
 for _set, _tasks in SETS.items():
-    # Proportional rates are the capped counts themselves, as t5 gives them: SeqIO divides by their sum.
+    # Proportional rates are the capped counts, as in t5: SeqIO divides them by their sum.
     add_mixture(f"{_set}_proportional", raw_rates(_tasks, limit=MULTI_TASK_LIMIT))
     for _k in range(16, 22):
         add_mixture(f"{_set}_proportional_k{_k}", raw_rates(_tasks, limit=2**_k))

@@ -1,11 +1,11 @@
-"""Shows what a mixture does to each of its tasks, before anything is paid for.
+"""Print the share, passes over the data and tokens of each task of a mixture.
 
     python -m tasks.mixtures glue_squad_proportional
     python -m tasks.mixtures c4_glue_squad --strategy=temperature --limit=2^21 --temperature=2 --plot=mix.png
     python -m tasks.mixtures glue_mnli_v002,glue_rte_v002,mine=5000 --strategy=equal --steps=10000 --batch=64
 
-NAME is a registered mixture or task, one of the sets (glue_v002, glue_squad, c4_glue_squad), or tasks with commas
-between them, =COUNT after those without a published number of examples. Exit code 2 when there is no such thing.
+NAME is a registered mixture or task, one of the sets (glue_v002, glue_squad, c4_glue_squad), or a comma-separated list
+of tasks, with =COUNT for those without a published number of examples. The exit code is 2 if NAME is unknown.
 """
 
 import argparse
@@ -40,22 +40,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strategy",
         choices=get_args(mixtures.Strategy),
-        help="mix by this; a registered mixture is otherwise shown as registered, other tasks in proportion",
+        help="mixing strategy; default: registered rates for a registered mixture, else proportional",
     )
     parser.add_argument(
-        "--limit", type=_number, metavar="K", help="artificial limit on a task's examples, as 65536 or 2^16"
+        "--limit", type=_number, metavar="K", help="artificial limit on a task's examples, such as 65536 or 2^16"
     )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="for --strategy=temperature")
     parser.add_argument(
         "--steps", type=_number, default=table.STEPS, metavar="N", help="(%(default)s, T5's fine-tuning)"
     )
     parser.add_argument(
-        "--batch", type=_number, default=table.BATCH, metavar="B", help="examples a step, before packing (%(default)s)"
+        "--batch",
+        type=_number,
+        default=table.BATCH,
+        metavar="B",
+        help="examples per step, before packing (%(default)s)",
     )
     parser.add_argument(
-        "--measure", action="store_true", help="read some examples of each task for its mean length and share in tokens"
+        "--measure", action="store_true", help="read some examples of each task for its mean length and share of tokens"
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="write a picture that compares the strategies")
+    parser.add_argument("--plot", metavar="FILE.png", help="write a figure that compares the strategies")
     return parser
 
 
@@ -63,38 +67,36 @@ def _number(text: str) -> int:
     base, _, exponent = text.replace("**", "^").partition("^")
     value = int(base) ** int(exponent) if exponent else int(base)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: it must be above 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value
 
 
 def _show(flags: argparse.Namespace) -> None:
-    rates, counts, how = _chosen(flags)
+    rates, counts, description = _chosen(flags)
     tokens, unread = _measured(rates) if flags.measure else ({}, [])
-    print(f"{flags.name}, {how}; passes over the data in {flags.steps:,} steps of {flags.batch:,} examples\n")
+    print(f"{flags.name}, {description}; passes over the data in {flags.steps:,} steps of {flags.batch:,} examples\n")
     print(table.to_text(table.rows(rates, counts, flags.steps, flags.batch, tokens)))
     print()
     if evaluated := [task for task, rate in rates.items() if not rate]:
-        print(f"Evaluated, never drawn: {', '.join(evaluated)}.")
+        print(f"Evaluated, not trained on: {', '.join(evaluated)}.")
     if any(task.startswith("c4_") for task in rates):
-        print(
-            "C4 is counted in documents; objectives cut examples of other lengths from them, so its passes are rough."
-        )
+        print("C4 is counted in documents; objectives split or join them, so its passes are approximate.")
     if not flags.measure:
-        print("--measure reads some examples of each task and adds its share in tokens.")
+        print("--measure reads some examples of each task and adds its share of tokens.")
     for line in unread:
         print(line)
     if flags.plot:
-        known = {task: count for task, count in counts.items() if rates[task] and count}
-        if missing := [task for task, rate in rates.items() if rate and task not in known]:
+        examples = {task: count for task, count in counts.items() if rates[task] and count}
+        if missing := [task for task, rate in rates.items() if rate and task not in examples]:
             raise UserError(f"cannot plot strategies without the number of examples of {', '.join(missing)}")
         total = sum(rates.values())
-        shares = {task: rates[task] / total for task in known}
-        plot.draw(f"{flags.name}, {how}", known, shares, flags.steps, flags.batch, flags.plot)
-        print(f"Picture: {flags.plot}")
+        shares = {task: rates[task] / total for task in examples}
+        plot.draw(f"{flags.name}, {description}", examples, shares, flags.steps, flags.batch, flags.plot)
+        print(f"Figure: {flags.plot}")
 
 
 def _chosen(flags: argparse.Namespace) -> tuple[dict[str, float], dict[str, int | None], str]:
-    """Rates and numbers of examples by task, and in words how they were mixed."""
+    """Return rates and numbers of examples by task, and a description of the strategy."""
     name = flags.name
     counts: dict[str, int | None]
     if name in seqio.MixtureRegistry.names():
@@ -109,33 +111,33 @@ def _chosen(flags: argparse.Namespace) -> tuple[dict[str, float], dict[str, int 
     else:
         counts = _listed(name)
     if unknown := [task for task, count in counts.items() if count is None]:
-        raise UserError(f"no number of examples is known for {', '.join(unknown)}: say TASK=COUNT in a list of tasks")
+        raise UserError(f"no number of examples is known for {', '.join(unknown)}: give TASK=COUNT in a list")
     strategy = flags.strategy or "proportional"
-    known = {task: float(count) for task, count in counts.items() if count is not None}
-    rates = mixtures.raw_rates(known, strategy, flags.limit, flags.temperature)
-    mixtures.rates(known, strategy, flags.limit, flags.temperature)  # refuses what has nothing to draw from
+    examples = {task: float(count) for task, count in counts.items() if count is not None}
+    rates = mixtures.raw_rates(examples, strategy, flags.limit, flags.temperature)
+    mixtures.rates(examples, strategy, flags.limit, flags.temperature)  # raises an error if all counts are 0
     limit = f", K = {flags.limit:,}" if flags.limit else ""
     return rates, counts, f"{strategy}{limit}" + (f", T = {flags.temperature:g}" if strategy == "temperature" else "")
 
 
 def _listed(names: str) -> dict[str, int | None]:
-    """The tasks of a set, or of a list with commas, each with its number of examples."""
+    """Return the tasks of a set, or of a comma-separated list, with their numbers of examples."""
     counts: dict[str, int | None] = {}
     for item in mixtures.SETS.get(names, names.split(",")):
         task, equals, count = item.strip().partition("=")
         if equals and not count.isdigit():
-            raise UserError(f"{item!r}: say a number of examples, as in {task}=5000")
+            raise UserError(f"{item!r}: give a number of examples, as in {task}=5000")
         if not equals and mixtures.train_examples(task) is None and task not in seqio.TaskRegistry.names():
-            known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names(), *mixtures.SETS]
-            near = difflib.get_close_matches(task, known, n=3)
-            cure = f"did you mean {', '.join(near)}?" if near else f"known sets: {', '.join(mixtures.SETS)}"
-            raise UserError(f"no mixture, task or set is called {task!r}; {cure}")
+            candidates = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names(), *mixtures.SETS]
+            near = difflib.get_close_matches(task, candidates, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known sets: {', '.join(mixtures.SETS)}"
+            raise UserError(f"no mixture, task or set is called {task!r}; {hint}")
         counts[task] = int(count) if equals else _examples(task)
     return counts
 
 
 def _examples(task: str) -> int | None:
-    """As published, else as the task's own source counts them; None when its data cannot be read."""
+    """Return the published number of examples, else the source's count; None if its data cannot be read."""
     published = mixtures.train_examples(task)
     if published is not None:
         return published
@@ -146,7 +148,7 @@ def _examples(task: str) -> int | None:
 
 
 def _measured(rates: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-    """Mean tokens of each task that can be read, and a line for each that cannot."""
+    """Return the mean tokens of each task that can be read, and a message for each that cannot."""
     tokens, unread = {}, []
     for task in (task for task, rate in rates.items() if rate):
         try:

@@ -1,4 +1,4 @@
-"""Draws one mixture under every strategy side by side. Must not know: SeqIO, files of data."""
+"""Plot one mixture under every strategy side by side. Must not import: SeqIO, data files."""
 
 import math
 from collections.abc import Mapping
@@ -14,34 +14,34 @@ Panel = tuple[str, str, dict[str, float]]  # title, colour, share by task
 
 
 def panels(examples: Mapping[str, int]) -> list[Panel]:
-    """Equal, temperature 8, 4, 2 and proportional with growing K: from the flattest to the steepest.
+    """Return equal, temperature 8, 4, 2 and proportional with growing K: from the flattest to the steepest.
 
-    A limit that changes nothing any more is left out, and the last one that did then stands for all above it.
+    The first limit K that no task exceeds stands for all larger ones, which would give the same panel.
     """
-    found: list[Panel] = [("equal", _COLOURS["equal"], mixtures.rates(examples, "equal"))]
+    columns: list[Panel] = [("equal", _COLOURS["equal"], mixtures.rates(examples, "equal"))]
     for t in (8, 4, 2):
         shares = mixtures.rates(examples, "temperature", mixtures.TEMPERATURE_LIMIT, t)
-        found.append((f"temperature\nT = {t}", _COLOURS["temperature"], shares))
+        columns.append((f"temperature\nT = {t}", _COLOURS["temperature"], shares))
     for k in range(16, 22):
         shares = mixtures.rates(examples, "proportional", 2**k)
         if max(examples.values()) <= 2**k:
-            found.append((f"proportional\nK $\\geq$ $2^{{{k}}}$", _COLOURS["proportional"], shares))
+            columns.append((f"proportional\nK $\\geq$ $2^{{{k}}}$", _COLOURS["proportional"], shares))
             break
-        found.append((f"proportional\nK = $2^{{{k}}}$", _COLOURS["proportional"], shares))
-    return found
+        columns.append((f"proportional\nK = $2^{{{k}}}$", _COLOURS["proportional"], shares))
+    return columns
 
 
 def draw(
     title: str, examples: Mapping[str, int], chosen: Mapping[str, float], steps: int, batch: int, path: str
 ) -> None:
-    """Writes a picture (its format by the ending of `path`): a row for each task, a column for each strategy.
+    """Write a figure (format by the extension of `path`) with a row per task and a column per strategy.
 
     Args:
-      title: what is drawn.
-      examples: task to training examples, those with 0 left out.
-      chosen: the shares of the mixture that was asked for; they stand out.
-      steps, batch: examples drawn, for the passes over the data that stand under each share.
-      path: a local file. Raises OSError or ValueError where it cannot be written.
+      title: title of the figure.
+      examples: task -> training examples, without tasks that have none.
+      chosen: shares of the requested mixture, which are highlighted.
+      steps, batch: number of sampled examples, for the passes over the data under each share.
+      path: a local file. Raises OSError or ValueError if it cannot be written.
     """
     columns = panels(examples)
     _mark(columns, chosen)
@@ -59,15 +59,15 @@ def draw(
     axes[0].set_yticks(range(len(tasks)), [f"{task}\n{examples[task]:,}" for task in tasks], fontsize=8.5)
     axes[0].invert_yaxis()
     figure.suptitle(
-        f"{title} (red), beside the other ways to mix\n"
-        f"share of the examples drawn; in grey, passes over the task's data in {steps:,} steps of {batch:,} examples",
+        f"{title} (red), compared with the other strategies\n"
+        f"share of the sampled examples; in grey, passes over the task's data in {steps:,} steps of {batch:,} examples",
         fontsize=10.5,
     )
     figure.savefig(path, dpi=150, facecolor="white")
 
 
 def _mark(columns: list[Panel], chosen: Mapping[str, float]) -> None:
-    """Colours the strategy that the mixture follows; one that follows none of them gets a column of its own."""
+    """Highlight the strategy of the mixture, or insert a column for a mixture of no known strategy."""
     for i, (name, _, shares) in enumerate(columns):
         if all(math.isclose(shares[task], share, rel_tol=1e-6) for task, share in chosen.items()):
             columns[i] = (name, _CHOSEN, shares)
@@ -78,7 +78,7 @@ def _mark(columns: list[Panel], chosen: Mapping[str, float]) -> None:
 def _draw_column(axis: Axes, name: str, colour: str, shares: list[float], widest: float) -> None:
     axis.barh(range(len(shares)), shares, height=0.72, color=colour, alpha=0.85)
     axis.set_title(name, fontsize=9, color=colour, loc="left")
-    axis.set_xlim(0, widest * 1.75)  # room for the figures beside the longest bar
+    axis.set_xlim(0, widest * 1.75)  # room for the numbers after the longest bar
     axis.set_xticks([])
     axis.tick_params(length=0)
     for side in ("top", "right", "bottom"):

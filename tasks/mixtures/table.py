@@ -1,6 +1,7 @@
-"""What a mixture does to each of its tasks, as rows and as text.
+"""The share, passes over the data and tokens of each task of a mixture, as rows and as text.
 
-Must not know: strategies, how a mixture was chosen."""
+Must not depend on mixing strategies.
+"""
 
 import dataclasses
 import itertools
@@ -14,20 +15,20 @@ from tasks.errors import UserError
 STEPS = 2**18
 BATCH = 128
 LENGTHS = {"inputs": 512, "targets": 114}
-_MEASURED = 2_000  # examples that a mean length is taken of
+_MEASURED = 2_000  # examples for the mean length
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One task's part. What is not known is None: examples, and passes with them; tokens, and their share with them."""
+    """One task of a mixture. `examples` and `passes`, `tokens` and `token_share` are None if unknown."""
 
     task: str
     examples: int | None
     rate: float
-    share: float  # of the examples drawn
+    share: float  # of the sampled examples
     passes: float | None  # over the task's examples, in all steps
-    tokens: float | None  # of an example, inputs and targets together, on average
-    token_share: float | None  # of the tokens drawn; known when every task's tokens are
+    tokens: float | None  # mean per example, inputs and targets together
+    token_share: float | None  # of the sampled tokens; known if `tokens` of every task is known
 
 
 def rows(
@@ -37,13 +38,13 @@ def rows(
     batch: int = BATCH,
     tokens: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """A row for each task with a rate above 0, the largest first.
+    """Return a row for each task with a rate above 0, the largest first.
 
     Args:
-      rates: task to mixing rate; any scale.
-      examples: task to its number of training examples, None where unknown.
-      steps, batch: how many examples are drawn, before packing.
-      tokens: task to mean tokens of an example.
+      rates: task -> mixing rate, on any scale.
+      examples: task -> number of training examples, None if unknown.
+      steps, batch: number of sampled examples, before packing.
+      tokens: task -> mean tokens per example.
     """
     drawn = {task: rate for task, rate in rates.items() if rate}
     total, tokens = sum(drawn.values()), tokens or {}
@@ -65,9 +66,9 @@ def rows(
 
 
 def mean_tokens(task: str, examples: int = _MEASURED, lengths: Mapping[str, int] = LENGTHS) -> float:
-    """Mean tokens of the task's training examples, inputs and targets with their ends, cut to `lengths`.
+    """Return the mean tokens of the task's training examples: inputs and targets with EOS, truncated to `lengths`.
 
-    Reads the task's data with the vocabulary in force, and raises what they raise.
+    Reads the task's data with the current vocabulary, and raises their errors.
     """
     dataset = seqio.TaskRegistry.get(task).get_dataset(lengths, "train", shuffle=True, seed=0)
     sizes = [
@@ -75,20 +76,22 @@ def mean_tokens(task: str, examples: int = _MEASURED, lengths: Mapping[str, int]
         for example in itertools.islice(dataset.as_numpy_iterator(), examples)  # pyright: ignore[reportArgumentType]
     ]
     if not sizes:
-        raise UserError(f"task {task} has no examples of {dict(lengths)}")
+        raise UserError(f"task {task} has no examples for lengths {dict(lengths)}")
     return sum(sizes) / len(sizes)
 
 
 def to_text(table: list[Row]) -> str:
-    """The rows for a person, with a line of sums."""
+    """Format the rows as a table with a line of sums."""
     sums = Row(
         task="all",
-        examples=sum(row.examples for row in table if row.examples is not None) if _known(table, "examples") else None,
+        examples=sum(row.examples for row in table if row.examples is not None)
+        if _all_known(table, "examples")
+        else None,
         rate=sum(row.rate for row in table),
         share=1.0,
         passes=None,
         tokens=sum(row.share * row.tokens for row in table if row.tokens is not None)
-        if _known(table, "tokens")
+        if _all_known(table, "tokens")
         else None,
         token_share=1.0,
     )
@@ -101,7 +104,7 @@ def to_text(table: list[Row]) -> str:
     if any(row.tokens is not None for row in table):
         for line, row in zip(cells, [None, *table, sums], strict=True):
             line += ["tokens/example", "token share"] if row is None else _token_cells(row)
-        if not _known(table, "tokens"):
+        if not _all_known(table, "tokens"):
             cells[-1][-2:] = ["", ""]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -113,7 +116,7 @@ def to_text(table: list[Row]) -> str:
     )
 
 
-def _known(table: list[Row], field: str) -> bool:
+def _all_known(table: list[Row], field: str) -> bool:
     return all(getattr(row, field) is not None for row in table)
 
 

@@ -1,10 +1,10 @@
-"""The vocabulary that every task shares: T5's, read only when first needed, and replaceable for a whole run.
+"""The vocabulary shared by all tasks: T5's by default, loaded on first use, and replaceable for a run.
 
-Tasks are registered when `tasks` is imported, long before a run knows which vocabulary it wants, and SeqIO refuses a
-mixture whose tasks hold different vocabularies. So all tasks hold one object, `SHARED`, which passes every call on to
-the vocabulary in force: T5's 32,000 SentencePiece pieces and 100 sentinels, unless `set_default` named another one.
+Tasks are registered when `tasks` is imported, before a run selects its vocabulary, and SeqIO rejects a mixture of tasks
+with different vocabularies. So all tasks use one object, `SHARED`, which forwards every call to the current vocabulary:
+T5's 32,000 SentencePiece pieces and 100 sentinels, unless `set_default` has set another.
 
-Must not know: any task, any model. Importing it reads no file and no network.
+Must not import: any task or model. Importing this module reads no files.
 """
 
 import os
@@ -44,7 +44,7 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
         raise UserError(f"{model_file} is not a SentencePiece model: {error}") from error
     if pad != 0 or end is None or end < 1:
         raise UserError(
-            f"{model_file} has pad id {pad} and end-of-sequence id {end}; T5 needs padding at 0 and an end: "
+            f"{model_file} has pad id {pad} and end-of-sequence id {end}; T5 needs pad id 0 and an end-of-sequence id: "
             "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
     return vocabulary
@@ -65,15 +65,15 @@ def _load_t5() -> seqio.SentencePieceVocabulary:
     else:
         path = T5_MODEL
         try:
-            found = tf.io.gfile.exists(path)
-            reason = "it is not there"
+            exists = tf.io.gfile.exists(path)
+            reason = "it does not exist"
         except tf.errors.OpError as error:
-            found, reason = False, str(error.message).splitlines()[0]
-        if not found:
-            tried = f"{local} is not there" if local else f"{readers.DATA_DIR_VARIABLE} is not set"
+            exists, reason = False, str(error.message).splitlines()[0]
+        if not exists:
+            tried = f"{local} does not exist" if local else f"{readers.DATA_DIR_VARIABLE} is not set"
             raise MissingFileError(
                 f"T5's vocabulary was not found: {tried}, and {path} cannot be read ({reason}). Put "
-                f"sentencepiece.model at ${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}, or name another vocabulary "
+                f"sentencepiece.model at ${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}, or set another vocabulary "
                 "(gin macro VOCABULARY, or tasks.vocabulary.set_default)"
             )
     logging.info("vocabulary: T5's, from %s", path)
@@ -81,17 +81,17 @@ def _load_t5() -> seqio.SentencePieceVocabulary:
 
 
 _chosen: seqio.Vocabulary | None = None  # set by set_default; None means T5's
-_t5: tuple[str | None, seqio.Vocabulary] | None = None  # T5's vocabulary and the data folder it was looked up with
+_t5: tuple[str | None, seqio.Vocabulary] | None = None  # T5's vocabulary, and the data folder at the time it was loaded
 
 
 def set_default(vocabulary: str | seqio.Vocabulary | None) -> None:
-    """Puts one vocabulary in force for all tasks, those already registered too.
+    """Set the vocabulary of all tasks, including those already registered.
 
     Args:
-      vocabulary: the path of a SentencePiece model (100 sentinels are added) or of a BERT's vocab.txt, "bytes" for
-        ByT5's byte vocabulary with 100 sentinels, a ready SeqIO vocabulary, or None for T5's own.
+      vocabulary: the path of a SentencePiece model (100 sentinels are added) or of a BERT vocab.txt, "bytes" for ByT5's
+        byte vocabulary with 100 sentinels, a SeqIO vocabulary, or None for T5's.
 
-    Raises FileNotFoundError or ValueError for a path that cannot serve. Datasets built before keep the old one.
+    Raises MissingFileError or UserError for an unusable path. Datasets that are already built keep the old vocabulary.
     """
     global _chosen
     if isinstance(vocabulary, _SharedVocabulary):
@@ -105,7 +105,7 @@ def set_default(vocabulary: str | seqio.Vocabulary | None) -> None:
 
 
 def default_vocabulary() -> seqio.Vocabulary:
-    """The vocabulary in force: the one given to `set_default`, else T5's (read now if it was not yet)."""
+    """Return the current vocabulary: that of `set_default`, else T5's (loaded on first use)."""
     global _t5
     if _chosen is not None:
         return _chosen
@@ -115,13 +115,13 @@ def default_vocabulary() -> seqio.Vocabulary:
 
 
 class _SharedVocabulary(seqio.Vocabulary):
-    """Stands in every task's features and passes each call on to `default_vocabulary()`."""
+    """The vocabulary in the features of all tasks; forwards each call to `default_vocabulary()`."""
 
     def __init__(self) -> None:
         super().__init__(extra_ids=0)
 
     def __reduce__(self):
-        return _shared, ()  # copies (gin copies its arguments, Beam pickles them) are the same object
+        return _shared, ()  # copies (by gin, or pickled by Beam) are the same object
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _SharedVocabulary) or default_vocabulary() == other
@@ -175,7 +175,7 @@ class _SharedVocabulary(seqio.Vocabulary):
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         return default_vocabulary().decode_tf(ids)
 
-    # The public calls go over whole: the clean-up that seqio.Vocabulary does round the private ones is the other's.
+    # The public methods are forwarded too, because the current vocabulary does its own cleaning of ids.
     encode, decode, encode_tf, decode_tf = _encode, _decode, _encode_tf, _decode_tf
 
 
@@ -183,7 +183,7 @@ SHARED = _SharedVocabulary()
 
 
 def resolved(which: seqio.Vocabulary) -> seqio.Vocabulary:
-    """The vocabulary itself where `which` stands for the one in force."""
+    """Return the current vocabulary if `which` is SHARED, else `which`."""
     return default_vocabulary() if which is SHARED else which
 
 
@@ -192,7 +192,7 @@ def _shared() -> _SharedVocabulary:
 
 
 def output_features() -> dict[str, seqio.utils.Feature]:
-    """The features of every text-to-text task: `inputs` (absent in language modelling) and `targets`, both with EOS."""
+    """Return the features of text-to-text tasks: `inputs` (absent in language modelling) and `targets`, with EOS."""
     return {
         "inputs": seqio.Feature(vocabulary=SHARED, add_eos=True, required=False),
         "targets": seqio.Feature(vocabulary=SHARED, add_eos=True),
@@ -200,11 +200,11 @@ def output_features() -> dict[str, seqio.utils.Feature]:
 
 
 def require_sentinels(vocabulary: seqio.Vocabulary, count: int) -> None:
-    """Refuses a vocabulary with fewer than `count` sentinels (its last ids, kept apart for marking spans)."""
+    """Raise UserError if the vocabulary has fewer than `count` sentinels (its last ids, which mark spans)."""
     if vocabulary.extra_ids < count:
         raise UserError(
-            f"this objective marks up to {count} spans with sentinels, and the vocabulary has "
+            f"this objective marks up to {count} spans with sentinels, but the vocabulary has "
             f"{vocabulary.extra_ids} extra ids ({vocabulary}): real pieces would be overwritten. "
-            f"Give the vocabulary extra_ids={count} or more, ask for longer spans (mean_noise_span_length), "
+            f"Give the vocabulary extra_ids={count} or more, use longer spans (mean_noise_span_length), "
             "or use shorter inputs"
         )

@@ -1,6 +1,6 @@
-"""What a vocabulary makes of a text: how many tokens, what it does not know, and whether the text comes back.
+"""Measure a vocabulary on text: fertility, coverage of characters, and the round trip.
 
-Must not know: tasks, where text comes from.
+Must not depend on tasks or on the source of the text.
 """
 
 import collections
@@ -9,24 +9,24 @@ from collections.abc import Iterable
 
 import sentencepiece
 
-SPACE = "\u2581"  # how SentencePiece writes a space, the one that it puts before the first word too
+SPACE = "\u2581"  # SentencePiece's character for a space, also for the one added before the first word
 
 
 @dataclasses.dataclass
 class Report:
-    """Counts over the texts measured; a text is a document, or one feature of an example."""
+    """Counts over the measured texts; a text is a document, or one feature of an example."""
 
     texts: int = 0
     characters: int = 0  # of the normalised text
-    words: int = 0  # between white space
+    words: int = 0  # separated by white space
     tokens: int = 0
     unknown: int = 0  # tokens that are <unk>
-    bytes: int = 0  # tokens that spell one byte of a character without a piece
-    changed: int = 0  # texts that normalisation alters
-    whole: int = 0  # texts without <unk>, which can come back
-    returned: int = 0  # those of them that decode(encode(text)) gives back as normalised
+    bytes: int = 0  # tokens that are a byte of a character without a piece
+    changed: int = 0  # texts that normalisation changes
+    whole: int = 0  # texts without <unk>, for which a round trip is possible
+    returned: int = 0  # those of them that decode(encode(text)) restores as normalised
     used: set[int] = dataclasses.field(default_factory=set)
-    # Characters without a piece of their own, with how often they occur.
+    # Characters without a piece of their own, with their counts.
     uncovered: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
@@ -45,15 +45,14 @@ class Report:
 
     @property
     def lossless(self) -> bool:
-        """Whether every text that can come back does."""
+        """Whether every text without <unk> survives the round trip."""
         return self.returned == self.whole
 
 
 def measure(model: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -> Report:
-    """Encodes and decodes each text, and compares it with the model's own normalisation of it.
+    """Encode and decode each text, and compare the result with the model's normalisation of the text.
 
-    Normalised text has U+2581 for each space and one before the first word; with spaces for them again and without
-    that first one it is what decoding must give.
+    Normalised text has U+2581 for each space, and one before the first word, which decoding removes.
     """
     report, characters = Report(), collections.Counter()
     for text in texts:
@@ -79,12 +78,12 @@ def measure(model: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -
 
 
 def pieces(model: sentencepiece.SentencePieceProcessor) -> int:
-    """How many pieces can stand for text: all but padding, end and unknown."""
+    """Return the number of pieces for text: all except padding, EOS and unknown."""
     return sum(not (model.is_control(i) or model.is_unknown(i)) for i in range(model.get_piece_size()))
 
 
 def to_text(report: Report, model: sentencepiece.SentencePieceProcessor) -> str:
-    """The report for a person."""
+    """Format the report as text."""
     rows = [
         ("tokens", f"{report.tokens:,}"),
         ("tokens per word (fertility)", f"{report.fertility:.3f}"),
@@ -92,7 +91,7 @@ def to_text(report: Report, model: sentencepiece.SentencePieceProcessor) -> str:
         ("coverage: tokens that are not <unk>", f"{report.coverage:.4%}"),
     ]
     if any(map(model.is_byte, range(model.get_piece_size()))):
-        rows.append(("tokens that spell single bytes", f"{report.bytes / max(report.tokens, 1):.4%}"))
+        rows.append(("tokens that are single bytes", f"{report.bytes / max(report.tokens, 1):.4%}"))
     rows += [
         ("pieces used", f"{len(report.used):,} of {pieces(model):,}"),
         ("characters without a piece", _uncovered(report)),
@@ -110,13 +109,11 @@ def _uncovered(report: Report) -> str:
     shown = ", ".join(f"U+{ord(c):04X}{f' {c}' if c.isprintable() else ''} ({n:,})" for c, n in most)
     more = ", ..." if len(report.uncovered) > len(most) else ""
     total, different = report.uncovered.total(), len(report.uncovered)
-    return (
-        f"{total / report.characters:.4%}: {total:,} of {report.characters:,}, {different:,} different: {shown}{more}"
-    )
+    return f"{total / report.characters:.4%}: {total:,} of {report.characters:,}, {different:,} distinct: {shown}{more}"
 
 
 def _round_trip(report: Report) -> str:
-    said = f"{report.returned:,} of {report.whole:,} texts come back as normalised"
+    counts = f"{report.returned:,} of {report.whole:,} texts are restored as normalised"
     if report.texts > report.whole:
-        said += f" ({report.texts - report.whole:,} others hold <unk>)"
-    return f"{'lossless' if report.lossless else 'NOT LOSSLESS'}, {said}"
+        counts += f" ({report.texts - report.whole:,} others contain <unk>)"
+    return f"{'lossless' if report.lossless else 'NOT LOSSLESS'}, {counts}"

@@ -1,6 +1,6 @@
-"""The raw text that a vocabulary is learnt from or measured on: of any text task, or of files.
+"""Raw text of any text task, or of files, to train or measure a vocabulary on.
 
-Must not know: models of text.
+Must not depend on tokenizer models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ from tasks import user_files
 from tasks.errors import UserError
 
 _FILES_TASK = "vocabulary_files"
-_FIRST_BYTE = 3  # in SeqIO's vocabulary of bytes, after padding, end and unknown
+_FIRST_BYTE = 3  # in SeqIO's byte vocabulary, after padding, EOS and unknown
 
 
 def of_task(name: str, split: str = "train") -> Iterator[str]:
-    """The inputs and the targets of a task's examples as text, each where it is not empty, in the order of the source.
+    """Yield the non-empty inputs and targets of a task's examples as text, in the order of the source.
 
-    Raises ValueError for a name that is no task, or a task without such a split or without text.
+    Raises UserError if `name` is not a task, or the task lacks the split or has no text.
     """
     if name not in seqio.TaskRegistry.names():
         kind = "a mixture: name one of its tasks" if name in seqio.MixtureRegistry.names() else "not a registered task"
@@ -36,9 +36,9 @@ def of_task(name: str, split: str = "train") -> Iterator[str]:
 
 
 def _bytes_as_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
-    """What the task's preprocessors give up to the one that makes tokens of text, shown a vocabulary of bytes.
+    """Run the task's preprocessors, up to the one that tokenises, with a byte vocabulary.
 
-    So its tokens are the text itself, whichever step makes them and from whatever column.
+    The tokens are then the bytes of the text, whichever step and column they come from.
     """
     features = {name: seqio.Feature(seqio.ByteVocabulary()) for name in task.output_features}
 
@@ -50,15 +50,15 @@ def _bytes_as_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
     steps = list(task.preprocessors)
     while not has_tokens(dataset):
         if not steps:
-            raise UserError(f"task {task.name} never makes tokens of text")
+            raise UserError(f"task {task.name} never tokenises text")
         step = seqio.utils.add_kwargs_to_transform(steps.pop(0), output_features=features, sequence_length=None)
         dataset = step(dataset)
     if len(steps) == len(task.preprocessors):
-        raise UserError(f"task {task.name} has no text: its source gives tokens")
+        raise UserError(f"task {task.name} has no text: its source yields tokens")
     return dataset
 
 
 def of_files(patterns: Sequence[str], template: str = "{text}") -> Iterator[str]:
-    """The rows of files, read and refused as `tasks.user_files` does, each as the template says."""
+    """Yield the rows of files, formatted by the template, with the checks of `tasks.user_files`."""
     user_files.register_files(_FILES_TASK, patterns, objective="span_corruption", text_template=template)
     return of_task(_FILES_TASK)

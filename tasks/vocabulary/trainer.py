@@ -1,6 +1,6 @@
-"""Learns a SentencePiece model with T5's special ids: padding 0, end 1, unknown 2, no beginning.
+"""Train a SentencePiece model with T5's special ids: padding 0, EOS 1, unknown 2, no BOS.
 
-Used by `python -m tasks.vocabulary train` and by the quickstart. Must not know: tasks, where text comes from.
+Used by `python -m tasks.vocabulary train` and the quickstart. Must not depend on tasks or on the source of the text.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import tensorflow as tf
 from tasks.errors import UserError, UserFileError
 
 Kind = Literal["unigram", "bpe"]
-# T5 has nmt_nfkc: NFKC, and every white space and control character as a space. `_cf` folds case, identity keeps all.
+# T5 uses nmt_nfkc: NFKC with white space and control characters as spaces. `_cf` folds case, identity changes nothing.
 Normalization = Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"]
 
-# SentencePiece leaves out whole lines that hold its own mark for the unknown, and refuses NUL: neither can be a piece.
+# SentencePiece drops lines with its character for unknown pieces, and rejects NUL: neither can be a piece.
 _NO_PIECE = str.maketrans("\u2585\0", "  ")
 
 
@@ -35,31 +35,32 @@ def train(
     byte_fallback: bool = False,
     threads: int | None = None,
 ) -> None:
-    """Learns a model from `texts` and writes it to `model_file`, whole or not at all.
+    """Train a model on `texts` and write it atomically to `model_file`.
 
     Args:
-      texts: documents or sentences of any length; learnt from line by line.
-      model_file: local or gs://; its folder is made. An old file of that name is replaced.
-      size: pieces in all, special ones included; T5's 32,000. The sentinels are not in the model, they come on top.
+      texts: documents or sentences of any length; split into lines.
+      model_file: local or gs:// path; its folder is created, an existing file is replaced.
+      size: number of pieces, including special ones (T5: 32,000), excluding sentinels, which are not in the model.
       kind: "unigram" (T5's) or "bpe".
-      normalization: what is done to text before it is cut, in training and ever after.
-      character_coverage: the share of all characters in the text that get a piece; the rarest of the others are left to
-        <unk>, or to bytes. (SentencePiece's 0.9995 is meant for Chinese and leaves out "#" and "~" on English C4.)
-      byte_fallback: adds 256 pieces, one a byte, that spell what would be <unk>.
-      threads: all cores unless given. With 1 the same text gives the same model to the last bit.
+      normalization: normalisation of text in training and in use.
+      character_coverage: share of the characters in the text that get a piece; the rarest characters become <unk> or
+        bytes. (SentencePiece's default 0.9995 is for Chinese and drops "#" and "~" on English C4.)
+      byte_fallback: add 256 byte pieces for characters that would become <unk>.
+      threads: default: all cores. With 1 thread the result is bit-identical for the same text.
 
-    Raises ValueError when the text is empty, too small or too varied for `size`; OSError when the file cannot be
-    written, before anything is learnt.
+    Raises:
+      ValueError: the text is empty, too small or too varied for `size`.
+      UserFileError: the file cannot be written; this is checked before training.
     """
     if kind not in get_args(Kind):
         raise UserError(f"type {kind!r}: use 'unigram' or 'bpe'")
     if normalization not in get_args(Normalization):
         raise UserError(f"normalization {normalization!r}: use one of {', '.join(get_args(Normalization))}")
     if not 0 < character_coverage <= 1:
-        raise UserError(f"character coverage {character_coverage}: it is a share, above 0 and at most 1")
+        raise UserError(f"character coverage {character_coverage}: must be above 0 and at most 1")
     if size < 1:
         raise UserError(f"size {size}: a vocabulary needs at least its special pieces and the characters of the text")
-    failed: list[BaseException] = []  # what reading the text raised: SentencePiece makes a string of it
+    failed: list[BaseException] = []  # the error in reading the text, which SentencePiece turns into a string
 
     def lines() -> Iterator[str]:
         try:
@@ -68,7 +69,7 @@ def train(
             failed.append(error)
             raise
 
-    with _written_whole(model_file) as partial:
+    with _atomic_write(model_file) as partial:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -84,7 +85,7 @@ def train(
                 eos_id=1,
                 unk_id=2,
                 bos_id=-1,
-                max_sentence_length=2**30,  # the default drops every line beyond 4,192 bytes without a word
+                max_sentence_length=2**30,  # the default silently drops lines above 4,192 bytes
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -101,8 +102,8 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _written_whole(path: str) -> Iterator[str]:
-    """A file beside `path`, found writable at once, that takes its place when all went well."""
+def _atomic_write(path: str) -> Iterator[str]:
+    """Yield a writable temporary path next to `path`, and rename it to `path` on success."""
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f"partial-{uuid.uuid4().hex[:8]}-{name}")
     try:
@@ -120,18 +121,18 @@ def _written_whole(path: str) -> Iterator[str]:
 
 
 def _explained(error: RuntimeError, size: int, byte_fallback: bool) -> ValueError:
-    """SentencePiece names its own source lines; what a person can do is said here."""
-    said = str(error)
-    if "sentences_.empty()" in said:
-        return ValueError("there is no text to learn a vocabulary from: every line is empty")
-    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", said):
+    """Turn a SentencePiece error, which names its source lines, into one with a fix."""
+    message = str(error)
+    if "sentences_.empty()" in message:
+        return ValueError("there is no text to train a vocabulary on: every line is empty")
+    if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
         return ValueError(
-            f"this text gives at most {found[1]} pieces, not {size}: ask for a size up to {found[1]}, or give more text"
+            f"this text gives at most {match[1]} pieces, not {size}: use a size up to {match[1]}, or more text"
         )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", said):
-        bytes_too = ", 256 bytes among them" if byte_fallback else ""
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        including_bytes = ", including 256 bytes" if byte_fallback else ""
         return ValueError(
-            f"{size} pieces cannot hold the text's characters: they and the special pieces are {found[1]}{bytes_too}. "
-            f"Ask for a size above {found[1]}, or a lower character coverage"
+            f"{size} pieces are too few for the text's characters and the special pieces: {match[1]}{including_bytes}. "
+            f"Use a size above {match[1]}, or a lower character coverage"
         )
-    return ValueError(f"SentencePiece could not learn from this text: {said}")
+    return ValueError(f"SentencePiece could not train on this text: {message}")

@@ -1,7 +1,7 @@
 """BERT's WordPiece vocabularies, from the vocab.txt of a Hugging Face directory or of google-research/bert.
 
-seqio.BertWordPieceVocabulary pads the pieces of each word to the longest word's number; here they come one behind the
-other, of text that is cleaned as BERT's own tokenizer cleans it. Must not know: tasks, models.
+seqio.BertWordPieceVocabulary pads the pieces of each word to the same number; here they are concatenated, and text is
+cleaned as in BERT's tokenizer. Must not import: tasks, models.
 """
 
 import json
@@ -17,14 +17,14 @@ from tasks.errors import MissingFileError, UserError
 
 
 class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
-    """The pieces of a vocab.txt, a line each.
+    """A vocabulary from a vocab.txt, one piece per line.
 
-    Text is lower-cased and loses its accents where `do_lower_case` of the tokenizer_config.json beside says so (without
-    a word of it, as Hugging Face, yes); where there is no such file, if no piece has a capital.
+    Text is lower-cased and accents are stripped by `do_lower_case` (default true, as in Hugging Face) of the
+    tokenizer_config.json in the same folder; without that file, if no piece has a capital letter.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: it has not [PAD] first, or lacks another special token; the config asks for another way of splitting.
+      MissingFileError: the file does not exist.
+      UserError: [PAD] is not first, another special token is missing, or the config has unsupported settings.
     """
 
     def __init__(self, path: str):
@@ -34,15 +34,15 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
             self.pieces = file.read().removesuffix("\n").split("\n")
         ids = {piece: i for i, piece in enumerate(self.pieces)}
         if missing := [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if piece not in ids]:
-            raise UserError(f"{path} is no BERT's vocab.txt: it lacks {', '.join(missing)}")
+            raise UserError(f"{path} is not a BERT vocab.txt: it lacks {', '.join(missing)}")
         if ids["[PAD]"] != 0:
-            raise UserError(f"{path} has [PAD] in line {ids['[PAD]'] + 1}: padding must be token 0, its first line")
+            raise UserError(f"{path} has [PAD] on line {ids['[PAD]'] + 1}: padding must be token 0, the first line")
         self.file, self.lower_case = path, _lower_case(path, self.pieces)
         super().__init__(path, start_of_sequence_id=ids["[CLS]"], end_of_sequence_id=ids["[SEP]"])
 
     @property
     def _base_vocab_size(self) -> int:
-        return len(self.pieces)  # SeqIO's has one more, which TensorFlow's table keeps for what [UNK] stands for here
+        return len(self.pieces)  # SeqIO's has one more, an out-of-vocabulary bucket of TensorFlow's table
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         text = tf.strings.regex_replace(s, r"[\t\n\r\p{Zs}\p{Zl}\p{Zp}]", " ")
@@ -56,15 +56,15 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
         return self._encode_tf(tf.constant(s)).numpy().tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Words with single spaces between them, padding left out; special tokens as they are written."""
-        known = (self.pieces[i] if i < len(self.pieces) else "[UNK]" for i in np.asarray(list(ids), int) if i)
-        return " ".join(known).replace(" ##", "")
+        """Return the words joined by single spaces, without padding; special tokens are written out."""
+        pieces = (self.pieces[i] if i < len(self.pieces) else "[UNK]" for i in np.asarray(list(ids), int) if i)
+        return " ".join(pieces).replace(" ##", "")
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and self.lower_case == getattr(other, "lower_case", None)
 
     def __str__(self) -> str:
-        case = "text in lower case" if self.lower_case else "text as it is"
+        case = "lower-cased" if self.lower_case else "cased"
         return f"WordPiece of {self.file}: {len(self.pieces)} pieces, {case}"
 
 
@@ -73,9 +73,9 @@ def _lower_case(path: str, pieces: Sequence[str]) -> bool:
     if not tf.io.gfile.exists(config):
         return not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
     with tf.io.gfile.GFile(config) as file:
-        said = json.loads(file.read())
-    lower = bool(said.get("do_lower_case", True))
-    for key, due in (("tokenize_chinese_chars", True), ("strip_accents", lower)):
-        if said.get(key, due) not in (due, None):
-            raise UserError(f"{config}: {key} is {said[key]!r}; BERT as published, and here, has {due!r}")
+        settings = json.loads(file.read())
+    lower = bool(settings.get("do_lower_case", True))
+    for key, value in (("tokenize_chinese_chars", True), ("strip_accents", lower)):
+        if settings.get(key, value) not in (value, None):
+            raise UserError(f"{config}: {key} is {settings[key]!r}; only {value!r}, as in BERT, is supported")
     return lower

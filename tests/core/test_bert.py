@@ -231,7 +231,7 @@ TABLE = "embeddings.word_embeddings.weight"
         ({}, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({}, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({}, {"layer_norm_eps": 1e-5}, "layer_norm_eps"),
-        ({}, {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification is not read"),
+        ({}, {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification is not supported"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changed, config, said, tmp_path):
@@ -367,7 +367,7 @@ MEAN = LossConfig(0.0, 0.0, "NUM_REAL_TARGET_TOKENS")
 
 def test_heads_that_learn_nothing_from_a_task_are_refused():
     batch = {"inputs": BATCH["inputs"], "segments": BATCH["segments"], "label": jnp.zeros((2, 1), jnp.int32)}
-    with pytest.raises(ValueError, match=r"none learns from the task.*label\) are for classify"):
+    with pytest.raises(ValueError, match=r"none of these learns from the task.*label\) are for classify"):
         BertModel(CONFIG).targets(batch)
 
 
@@ -382,8 +382,8 @@ def test_a_new_head_begins_anew_and_others_stay_behind(tmp_path, caplog):
     assert_same(got["classify"], new["classify"])
     assert_same(got["pooler"], init(CONFIG)["pooler"])
     assert_same(got["encoder"], init(CONFIG)["encoder"])
-    assert "begin as initialised: classify/bias, classify/kernel" in caplog.text
-    assert "7 parameters" in caplog.text and "left out: mlm/bias" in caplog.text
+    assert "keep their initial values: classify/bias, classify/kernel" in caplog.text
+    assert "7 parameters" in caplog.text and "are not read: mlm/bias" in caplog.text
     with pytest.raises(ValueError, match=r"extra .*: 7"):
         checkpoint.restore_params(tmp_path / "pretrained", convert.abstract_params(wanted), fresh=head)
 

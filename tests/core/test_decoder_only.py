@@ -144,7 +144,7 @@ def test_a_decoder_alone_learns_its_targets_on_a_mesh(config):
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="prefix_lm is for a decoder alone"):
+    with pytest.raises(ValueError, match="prefix_lm needs a decoder-only model"):
         dataclasses.replace(PREFIX_LM, num_encoder_layers=2)
     with pytest.raises(ValueError, match="needs encoder_input_tokens"):
         T5(dataclasses.replace(LM, num_encoder_layers=1)).init(jax.random.key(0), None, jnp.ones((1, 1), jnp.int32))

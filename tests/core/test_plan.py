@@ -128,7 +128,7 @@ def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tin
 def test_whether_it_fits_is_said(tiny_plan, memory, fits):
     found = dataclasses.replace(tiny_plan, capacity=memory)
     assert found.fits is fits
-    said = {False: "DOES NOT FIT", True: "fits", None: "not known"}[fits]
+    said = {False: "DOES NOT FIT", True: "fits", None: "unknown"}[fits]
     assert said in plan.table(found)
 
 
@@ -290,7 +290,7 @@ def test_memory_traffic_is_what_xla_counts_and_a_loop_counts_as_often_as_it_runs
         ("h10:8", ["Did you mean h100?"]),
         ("v5e:3x5", ["'3x5'", "2x2, 2x4, 4x4"]),
         ("v4:4x4", ["'4x4'", "4x4x4"]),
-        ("h100:12", ["whole hosts of 8"]),
+        ("h100:12", ["multiple of 8"]),
         ("cpu:0", ["cpu:N"]),
         ("2xcpu:8", ["cpu:N"]),
     ],

@@ -211,7 +211,7 @@ def test_what_the_page_says(tmp_path):
         "the most frequent: maybe (20)",
         "30 with the target's words, 0 with some of them, 10 with none",
         "Lowest F1 8 of 10",
-        "mean distance from the target 1; 13 that are no number",
+        "mean distance from the target 1; 13 that are not a number",
         "Samples 4 of 26",
     ):
         assert expected in said, expected

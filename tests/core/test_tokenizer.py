@@ -63,9 +63,9 @@ def test_a_converted_model_has_the_file_that_seqio_reads(proto, golden, tmp_path
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": {"type": "BPE"}}, "no SentencePiece unigram"),
-        ({"pre_tokenizer": {"type": "ByteLevel"}}, "no SentencePiece unigram"),
-        ({"normalizer": None}, "lacks SentencePiece's table"),
+        ({"model": {"type": "BPE"}}, "not a SentencePiece unigram"),
+        ({"pre_tokenizer": {"type": "ByteLevel"}}, "not a SentencePiece unigram"),
+        ({"normalizer": None}, "lacks SentencePiece's character map"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}}, "lacks"),
         ({"added_tokens": [{"id": 100_000, "content": "<new>"}]}, "no piece has id .* <new> has 100000"),
     ],

@@ -30,7 +30,7 @@ def log(caplog):
 
 
 def test_an_unknown_setting_is_refused():
-    with pytest.raises(ValueError, match="'ignore' is neither of 'refuse', 'skip'"):
+    with pytest.raises(ValueError, match="'ignore' is not one of 'refuse', 'skip'"):
         readers.set_bad_rows("ignore")  # type: ignore[arg-type]
 
 
@@ -150,7 +150,7 @@ def test_csv_skips_counts_and_keeps_the_rest(mine, skip, log):
 
 def test_files_without_a_good_row_are_refused_whatever_is_set(mine, skip):
     (mine / "a.jsonl").write_text('{"txt": "a"}\n\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl: not one good row for train"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: no good row for train"):
         user_files.register_files("mine", f"{mine}/a.jsonl")
 
 

@@ -182,7 +182,7 @@ def test_another_vocabulary_is_refused_with_both_named(corpus, caplog):
     (corpus / "cache" / RTE / cache.COMPLETED).write_text("tfrecord")  # as SeqIO's own script leaves it
     logging.getLogger("absl").propagate = True
     assert cache.check(task).endswith(RTE)
-    assert "does not say which vocabulary" in caplog.text
+    assert "does not record its vocabulary" in caplog.text
 
 
 def test_a_sentencepiece_model_is_known_by_its_content(corpus, golden):
@@ -252,7 +252,7 @@ def test_beam_makes_the_cache_that_is_read(corpus):
     assert task.get_cached_stats("train")["examples"] == 10
     # Over it again: nothing is done, unless it is told to.
     files = {file: file.stat().st_mtime_ns for file in (corpus / "cache" / RTE).iterdir()}
-    assert "is cached already" in command(corpus, f"--tasks={RTE}").stdout
+    assert "is already cached" in command(corpus, f"--tasks={RTE}").stdout
     assert {file: file.stat().st_mtime_ns for file in (corpus / "cache" / RTE).iterdir()} == files
     done = command(corpus, f"--tasks={RTE}", "--min_shards=1", "--overwrite")
     assert done.returncode == 0, done.stderr
@@ -275,4 +275,4 @@ def test_the_command_refuses_before_it_begins(corpus):
     (corpus / "cache" / RTE / "beam-temp-train").touch()
     done = command(corpus, f"--tasks={RTE}")
     assert done.returncode == 2
-    assert "holds an unfinished cache" in done.stderr.splitlines()[-1]
+    assert "an unfinished cache" in done.stderr.splitlines()[-1]

@@ -188,7 +188,7 @@ def test_command_shows_a_mixture_as_registered_or_otherwise(capsys):
     assert tasks["squad_v010_allanswers"] == ["87,599", "65,536", "18.82%", "0.14"]
     assert tasks["glue_cola_v002"] == ["8,551", "8,551", "2.46%", "0.19"]
     assert tasks["all"][:2] == ["1,036,700", "348,138"]
-    assert any("never drawn: glue_ax_v002, glue_mnli_matched_v002" in line for line in lines)
+    assert any("not trained on: glue_ax_v002, glue_mnli_matched_v002" in line for line in lines)
     _, tasks = shown(capsys, "glue_squad_equal", "--strategy=temperature", "--temperature=4", "--limit=2097152")
     assert tasks["glue_rte_v002"][2] == "5.27%"
     _, tasks = shown(capsys, "glue_rte_v002,mine=2490,squad_v110", "--strategy=equal")
@@ -206,8 +206,8 @@ def test_command_shows_a_mixture_as_registered_or_otherwise(capsys):
         (["glue_rte_v002,glue_rt_v002"], "'glue_rt_v002'; did you mean glue_rte_v002"),
         (["mine=many"], "mine=5000"),
         (["glue_squad_equal", "--limit=5"], "--limit and --temperature need a --strategy"),
-        (["glue_squad", "--temperature=2"], "use strategy='temperature'"),
-        (["mine=0"], "nothing to draw from"),
+        (["glue_squad", "--temperature=2"], "needs strategy='temperature'"),
+        (["mine=0"], "nothing to sample from"),
         (["glue_squad", "--plot=/dev/null/a.png"], "/dev/null/a.png"),
     ],
 )

@@ -252,7 +252,7 @@ def test_the_log_says_which_is_read_and_the_error_what_to_do(tmp_path, monkeypat
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", no_network)
     monkeypatch.delenv("T5X_LITE_DATA_DIR")
-    says = r"TFDS could not give glue/rte:2\.0\.0: no route to host.*TFDS_DATA_DIR.*T5X_LITE_DATA_DIR/glue/RTE/ \(train"
+    says = r"TFDS could not read glue/rte:2\.0\.0: no route to host.*TFDS_DATA_DIR.*T5X_LITE_DATA_DIR/glue/RTE/ \(train"
     with pytest.raises(FileNotFoundError, match=says):
         task.get_dataset(LENGTHS, "train", shuffle=False)
     assert f"glue/rte: reading TFDS glue/rte:2.0.0 in {tmp_path / 'tfds'}" in caplog.text

@@ -74,7 +74,7 @@ def test_large_files_are_streamed_with_the_same_examples(folder, monkeypatch):
         ({"train_files": "{folder}/*.parquet"}, FileNotFoundError, r"no file matches '.*/\*\.parquet'"),
         ({"train_files": "{folder}/a.jsonl"}, ValueError, r"a\.jsonl:1: no column inputs; it has: question, n, answer"),
         ({"train_files": "{folder}/d.txt"}, ValueError, "plain text has no columns"),
-        ({"train_files": "{folder}/a.jsonl", "inputs_template": "none"}, ValueError, "name columns as {column}"),
+        ({"train_files": "{folder}/a.jsonl", "inputs_template": "none"}, ValueError, "at least one {column}"),
         ({"train_files": "{folder}/a.jsonl", "inputs_template": "{question"}, ValueError, "expected '}'"),
         ({"train_files": "{folder}/a.jsonl", "objective": "lm"}, ValueError, "use 'text_to_text' or 'span_corruption'"),
     ],
@@ -95,7 +95,7 @@ def test_bad_lines_are_named(folder):
     with pytest.raises(ValueError, match=r"bad\.csv:3: 3 fields, the header has 2"):
         pairs()
     (folder / "list.jsonl").write_text(json.dumps({"inputs": ["a"], "targets": "b"}) + "\n")
-    with pytest.raises(ValueError, match=r"list\.jsonl:1: column inputs holds list"):
+    with pytest.raises(ValueError, match=r"list\.jsonl:1: column inputs has list"):
         user_files.register_files("mine", f"{folder}/list.jsonl")
 
 

@@ -61,7 +61,9 @@ def test_a_missing_model_is_named_with_the_cure(tmp_path, corpus, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no SentencePiece model at .*nothing\.model.*T5X_LITE_DATA_DIR"):
         vocabulary.set_default(str(tmp_path / "nothing.model"))
     monkeypatch.setattr(vocabulary, "T5_MODEL", str(tmp_path / "public.model"))
-    with pytest.raises(FileNotFoundError, match=r"vocab/sentencepiece\.model is not there.*public\.model.*VOCABULARY"):
+    with pytest.raises(
+        FileNotFoundError, match=r"vocab/sentencepiece\.model does not exist.*public\.model.*VOCABULARY"
+    ):
         vocabulary.default_vocabulary()
 
 
@@ -232,7 +234,7 @@ def test_text_of_every_kind_of_task_that_data_is_here_for(data_dir):
     )
     seqio.TaskRegistry.add("no_text", source=source, preprocessors=[], output_features={"targets": feature})
     try:
-        with pytest.raises(ValueError, match="no_text has no text: its source gives tokens"):
+        with pytest.raises(ValueError, match="no_text has no text: its source yields tokens"):
             next(texts.of_task("no_text"))
     finally:
         seqio.TaskRegistry.remove("no_text")
@@ -256,7 +258,7 @@ def test_command_learns_from_files_and_reports(tmp_path, capsys):
     first = capsys.readouterr().out
     assert "mine.model: bpe, nmt_nfkc normalisation, 40 pieces (140 ids with 100 sentinels)" in first
     assert "60 texts, 360 words" in first
-    assert "lossless, 60 of 60 texts come back" in first
+    assert "lossless, 60 of 60 texts are restored" in first
     assert command.main(["check", str(model), *files]) == 0
     assert capsys.readouterr().out == first
     assert vocabulary.load(str(model)).vocab_size == 140
@@ -265,13 +267,13 @@ def test_command_learns_from_files_and_reports(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--size=4000"], r"this text gives at most \d+ pieces, not 4000: ask for a size up to \d+"),
-        (["--size=9"], r"9 pieces cannot hold the text's characters: .* Ask for a size above \d+"),
+        (["--size=4000"], r"this text gives at most \d+ pieces, not 4000: use a size up to \d+"),
+        (["--size=9"], r"9 pieces are too few .* Use a size above \d+"),
         (["--size=-1"], "size -1"),
-        (["--size=40", "--coverage=99"], r"character coverage 99\.0: it is a share"),
+        (["--size=40", "--coverage=99"], r"character coverage 99\.0: must be above 0"),
         (["--size=40", "--files", "nothing*.txt"], r"no file matches 'nothing\*\.txt'"),
         (["--size=40", "--output=/dev/null/a.model"], r"cannot write /dev/null/a\.model: "),
-        (["--size=40", "--output=text.txt"], r"text\.txt exists, and what was trained with it needs it"),
+        (["--size=40", "--output=text.txt"], r"text\.txt exists, .* trained with it"),
         (["--size=40", "--limit=0"], "at least one text"),
     ],
 )
