@@ -14,7 +14,7 @@
 # logs    follows what the first host prints. Stop with Ctrl-C; the run goes on.
 # stop    ends the run on every host.
 # resume  where the machine was taken back: create, setup and run again, with the same options and arguments as for
-#         these. The run goes on from its last checkpoint, if its MODEL_DIR is in a bucket (gs://...). Nothing is done while
+#         these. The run resumes from its last checkpoint, if its MODEL_DIR is in a bucket (gs://...). Nothing is done while
 #         the machine is there and the run is on. --every=SECONDS looks again and again until the run has ended by itself.
 # delete  gives the machine back.
 #

@@ -9,7 +9,7 @@
 #
 # create  makes a cluster of spot slices.
 # run     starts `python run.py ARGUMENTS` on every host, from this folder. Kubernetes starts it again where a host is
-#         lost, and it goes on from the last checkpoint in its MODEL_DIR.
+#         lost, and it resumes from the last checkpoint in its MODEL_DIR.
 # delete  gives the cluster back.
 #
 # --dry_run prints each xpk command instead.

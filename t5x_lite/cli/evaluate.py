@@ -27,7 +27,7 @@ def evaluate(run: RunConfig) -> None:
     if jax.process_index() == 0 and not (report := task_setup.tool("report")):
         print(json.dumps(scores, indent=1))
     elif jax.process_index() == 0:
-        about = task_setup.about(run, name)
+        about = task_setup.describe_run(run, name)
         print(report.table(scores, about.baselines))
         if confusions := report.confusions(folder.path, at_step):
             print(f"\n{confusions}\n")

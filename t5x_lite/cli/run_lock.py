@@ -25,7 +25,7 @@ _UNKNOWN_TO_FILE_SYSTEM = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def held(model_dir: str) -> Iterator[None]:
+def exclusive(model_dir: str) -> Iterator[None]:
     """Hold the lock of `model_dir`, which is created if missing.
 
     Raises:

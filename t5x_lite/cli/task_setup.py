@@ -265,7 +265,7 @@ def tool(name: str) -> Any:
         return None
 
 
-def about(run: RunConfig, name: str) -> Any:
+def describe_run(run: RunConfig, name: str) -> Any:
     """Returns the report's description of the run, a `report.page.About`."""
     return tool("report").About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
 

@@ -45,7 +45,7 @@ def train(run: RunConfig, config: str) -> None:
         wandb_run.check_installed(run.wandb_project)
     partitioner = task_setup.partitioner(run)
     try:
-        with run_lock.held(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+        with run_lock.exclusive(run.model_dir) if jax.process_index() == 0 else contextlib.nullcontext():
             _train(run, config, partitioner)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -135,7 +135,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
         command = f"python run.py --gin_file={at / 'config.gin'}"
         next_steps = predictor.next_steps(command, start_from, task_setup.vocabulary_file(run, name))
-        report.after_training(at, scores, int(state.step), task_setup.about(run, name), next_steps)
+        report.after_training(at, scores, int(state.step), task_setup.describe_run(run, name), next_steps)
         folder.publish()
 
 

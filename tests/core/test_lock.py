@@ -14,7 +14,7 @@ from t5x_lite.cli import run_lock
 HOLDS = """
 import os, signal, sys
 from t5x_lite.cli import run_lock
-with run_lock.held(sys.argv[1]):
+with run_lock.exclusive(sys.argv[1]):
     print("held", flush=True)
     signal.pause()
 """
@@ -26,15 +26,15 @@ def test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way(tmp_p
     assert holder.stdout and holder.stdout.readline() == "held\n"
     said = rf"in use: process {holder.pid} on {re.escape(socket.gethostname())} .* since \d{{4}}-"
     for _ in range(2):
-        with pytest.raises(ValueError, match=said), run_lock.held(model_dir):
+        with pytest.raises(ValueError, match=said), run_lock.exclusive(model_dir):
             pass
     holder.kill()
     holder.wait()
     holder.stdout.close()
     for _ in range(2):
-        with run_lock.held(model_dir):
+        with run_lock.exclusive(model_dir):
             assert json.loads((tmp_path / "new/run/lock").read_text())["pid"] == os.getpid()
-            with pytest.raises(ValueError, match="in use"), run_lock.held(model_dir):
+            with pytest.raises(ValueError, match="in use"), run_lock.exclusive(model_dir):
                 pass
 
 
@@ -42,8 +42,8 @@ def test_a_model_dir_that_cannot_be_made_is_refused_and_a_bucket_is_not_locked(t
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OSError, match=r"MODEL_DIR = '.*/file/run' cannot be written"),
-        run_lock.held(f"{tmp_path}/file/run"),
+        run_lock.exclusive(f"{tmp_path}/file/run"),
     ):
         pass
-    with run_lock.held("gs://bucket/run"), run_lock.held("gs://bucket/run"):
+    with run_lock.exclusive("gs://bucket/run"), run_lock.exclusive("gs://bucket/run"):
         pass
