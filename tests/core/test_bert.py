@@ -415,7 +415,7 @@ def test_a_classifier_names_its_classes_there_and_back(tmp_path):
     convert.convert(tmp_path / "ours", tmp_path / "back", "huggingface")
     assert json.loads((tmp_path / "back/config.json").read_text())["id2label"]["2"] == "yes"
     assert (tmp_path / "back/vocab.txt").read_text() == "\n".join(pieces)
-    with pytest.raises(ValueError, match="without a tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer"):
         t5x_lite.LoadedBert(model.config, model.params).predict(texts)
     with pytest.raises(ValueError, match=r"labels=\('a',\) must name num_labels=2"):
         dataclasses.replace(CONFIG, labels=("a",))
