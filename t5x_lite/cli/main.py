@@ -67,30 +67,17 @@ def main(argv: Sequence[str]) -> int:
             distributed.connect(options.coordinator_address, options.process_count, options.process_index)
         metric_logger.setup_logging(info=distributed.is_first())
         keep_compiled()
-        if options.dry_run:
-            from t5x_lite.cli import dry_run
+        from t5x_lite.cli import dry_run, evaluate, infer, inspect_batch, plan, train
 
+        if options.dry_run:
             dry_run.dry_run(run, options.mode)
         elif options.mode == "train":
-            from t5x_lite.cli import train
-
             train.train(run, gin.operative_config_str())
         elif options.mode == "plan":
-            from t5x_lite.cli import plan
-
             plan.plan(run, options.topology, options.decode, options.suggest)
-        elif options.mode == "eval":
-            from t5x_lite.cli import evaluate
-
-            evaluate.evaluate(run)
-        elif options.mode == "inspect":
-            from t5x_lite.cli import inspect
-
-            inspect.inspect(run)
         else:
-            from t5x_lite.cli import infer
-
-            {"infer": infer.infer, "score": infer.score}[options.mode](run)
+            modes = {"eval": evaluate.evaluate, "infer": infer.infer, "score": infer.score}
+            (modes | {"inspect": inspect_batch.inspect})[options.mode](run)
     except Exception as error:
         if not isinstance(error, _user_errors()):
             _abort_all_processes(1, error)
@@ -154,8 +141,8 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     try:
         rest = values(arguments)[1:]
     except flags.UnrecognizedFlagError as error:
-        known = [f"--{name}" for name in values if len(name) > 1]
-        raise UserError(f"unknown flag --{error.flagname}.{nearest(f'--{error.flagname}', known)}") from None
+        names = [f"--{name}" for name in values if len(name) > 1]
+        raise UserError(f"unknown flag --{error.flagname}.{nearest(f'--{error.flagname}', names)}") from None
     except flags.Error as error:
         raise UserError(str(error)) from None
     if values.strict:
@@ -173,9 +160,9 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     return values
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence with the names in `known` that `name` may stand for; with all, if they are few."""
-    spelled = {k.lower(): k for k in sorted(known)}
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence with the names in `names` that `name` may stand for; with all, if they are few."""
+    spelled = {k.lower(): k for k in sorted(names)}
     close = [spelled[k] for k in difflib.get_close_matches(name.lower(), list(spelled), n=3, cutoff=0.55)]
     if close:
         return f" Did you mean {' or '.join(close)}?"
@@ -216,7 +203,7 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
         )
     for folder in search_paths:
         if not Path(folder).is_dir():
-            raise UserError(f"--gin_search_paths: there is no folder {folder}")
+            raise UserError(f"--gin_search_paths: no such folder: {folder}")
     gin_config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
     del gin_config._FILE_READERS[1:]  # the one for packages logs an error for each place where a file is not
     for file in files:
@@ -249,9 +236,9 @@ def _gin_files(under: str = "") -> list[str]:
 
 
 def _no_file(file: str) -> str:
-    known = _gin_files() + [str(path) for path in Path(file).parent.glob("*.gin")]
+    names = _gin_files() + [str(path) for path in Path(file).parent.glob("*.gin")]
     folders = ", ".join(gin_config._LOCATION_PREFIXES[1:])
-    return f"no gin file {file} in the current folder or in {folders}.{nearest(file, known)}"
+    return f"no gin file {file} in the current folder or in {folders}.{nearest(file, names)}"
 
 
 def _parse(parse: Callable[[str], Any], text: str, source: str) -> None:
@@ -276,8 +263,8 @@ def _explained(error: Exception, source: str) -> str:
     if match := re.match(r"No configurable matching (?:reference )?'?@?([\w./]+)", message):
         return f"{source}: unknown name {match[1]}.{nearest(match[1], parts)}"
     if match := re.match(r"Configurable '(.*)' doesn't have a parameter named '(.*)'", message):
-        known = inspect.signature(parts[match[1]]).parameters if match[1] in parts else ()
-        return f"{source}: {match[1]} has no parameter {match[2]}.{nearest(match[2], known)}"
+        names = inspect.signature(parts[match[1]]).parameters if match[1] in parts else ()
+        return f"{source}: {match[1]} has no parameter {match[2]}.{nearest(match[2], names)}"
     if match := re.match(r"Unable to open file: (.*?)\. Searched", message):
         return f"{source}: {_no_file(match[1])}"
     if isinstance(error, (SyntaxError, tokenize.TokenError)):

@@ -105,7 +105,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         done = int(state.step) >= last
         if done:
             log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
-        if done or not evaluated:  # it was told to stop when an evaluation was due
+        if done or not evaluated:  # it was preempted when an evaluation was due
             evaluate(state)
             if not logger.has_evaluation(int(state.step)):
                 logger.evaluation(int(state.step), scores)

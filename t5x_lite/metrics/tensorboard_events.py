@@ -16,6 +16,12 @@ from t5x_lite.storage import AppendOnlyFile
 log = logging.getLogger("t5x_lite")
 
 
+def tagged(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the numbers of a record of metrics.jsonl under split/[task/]name."""
+    prefix = "/".join(str(record[key]) for key in ("split", "task") if key in record)
+    return {f"{prefix}/{name}": x for name, x in record.items() if name not in ("step", "split", "task")}
+
+
 class EventFile(AppendOnlyFile):
     """A new event file in `folder`.
 
@@ -41,10 +47,8 @@ class EventFile(AppendOnlyFile):
         """Add the records of one step, in the form of metrics.jsonl, as one event. Tags are split/[task/]name."""
         values = []
         for record in records:
-            prefix = "/".join(str(record[key]) for key in ("split", "task") if key in record)
-            for name in record.keys() - {"step", "split", "task"}:
-                number = math.nan if record[name] is None else record[name]
-                values.append({"tag": f"{prefix}/{name}", "simple_value": number})
+            for tag, number in tagged(record).items():
+                values.append({"tag": tag, "simple_value": math.nan if number is None else number})
         if records:
             self._add(step=records[0]["step"], summary={"value": values})
 

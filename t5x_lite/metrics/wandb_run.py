@@ -1,4 +1,4 @@
-"""Weights & Biases as a second place for the records of metrics.jsonl. Imported only if WANDB_PROJECT is set."""
+"""Weights & Biases as a second place for the records of metrics.jsonl; needs the package wandb, imported on use."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite.errors import UserError
+from t5x_lite.metrics.tensorboard_events import tagged
 
 RUN_ID_FILE = "wandb_run_id"  # in MODEL_DIR, so that a resumed run continues the same W&B run
 
@@ -56,9 +57,8 @@ class WandbRun:
     def scalars(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Logs records of metrics.jsonl."""
         for record in records:
-            prefix = "/".join(filter(None, (record["split"], record.get("task"))))
-            values = {f"{prefix}/{name}": x for name, x in record.items() if isinstance(x, float)}
-            self._run.log({"step": record["step"], **values})
+            numbers = {tag: x for tag, x in tagged(record).items() if x is not None}
+            self._run.log({"step": record["step"], **numbers})
 
     def flush(self) -> None:
         """Does nothing: W&B writes in a process of its own."""

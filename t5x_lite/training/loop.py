@@ -4,6 +4,7 @@ It takes a state, a compiled step and an iterator of numpy batches. It does not 
 n-1 are fetched after step n has been launched.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -130,7 +131,9 @@ def train(
             )
         log.warning("Step %d is skipped because it is not finite: %s.", number, values)
 
-    with monitors.HangDetector().watched() as progress:
+    # A trace is also written if the loop ends with an exception.
+    tracing = contextlib.nullcontext() if profiler is None else contextlib.closing(profiler)
+    with tracing, monitors.HangDetector().watched() as progress:
         while step < schedule.last_step:
             if profiler is not None and profiler.due(step):
                 report()
@@ -167,6 +170,4 @@ def train(
             if launched is None:
                 clock = time.perf_counter()  # evaluating and saving do not count as time of steps
         report()
-        if profiler is not None:
-            profiler.close()
     return state

@@ -52,7 +52,7 @@ def test_a_program_alone_gives_what_the_model_gives(golden_dir, golden_t5, tmp_p
         np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
     assert tokens.shape == (3, options.get("num_decodes", 1), 9)
     assert len(np.unique(tokens)) > 5
-    said = "is there and not empty"
+    said = "exists and is not empty"
     with pytest.raises(FileExistsError, match=said):
         export.export(source, folder, 9, decode.Decoding())
 

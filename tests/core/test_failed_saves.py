@@ -208,7 +208,7 @@ def test_where_one_of_two_processes_cannot_write_both_give_the_save_up_at_once(t
     assert [process.returncode for process in started] == [0, 0], said
     for here, (out, log) in enumerate(said):
         assert out.splitlines()[-1] == "[10, 40, 60]", log
-        failed = re.findall(r"Step (\d+) could not be saved, and training goes on \((.*)\)\.", log)
+        failed = re.findall(r"Step (\d+) could not be saved; training continues \((.*)\)\.", log)
         assert [step for step, _ in failed] == ["20", "30", "50"], log
         assert all(("full" if here == of else f"process {of} could not write") in why
                    for of, (_, why) in zip((1, 1, 0), failed, strict=True)), failed  # fmt: skip

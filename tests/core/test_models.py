@@ -182,7 +182,7 @@ assert "jax" not in sys.modules  # importing the package loads nothing
 import jax, numpy as np, optax
 from t5x_lite import run_config, sharding
 from t5x_lite.model import interface
-from t5x_lite.cli import evaluate, infer, inspect, plan, task_setup, train
+from t5x_lite.cli import evaluate, infer, inspect_batch, plan, task_setup, train
 from t5x_lite.training import optim, step
 from t5x_lite.model.config import T5Config
 assert list(interface.config_types()) == ["T5Config"], interface.config_types()
