@@ -75,6 +75,12 @@ class DataOptions:
     vocabulary: str | None = option(
         None, "a SentencePiece model, a BERT's vocab.txt, or \"bytes\"; None: T5's 32,000 pieces"
     )
+    vocabulary_extra_ids: int | None = option(
+        None,
+        "sentinels after the pieces; None: the model's own, those of tokenizer_config.json beside it, or 100; of "
+        '"bytes": none, the last byte values mark spans, as in ByT5',
+        at_least(0),
+    )
     use_cached_tasks: bool = option(False, "read SeqIO's offline caches, made with `make cache`")
     seqio_additional_cache_dirs: Names | None = option(None, "folders of those caches: a path or a list")
     bad_rows: Literal["refuse", "skip"] = option(
@@ -86,6 +92,11 @@ class DataOptions:
         None,
         "independent parts in which data is read, the same on any number of hosts; None: one a host",
         at_least(1),
+    )
+    resume_with_other_data: bool = option(
+        False,
+        "resume although files, templates, vocabulary, lengths or batch size differ from the checkpoint's: parameters "
+        "and optimizer are kept, and the data begins anew",
     )
     random_seed: int = option(0, "seed of parameters, dropout and the order of the data")
     model_dir: str = option(None, "folder of the run, local or gs://; None: runs/<name of the last gin file>")

@@ -62,9 +62,6 @@ class T5Model:
 
     def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
         from t5x_lite import convert
-        from t5x_lite.convert import tokenizer
         from t5x_lite.inference.pretrained import LoadedModel
 
-        file = convert.tokenizer_file(path)
-        vocabulary = tokenizer.beside(path) if file is None else tokenizer.Vocabulary(file)
-        return LoadedModel(self.config, params, vocabulary, mesh)
+        return LoadedModel(self.config, params, convert.vocabulary(path), mesh)

@@ -141,8 +141,9 @@ def random_prefix_noise_mask(length: int, noise_density: float, seeds: np.ndarra
 
 
 def _sentinel(vocabulary: Vocabulary) -> int:
-    """Return the first sentinel, <extra_id_0>, which is the last id; the others count down from it."""
-    return vocabulary.vocab_size - 1
+    """Return the first sentinel, <extra_id_0>; the others count down from it. It is the last id, or a vocabulary with
+    tokens behind it says which."""
+    return getattr(vocabulary, "first_sentinel", vocabulary.vocab_size - 1)
 
 
 def _all(tokens: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ class DataIterator(Protocol):
     """An iterator that can write its position as files into an empty local folder, and restore it from them.
 
     Each process writes its own files, under names that no other process uses. `restore` gets one folder with the files
-    of all processes, which may be remote.
+    of all processes, which may be remote; without such files, or if it is missing, it begins at the start.
     """
 
     def save(self, path: str) -> None: ...

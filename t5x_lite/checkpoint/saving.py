@@ -19,6 +19,7 @@ is any object with ``step``, ``params``, ``opt_state`` and ``replace``; a data i
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import threading
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 FAILED_SAVES = 3  # number of consecutive failed saves that ends a run
 _PATIENCE_SECONDS = 10  # to wait for the writers of a failed save; the next save removes what they write later
 EVALUATED = "evaluated"  # key in `info`: false if the checkpoint was saved before its evaluation
+SCORES_FILE = "scores.json"  # in a checkpoint that was saved before its evaluation, once it has been evaluated
 DAMAGED = "damaged"  # folder in MODEL_DIR that damaged checkpoints are moved to
 
 
@@ -110,6 +112,8 @@ class Checkpointer:
         self._failures = 0  # consecutive
         self._has_leftovers = False  # of a failed save
         self._move_damaged(damaged)
+        for file in self.directory.glob(f"*/{SCORES_FILE}"):
+            self._policy.later_scores[int(file.parent.name)] = json.loads(file.read_text())
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -162,13 +166,12 @@ class Checkpointer:
           False if this step is already saved or the save failed.
 
         Raises:
-          ValueError: metrics are given and lack a metric of keep_best_metric.
           OSError: this is the `FAILED_SAVES`-th consecutive save that failed.
         """
-        for metric in self._policy.metrics:
-            if metrics is not None and metric not in metrics:
-                names = ", ".join(sorted(metrics))
-                raise UserError(f"KEEP_BEST_METRIC={metric!r} is not among the metrics of step {step}: {names}.")
+        missing = [metric for metric in self._policy.metrics if metrics is not None and metric not in metrics]
+        if missing:  # the state is worth more than its score
+            names = ", ".join(sorted(metrics or ())) or "no metrics"
+            log.warning("KEEP_BEST_METRIC: step %d has no %s, only %s.", step, ", ".join(missing), names)
         self._wait_for_save()
         if step in self._manager.all_steps():
             return False
@@ -185,8 +188,8 @@ class Checkpointer:
         scores = {k: float(v) for k, v in (metrics or {}).items()}
         self._saving = step
         try:
-            if iterator is not None:
-                parts["data"] = on_all_hosts(lambda: DataPositionSave.of(iterator))
+            if iterator is not None and (position := self._data_position(step, iterator)) is not None:
+                parts["data"] = position
             if self._commit_barrier is not None:
                 self._commit_barrier.begin()
             with jax.transfer_guard("allow"):
@@ -194,6 +197,30 @@ class Checkpointer:
         except Exception as error:  # an I/O error, or one of Orbax's or TensorStore's own classes
             self._record_failure(error)
             return False
+
+    def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the scores of a step that was saved before its evaluation, for keep-best."""
+        self._policy.later_scores[step] = metrics = {name: float(value) for name, value in metrics.items()}
+        if jax.process_index() == 0 and self._policy.metrics:
+            with contextlib.suppress(OSError):  # it then never counts as best
+                temporary = self.directory / str(step) / f"{SCORES_FILE}.tmp"
+                temporary.write_text(json.dumps(metrics))
+                temporary.replace(self.directory / str(step) / SCORES_FILE)
+
+    def _data_position(self, step: int, iterator: DataIterator) -> DataPositionSave | None:
+        """Return the position in the data. If a host cannot write it, the state is still worth saving, so that is only
+        logged."""
+        try:
+            return on_all_hosts(lambda: DataPositionSave.of(iterator))
+        except Exception as error:  # each part of a user's data has errors of its own
+            reason = f"{type(error).__name__}: {str(error).strip()}"
+            log.warning(
+                "Step %d is saved without its position in the data (%s): a run that resumes from it begins the data "
+                "anew.",
+                step,
+                reason,
+            )
+            return None
 
     def restore(self, step: int, abstract_state: State, iterator: DataIterator | None = None) -> State:
         """Return the state of `step`, bit for bit, and move the iterator to its saved position.
@@ -203,18 +230,13 @@ class Checkpointer:
             may differ from the one it was saved on.
 
         Raises:
-          FileNotFoundError: the step is not saved, or an iterator is given and no data position was saved.
+          FileNotFoundError: the step is not saved.
           ValueError: parameters or optimizer state differ. All differences are listed, and no array is read.
         """
         self.wait()
         folder = self.directory / str(step)
         if step not in self._manager.all_steps():
             raise MissingFileError(f"No checkpoint of step {step} in {self.directory}: it has {self.all_steps()}.")
-        if iterator is not None and not (folder / "data").exists():
-            raise MissingFileError(
-                f"{folder} holds no data position, so the run cannot resume where its data stopped. Start a new "
-                "MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
-            )
         wanted = {
             "params": checkpoint.flat(abstract_state.params),
             "optimizer": checkpoint.flat(_optimizer_part(abstract_state)),
@@ -227,8 +249,10 @@ class Checkpointer:
             for k, v in wanted.items()
             if k != "params" or not has_base
         }
-        if iterator is not None:
+        if iterator is not None and (folder / "data").exists():
             parts["data"] = DataPositionRestore(iterator)
+        elif iterator is not None:
+            iterator.restore(str(folder / "data"))  # it decides what to do without a position
         restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
         if has_base:
             params = checkpoint.restore_params(folder, abstract_state.params)

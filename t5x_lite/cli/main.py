@@ -10,17 +10,17 @@ then in --gin_search_paths.
 A wrong name, type or file is reported in one line, with the nearest valid names; the exit code is 2.
 """
 
-import difflib
 import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import tokenize
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import gin
 from absl import flags
 from gin import config as gin_config
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, nearest
 
 # A link to the checkout's folder; where the package is installed, the files themselves.
 GIN_CONFIGS = (Path(__file__).resolve().parents[1] / "gin_configs").resolve()
@@ -40,6 +40,7 @@ GIN_MODULES = {
     "t5x_lite.training.optim": "t5x_lite.optim",
     "t5x_lite.training.freezing": "t5x_lite.trainable",
 }
+INTERRUPTED = 128 + signal.SIGINT  # exit code, as a shell's
 MODES = ("train", "eval", "infer", "score", "inspect", "plan")
 
 
@@ -78,6 +79,10 @@ def main(argv: Sequence[str]) -> int:
         else:
             modes = {"eval": evaluate.evaluate, "infer": infer.infer, "score": infer.score}
             (modes | {"inspect": inspect_batch.inspect})[options.mode](run)
+    except KeyboardInterrupt:
+        print("\nrun.py: interrupted; what was saved before stays.", file=sys.stderr)
+        _abort_all_processes(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         if not isinstance(error, _user_errors()):
             _abort_all_processes(1, error)
@@ -158,15 +163,6 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     if values.mode != "plan" and (values.decode or values.suggest):
         raise UserError("--decode and --suggest are for --mode=plan")
     return values
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A sentence with the names in `names` that `name` may stand for; with all, if they are few."""
-    spelled = {k.lower(): k for k in sorted(names)}
-    close = [spelled[k] for k in difflib.get_close_matches(name.lower(), list(spelled), n=3, cutoff=0.55)]
-    if close:
-        return f" Did you mean {' or '.join(close)}?"
-    return f" There are: {', '.join(sorted(spelled.values()))}." if 0 < len(spelled) <= 15 else ""
 
 
 # Gin

@@ -17,13 +17,13 @@ from typing import Any
 
 import jax
 
-from t5x_lite import checkpoint
+from t5x_lite import checkpoint, run_config
 from t5x_lite.data import tensorflow_start
-from t5x_lite.errors import MissingFileError, UserError
+from t5x_lite.errors import MissingFileError, UserError, nearest
 from t5x_lite.inference.predictor import Predictor, Scores
 from t5x_lite.model.feature_converter import FeatureConverter
 from t5x_lite.model.interface import model_of
-from t5x_lite.run_config import RunConfig
+from t5x_lite.run_config import FilesOptions, RunConfig
 from t5x_lite.storage import MirroredDirectory
 from t5x_lite.training import step
 from t5x_lite.training.partitioner import Partitioner
@@ -112,8 +112,8 @@ def import_tasks(run: RunConfig) -> None:
             raise UserError(
                 f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or the installed packages"
             ) from None
-    if run.vocabulary:
-        tasks.vocabulary.set_default(run.vocabulary)
+    if run.vocabulary or run.vocabulary_extra_ids is not None:
+        tasks.vocabulary.set_default(run.vocabulary, run.vocabulary_extra_ids)
     folders = run.seqio_additional_cache_dirs or []
     seqio.add_global_cache_dirs([folders] if isinstance(folders, str) else folders)
 
@@ -154,8 +154,12 @@ def _register_files(run: RunConfig) -> str:
 
 
 def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None) -> Any:
-    from t5x_lite.data import pipeline
+    from t5x_lite.data import fingerprint, pipeline
 
+    facts = fingerprint.data_facts(pipeline.find_provider(name), ("train", run.eval_split), run.use_cached_tasks)
+    if run.train_files:
+        options = (field for field in run_config.options(FilesOptions) if not field.name.endswith("_files"))
+        facts |= {field.name.upper(): getattr(run, field.name) for field in options}
     return pipeline.TrainBatches(
         name,
         run.task_feature_lengths,
@@ -166,6 +170,8 @@ def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None 
         use_cached=run.use_cached_tasks,
         rows=rows,
         shards=run.data_shards,
+        facts=facts,
+        other_data=run.resume_with_other_data,
     )
 
 
@@ -210,6 +216,29 @@ def build_evaluator(
         return scores | evaluator.averages(scores)
 
     return evaluate
+
+
+def check_best_metrics(run: RunConfig, name: str, partitioner: Partitioner, predictor: Predictor, params: Any) -> None:
+    """Evaluates one batch of each task. Raises UserError if KEEP_BEST_METRIC is none of the metrics."""
+    probe = dataclasses.replace(
+        run, eval_steps=1, eval_examples=min(run.eval_examples or run.eval_batch_size, run.eval_batch_size)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            scores = build_evaluator(probe, name, partitioner, predictor, MirroredDirectory(folder))(params, 0)
+        except UserError:
+            raise
+        except Exception as error:  # a metric that needs more examples, for example
+            log.info("Whether KEEP_BEST_METRIC exists shows at the first evaluation (%s).", error)
+            return
+    names = [f"{task}/{metric}" for task, metrics in scores.items() for metric in metrics]
+    best = run.keep_best_metric or ()
+    for metric in [best] if isinstance(best, str) else best:
+        if metric not in names:
+            cure = nearest(metric, names) or f" There are: {', '.join(names)}."
+            if not names:
+                cure = f" Nothing is evaluated: no task of {name} has the split {run.eval_split!r}; see EVAL_FILES."
+            raise UserError(f"KEEP_BEST_METRIC = {metric!r} is not measured.{cure}")
 
 
 def _only_first(path: Path) -> Path | None:

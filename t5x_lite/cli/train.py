@@ -6,6 +6,7 @@ TensorFlow and SeqIO take seconds to import, so they are imported after every ch
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import numpy as np
 from t5x_lite import checkpoint, convert
 from t5x_lite.checkpoint import saving
 from t5x_lite.cli import run_lock, task_setup
-from t5x_lite.errors import UserFileError
+from t5x_lite.errors import UserError, UserFileError
 from t5x_lite.metrics import metric_logger, wandb_run
 from t5x_lite.model.config import ADAPTER_PARAMS
 from t5x_lite.model.interface import model_of
@@ -66,6 +67,14 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in task_setup.rates(name).items()))
     log.info("%s on %s", task_setup.parameter_summary(run, partitioner), partitioner)
     batches = task_setup.build_train_batches(run, name, partitioner.local_rows(run.batch_size))
+    if start.step is not None:
+        _check_model(run, str(start.path))
+    if batches.position_problem is not None:
+        log.warning(
+            "The position in this data cannot be saved: %s. Checkpoints hold all else; a run that resumes begins "
+            "the data anew.",
+            batches.position_problem,
+        )
     folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE, wandb_run.RUN_ID_FILE))
     predictor = task_setup.predictor(run, partitioner)
     evaluation = task_setup.build_evaluator(run, name, partitioner, predictor, folder)
@@ -96,6 +105,8 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
         evaluated = evaluated or not schedule.due(schedule.evaluate, int(state.step))
         logger.resume(start.step or 0, evaluated)
+        if batches.began_anew:
+            logger.data_began_anew(int(state.step))
         scores: Scores = {}
 
         def evaluate(state: step.TrainState) -> Scores:
@@ -105,10 +116,14 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         done = int(state.step) >= last
         if done:
             log.info("Step %d of %d is done already: nothing to train.", int(state.step), last)
+        elif run.keep_best_metric:
+            task_setup.check_best_metrics(run, name, partitioner, predictor, state.params)
         if done or not evaluated:  # it was preempted when an evaluation was due
             evaluate(state)
             if not logger.has_evaluation(int(state.step)):
                 logger.evaluation(int(state.step), scores)
+            if start.step is not None:
+                saver.add_scores(int(state.step), loop.flat(scores))
         state = loop.train(
             state,
             partitioner.train_step(
@@ -135,7 +150,10 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
         command = f"python run.py --gin_file={at / 'config.gin'}"
         next_steps = predictor.next_steps(command, start_from, task_setup.vocabulary_file(run, name))
-        report.after_training(at, scores, int(state.step), task_setup.describe_run(run, name), next_steps)
+        try:
+            report.after_training(at, scores, int(state.step), task_setup.describe_run(run, name), next_steps)
+        except Exception as error:  # the run itself is complete
+            log.warning("The run is saved, but its report could not be written: %s: %s", type(error).__name__, error)
         folder.publish()
 
 
@@ -149,6 +167,23 @@ def _first_state(run: RunConfig, start: checkpoint.Start, partitioner: Partition
         added = step.init_params(run.model, key, partitioner.abstract, names)
         params = checkpoint.restore_params(start.path, partitioner.abstract.params, fresh=added, left_out=heads)
     return step.init_state(run.model, run.optimizer, key, partitioner.abstract, params)
+
+
+def _check_model(run: RunConfig, folder: str) -> None:
+    """Raises UserError if the checkpoint to resume is of another model, also where all arrays have the same shapes."""
+    saved = checkpoint.read_info(folder).get("model", {})
+    current = json.loads(json.dumps(convert.info(run.model)["model"]))
+    lines = [
+        f"{type(run.model).__name__}.{key}: was {saved[key]!r}, is {value!r}"
+        for key, value in current.items()
+        if key in saved and saved[key] != value and key not in convert.RUN_SETTINGS
+    ]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise UserError(
+            f"MODEL_DIR = {run.model_dir!r} holds a run of another model:\n  {listed}\nRestore these settings, or use "
+            "a new MODEL_DIR."
+        )
 
 
 def _tracker(run: RunConfig, model_dir: Path) -> Callable[[], metric_logger.Tracker] | None:

@@ -33,6 +33,8 @@ from t5x_lite.training import step
 
 Format = Literal["huggingface", "t5x_lite"]
 
+# Fields of a model's config that belong to a run: they change neither the parameters nor what a model is.
+RUN_SETTINGS = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
 TOKENIZER_FILES = ("spiece.model", "sentencepiece.model")
 _HUB_TOKENIZER_FILES = (
     "tokenizer.json",
@@ -162,18 +164,32 @@ def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
     return parts
 
 
-def tokenizer_file(path: str | Path) -> Path | None:
-    """Return the tokenizer file of a model: next to it, or the VOCABULARY of its run's config.gin."""
+def tokenizer_folders(path: str | Path) -> tuple[Path, ...]:
+    """Return the folders in which a model's tokenizer may be: its own, and its run's."""
     path = Path(path).expanduser()
     newest = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
     run = Path(newest).parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
-    for folder in (path, run):
+    return (path,) if run == path else (path, run)
+
+
+def tokenizer_file(path: str | Path) -> Path | None:
+    """Return the tokenizer file of a model: next to it, or the VOCABULARY of its run's config.gin."""
+    folders = tokenizer_folders(path)
+    for folder in folders:
         for name in (*TOKENIZER_FILES, "vocab.txt"):
             if (folder / name).is_file():
                 return folder / name
-    gin = run / "config.gin"
+    gin = folders[-1] / "config.gin"
     binding = re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(), re.MULTILINE) if gin.is_file() else None
     return Path(binding[2]) if binding and Path(binding[2]).is_file() else None
+
+
+def vocabulary(path: str | Path) -> tokenizer.AnyVocabulary | None:
+    """Return the tokenizer of a T5, or None if there is none."""
+    if (file := tokenizer_file(path)) is not None:
+        return tokenizer.Vocabulary(file)
+    found = (tokenizer.beside(folder) for folder in tokenizer_folders(path))
+    return next((vocabulary for vocabulary in found if vocabulary is not None), None)
 
 
 def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
@@ -197,8 +213,8 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
 
 def model_gin(config: ModelConfig) -> str:
     """Return the model's sizes as a gin file for run.py; settings of a run (dropout, dtype ...) are left to macros."""
-    name, run_settings = type(config).__name__, ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
-    values = {key: value for key, value in vars(config).items() if key not in run_settings}
+    name = type(config).__name__
+    values = {key: value for key, value in vars(config).items() if key not in RUN_SETTINGS}
     lines = [f"    {key} = {value!r}" for key, value in values.items()]
     head = "# The model of this checkpoint: pass it to run.py as a --gin_file."
     return "\n".join((head, "", f"Run.model = @{name}()", f"{name}:", *lines)) + "\n"
@@ -217,12 +233,13 @@ def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelC
 
 def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
     """Copy the tokenizer files of a model, if there are any."""
+    folders = [*tokenizer_folders(source)]
     if (file := tokenizer_file(source)) is not None:
         shutil.copyfile(file, dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model"))
-        if (config_file := file.parent / "tokenizer_config.json").is_file():  # it has do_lower_case
-            shutil.copyfile(config_file, dest / config_file.name)
+        folders = [file.parent]
     elif (model := tokenizer.rebuilt(source)) is not None:
         (dest / "spiece.model").write_bytes(model)  # SeqIO reads no tokenizer.json
-    for name in _HUB_TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, dest / name)
+    for folder in folders:
+        for name in _HUB_TOKENIZER_FILES:
+            if (folder / name).is_file() and not (dest / name).exists():
+                shutil.copyfile(folder / name, dest / name)

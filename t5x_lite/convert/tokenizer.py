@@ -5,10 +5,11 @@ tasks.
 """
 
 import base64
+import dataclasses
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,91 @@ from t5x_lite.errors import UserError
 logger = logging.getLogger(__name__)
 
 END = 1
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
-class Vocabulary:
-    """A SentencePiece model with T5's sentinels after its pieces; <extra_id_0> is the last id.
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What Hugging Face's files beside a model say of it.
 
-    Ids and text equal those of seqio.SentencePieceVocabulary(file, 100). No sentinels are added to a model that has
-    its own.
+    Attributes:
+      config: tokenizer_config.json, or {}.
+      extra_ids: number of sentinels; None if they do not say.
+      ids: id of each token that they add, sentinels and special tokens included.
+      exists: whether there is such a file.
+    """
+
+    config: Mapping[str, Any]
+    extra_ids: int | None
+    ids: Mapping[str, int]
+    exists: bool
+
+
+def describe(folder: Path) -> Description:
+    """Read tokenizer_config.json, added_tokens.json and tokenizer.json in `folder`, as far as they exist."""
+    config, added, whole = (_json(folder / name) for name in (CONFIG, ADDED, "tokenizer.json"))
+    ids: dict[str, int] = dict(added or {})
+    ids |= {token["content"]: int(i) for i, token in ((config or {}).get("added_tokens_decoder") or {}).items()}
+    ids |= {token["content"]: int(token["id"]) for token in (whole or {}).get("added_tokens") or []}
+    extra_ids = (config or {}).get("extra_ids")
+    if extra_ids is None:
+        others = (config or {}).get("additional_special_tokens") or []
+        names = {*ids, *(name["content"] if isinstance(name, dict) else name for name in others)}
+        extra_ids = sum(_SENTINEL.fullmatch(name) is not None for name in names) or None
+    return Description(config or {}, extra_ids, ids, not (config is None and added is None and whole is None))
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+class Vocabulary:
+    """A SentencePiece model with T5's sentinels after its pieces, <extra_id_0> last, and the tokens added after them.
+
+    Without a description beside the model, ids and text equal those of seqio.SentencePieceVocabulary(file, 100). With
+    one, they equal those of Hugging Face's T5Tokenizer: sentinels and added tokens are found wherever they stand. A
+    model that has sentinels of its own, as mT5's, gets no others.
 
     Args:
       model: the model's file, or its content as bytes.
+      extra_ids: number of sentinels. None: those of the description, else 100.
+      description: None reads the files beside the model, if `model` is a file.
+
+    Raises:
+      UserError: padding or end of sequence are not T5's, or the description contradicts the model.
     """
 
-    def __init__(self, model: str | Path | bytes, extra_ids: int = 100):
+    def __init__(self, model: str | Path | bytes, extra_ids: int | None = None, description: Description | None = None):
         import sentencepiece
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
+        name = "this model" if isinstance(model, bytes) else str(model)
+        if description is None and not isinstance(model, bytes):
+            description = describe(Path(model).parent)
         proto = ModelProto.FromString(model if isinstance(model, bytes) else Path(model).read_bytes())
-        if not any(piece.piece.endswith("<extra_id_0>") for piece in proto.pieces):
-            for i in reversed(range(extra_ids)):
-                proto.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+        pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+        if any(piece.endswith("<extra_id_0>") for piece in pieces):
+            extra_ids = 0
+        elif extra_ids is None:
+            extra_ids = 100 if description is None or description.extra_ids is None else description.extra_ids
+        added = [] if description is None else _added_tokens(name, description.ids, pieces, extra_ids)
+        for piece in [*(f"▁<extra_id_{i}>" for i in reversed(range(extra_ids))), *added]:
+            proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._ids: dict[str, int] = {}  # of the tokens at which text is split
+        if description is not None and description.exists:
+            sentinels = {f"<extra_id_{i}>": len(pieces) + extra_ids - 1 - i for i in range(extra_ids)}
+            self._ids = sentinels | {token: len(pieces) + extra_ids + i for i, token in enumerate(added)}
+        split = "|".join(re.escape(token) for token in sorted(self._ids, key=len, reverse=True))
+        self._split = re.compile(f"({split})") if split else None
         if self._model.pad_id() != 0 or self._model.eos_id() != END:
-            name = "this model" if isinstance(model, bytes) else model
             raise UserError(f"{name} has pad {self._model.pad_id()} and end {self._model.eos_id()}; T5's are 0 and 1")
 
     def __len__(self) -> int:
@@ -60,7 +122,12 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Return token ids, without an EOS token."""
-        return self._model.encode(text)
+        if self._split is None:
+            return self._model.encode(text)
+        ids: list[int] = []
+        for part in self._split.split(text):
+            ids += [self._ids[part]] if part in self._ids else self._model.encode(part) if part.strip() else []
+        return ids
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Return the text up to the first EOS or padding. Ids beyond the vocabulary decode as unknown."""
@@ -68,36 +135,61 @@ class Vocabulary:
         return self._model.decode(ids)
 
 
-class ByteVocabulary:
-    """ByT5's vocabulary: padding, EOS and unknown are 0, 1 and 2, UTF-8 bytes are their value + 3, then 125 sentinels.
+def _added_tokens(name: str, ids: Mapping[str, int], pieces: Mapping[str, int], extra_ids: int) -> list[str]:
+    """Return the added tokens in the order of their ids. Raises UserError for an id that they cannot have."""
+    size, tokens = len(pieces) + extra_ids, []
+    for token, number in sorted(ids.items(), key=lambda pair: pair[1]):
+        if sentinel := _SENTINEL.fullmatch(token):
+            expected = pieces.get(token, pieces.get(f"▁{token}", size - 1 - int(sentinel[1])))
+        else:
+            expected = pieces.get(token, size + len(tokens))
+            tokens += [] if token in pieces else [token]
+        if number != expected:
+            raise UserError(
+                f"the files beside {name} give the token {token!r} the id {number}; with {len(pieces)} pieces and "
+                f"{extra_ids} sentinels it is {expected}: correct {CONFIG} or {ADDED}"
+            )
+    return tokens
 
-    Byte ids equal those of seqio.ByteVocabulary; the sentinels, from <extra_id_0> = 259, those of Hugging Face's
-    ByT5Tokenizer. (T5's own tasks on bytes use the last byte values as sentinels: 258, 257, ...)
+
+class ByteVocabulary:
+    """ByT5's vocabulary: padding, EOS and unknown are 0, 1 and 2, UTF-8 bytes are their value + 3, then sentinels.
+
+    Ids equal those of Hugging Face's ByT5Tokenizer, whose <extra_id_0> is 259. With `extra_ids` = 0 the sentinels are
+    the byte values that no text has, from the last one down: <extra_id_0> is 258, as in ByT5's pre-training.
+
+    Args:
+      extra_ids: number of sentinels after the bytes.
+      descending: <extra_id_0> is the last id instead of the first after the bytes, as in seqio.ByteVocabulary.
     """
 
-    _BYTES, _SENTINELS = 3, 259
+    _BYTES, _SIZE, _UNUSED = 3, 259, 11
+
+    def __init__(self, extra_ids: int = 125, descending: bool = False):
+        self._extra_ids = extra_ids
+        names = range(extra_ids or self._UNUSED)
+        first, step = (len(self) - 1, -1) if descending or not extra_ids else (self._SIZE, 1)
+        self._sentinels = {f"<extra_id_{i}>": first + step * i for i in names}
+        self._names = {token: name for name, token in self._sentinels.items()}
 
     def __len__(self) -> int:
-        return self._SENTINELS + 125
+        return self._SIZE + self._extra_ids
 
     def encode(self, text: str) -> list[int]:
         """Return token ids, without an EOS token."""
         tokens: list[int] = []
-        for i, part in enumerate(re.split(r"<extra_id_(\d+)>", text)):
-            if i % 2 and int(part) < 125:
-                tokens.append(self._SENTINELS + int(part))
-            else:
-                text = f"<extra_id_{part}>" if i % 2 else part
-                tokens += [byte + self._BYTES for byte in text.encode()]
+        for part in re.split(r"(<extra_id_\d+>)", text):
+            known = part in self._sentinels
+            tokens += [self._sentinels[part]] if known else [byte + self._BYTES for byte in part.encode()]
         return tokens
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Return the text up to the first EOS or padding, without invalid UTF-8 and unknown ids."""
         text = b""
         for token in _until_eos(tokens):
-            if token >= self._SENTINELS:
-                text += f"<extra_id_{token - self._SENTINELS}>".encode() if token < len(self) else b""
-            elif token >= self._BYTES:
+            if token in self._names:
+                text += self._names[token].encode()
+            elif self._BYTES <= token < self._SIZE:
                 text += bytes([token - self._BYTES])
         return text.decode(errors="ignore")
 
@@ -111,12 +203,13 @@ def _until_eos(tokens: Sequence[int] | np.ndarray) -> list[int]:
 
 
 def beside(folder: Path) -> Vocabulary | ByteVocabulary | None:
-    """Return the tokenizer of a Hugging Face directory without a SentencePiece file: ByT5's or tokenizer.json's."""
-    config = folder / "tokenizer_config.json"
-    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") == "ByT5Tokenizer":
-        return ByteVocabulary()
+    """Return the tokenizer of a directory without a SentencePiece file: ByT5's or tokenizer.json's."""
+    description = describe(folder)
+    if description.config.get("tokenizer_class") == "ByT5Tokenizer":
+        extra_ids = description.config.get("extra_ids", 125)
+        return ByteVocabulary(extra_ids, bool(description.config.get("extra_ids_descend")))
     model = rebuilt(folder)
-    return None if model is None else Vocabulary(model)
+    return None if model is None else Vocabulary(model, description=description)
 
 
 def rebuilt(folder: Path) -> bytes | None:

@@ -11,9 +11,11 @@ that draws from `tf.random` without its own seed, and a FunctionDataSource whose
 """
 
 import difflib
+import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_lite.data import fingerprint
 from t5x_lite.data.feature_converters import EncDecFeatureConverter
 from t5x_lite.errors import UserError
 from t5x_lite.model.feature_converter import FeatureConverter
 from tasks import vocabulary as vocabularies
+from tasks.vocabulary import sentencepieces
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +78,34 @@ def text_vocabulary(name: str) -> seqio.Vocabulary:
 
 
 def keep_tokenizer(name: str, folder: Path) -> None:
-    """Copy the tokenizer files of a task or mixture into `folder`, where `t5x_lite.load` looks for them."""
+    """Copy the tokenizer of a task or mixture into `folder`, where `t5x_lite.load` looks for it.
+
+    The files are those of Hugging Face: the model, and what it does not say itself in tokenizer_config.json and
+    added_tokens.json.
+    """
     vocabulary = vocabularies.resolved(text_vocabulary(name))
-    file_names = {"sentencepiece_model_file": "spiece.model", "file": "vocab.txt"}  # SentencePiece; WordPiece
-    for attribute, file_name in file_names.items():
-        if path := getattr(vocabulary, attribute, None):
-            tf.io.gfile.copy(path, str(folder / file_name), overwrite=True)
-            config = os.path.join(os.path.dirname(path), "tokenizer_config.json")  # whether WordPiece lower-cases
-            if attribute == "file" and tf.io.gfile.exists(config):
-                tf.io.gfile.copy(config, str(folder / "tokenizer_config.json"), overwrite=True)
+    config: dict[str, Any] | None = None
+    added: dict[str, int] = {}
     if isinstance(vocabulary, seqio.ByteVocabulary):
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}\n')
+        config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
+        if vocabulary.extra_ids:
+            config["extra_ids_descend"] = True  # SeqIO's order, not that of Hugging Face
+    elif path := getattr(vocabulary, "sentencepiece_model_file", None):
+        tf.io.gfile.copy(path, str(folder / "spiece.model"), overwrite=True)
+        described = isinstance(vocabulary, sentencepieces.SentencePieceVocabulary)
+        if described or vocabulary.extra_ids != vocabularies.EXTRA_IDS:
+            config = {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids}
+        if described:
+            added = {token: vocabulary.ids[token] for token in vocabulary.added}
+    elif path := getattr(vocabulary, "file", None):
+        tf.io.gfile.copy(path, str(folder / "vocab.txt"), overwrite=True)
+        beside = os.path.join(os.path.dirname(path), sentencepieces.CONFIG)  # whether WordPiece lower-cases
+        if tf.io.gfile.exists(beside):
+            tf.io.gfile.copy(beside, str(folder / sentencepieces.CONFIG), overwrite=True)
+    if config is not None:
+        (folder / sentencepieces.CONFIG).write_text(json.dumps(config) + "\n")
+    if added:
+        (folder / sentencepieces.ADDED).write_text(json.dumps(added) + "\n")
 
 
 def tasks_with_split(name: str, split: str) -> list[str]:
@@ -172,6 +193,11 @@ class TrainBatches:
       use_cached: read SeqIO's offline cache.
       rows: first and last + 1 of this host's rows in the global batch; None means all.
       shards: number of shards; None means one for each host with different rows or, after `restore`, the saved number.
+      facts: what the data is made of (`fingerprint.data_facts`); saved with the position, and compared by `restore`.
+      other_data: `restore` begins the data anew where these facts or settings differ, instead of raising UserError.
+
+    Attributes:
+      began_anew: whether `restore` has found no position for this data, so that it begins at the start.
     """
 
     def __init__(
@@ -187,12 +213,15 @@ class TrainBatches:
         use_cached: bool = False,
         rows: tuple[int, int] | None = None,
         shards: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+        other_data: bool = False,
     ):
         check_lengths(name, lengths, converter)
         check_split(name, split)
         self._name = name
-        # All settings that the position depends on: it is valid only for the same stream.
-        self._stream = {
+        self._other_data, self.began_anew = other_data, False
+        # All that the position depends on: it is valid only for the same stream.
+        self._stream: dict[str, Any] = {
             "MIXTURE_OR_TASK_NAME": name,
             "tasks": [t.name for t in seqio.get_subtasks(find_provider(name))],
             "TASK_FEATURE_LENGTHS": dict(lengths),
@@ -202,6 +231,7 @@ class TrainBatches:
             "PACK": converter.pack,
             "SHUFFLE_TRAIN_EXAMPLES": shuffle,
             "USE_CACHED_TASKS": use_cached,
+            **(facts or {}),
         }
         self._converter = converter
         self._range = rows or (0, batch_size)
@@ -265,32 +295,60 @@ class TrainBatches:
     def save(self, path: str) -> None:
         """Write the position after the last returned batch, with the prefetched batches, into `path`.
 
-        Only the host with a shard's first row writes that shard; the files of all hosts end up in the same folder.
+        Only the host with a shard's first row writes that shard; the files of all hosts end up in the same folder. If
+        the position cannot be saved, because the data comes from Python code, only its description is written.
         """
-        for iterator, (shard, (start, _)) in zip(self._opened(), self._shard_rows.items(), strict=True):
-            if start >= self._range[0]:
-                tf.train.Checkpoint(iterator=iterator).write(os.path.join(path, f"shard_{shard}"))
+        if self.position_problem is None:
+            for iterator, (shard, (start, _)) in zip(self._opened(), self._shard_rows.items(), strict=True):
+                if start >= self._range[0]:
+                    tf.train.Checkpoint(iterator=iterator).write(os.path.join(path, f"shard_{shard}"))
         if self._range[0] == 0:
             Path(path, "stream.json").write_text(json.dumps({**self._stream, "DATA_SHARDS": self.shards}))
+
+    @functools.cached_property
+    def position_problem(self) -> str | None:
+        """Why the position in this data cannot be saved, such as a generator or `tf.py_function`; None if it can."""
+        try:
+            for dataset in self._datasets:
+                variant = tf.data.experimental.to_variant(dataset)
+                tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=2)  # 2: it must have none
+        except tf.errors.OpError as error:
+            stateful = re.search(r"(\w+) is stateful", str(error.message))
+            return f"it uses {stateful[1]}, which TensorFlow cannot save" if stateful else str(error.message)
+        return None
 
     def restore(self, path: str) -> None:
         """Restore the position saved in `path`, a folder or gs://..., by any number of hosts.
 
+        If there is none, the data begins anew, which is logged.
+
         Raises:
-          ValueError: the position belongs to another stream; the differing settings are listed.
+          UserError: the position belongs to other data; the differing facts are listed.
         """
-        saved = json.loads(tf.io.gfile.GFile(os.path.join(path, "stream.json")).read())
+        description = os.path.join(path, "stream.json")
+        if not tf.io.gfile.exists(description):
+            return self._begin_anew(f"{path} holds no position in the data")
+        saved = json.loads(tf.io.gfile.GFile(description).read())
         current = self._stream | ({"DATA_SHARDS": self._requested_shards} if self._requested_shards else {})
-        differing = [f"{k}: was {saved.get(k)!r}, is {v!r}" for k, v in current.items() if saved.get(k) != v]
-        if differing:
+        if lines := fingerprint.differences(saved, json.loads(json.dumps(current))):
+            listed = "\n  ".join(lines)
+            if self._other_data:
+                return self._begin_anew(f"this run has other data than the checkpoint:\n  {listed}\n")
             raise UserError(
-                "The saved data position belongs to other data:\n  "
-                + "\n  ".join(differing)
-                + "\nRestore these settings, or start a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
+                f"this MODEL_DIR holds a run on other data:\n  {listed}\nRestore these settings and files; or set "
+                "RESUME_WITH_OTHER_DATA = True, which keeps parameters and optimizer and begins the data anew; or use "
+                "a new MODEL_DIR with this checkpoint as INITIAL_CHECKPOINT_PATH."
             )
+        shards = [os.path.join(path, f"shard_{shard}") for shard in range(saved["DATA_SHARDS"])]
+        if not all(tf.io.gfile.exists(f"{shard}.index") for shard in shards):
+            return self._begin_anew(f"{path} holds no position in the data")
         self._open(saved["DATA_SHARDS"])
         for iterator, shard in zip(self._opened(), self._shard_rows, strict=True):
-            tf.train.Checkpoint(iterator=iterator).read(os.path.join(path, f"shard_{shard}")).assert_consumed()
+            tf.train.Checkpoint(iterator=iterator).read(shards[shard]).assert_consumed()
+
+    def _begin_anew(self, reason: str) -> None:
+        self.began_anew = True
+        logger.warning("The data begins anew, with its first examples: %s.", reason.rstrip())
 
 
 def _rows(

@@ -144,6 +144,11 @@ class MetricLogger:
         self._write(*(_record(step, "validation", task, metrics) for task, metrics in scores.items()))
         self._try_to_publish()
 
+    def data_began_anew(self, step: int) -> None:
+        """Records that the data began at its start again when the run resumed at `step`."""
+        if self._writes:
+            self._write(_record(step, "data", None, {"began_anew": 1.0}))
+
     def has_evaluation(self, step: int) -> bool:
         """Returns whether metrics.jsonl already has validation metrics of `step`."""
         records = read_metrics(self._dir) if (self._dir / METRICS_FILE).exists() else []

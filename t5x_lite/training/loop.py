@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
 
 
+def flat(scores: Scores) -> dict[str, float]:
+    """Return the scores by "task/metric"."""
+    return {f"{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
+
+
 @runtime_checkable
 class Logger(Protocol):
     def train(self, step: int, metrics: Mapping[str, float], seconds: float) -> None: ...
@@ -153,15 +158,17 @@ def train(
             preempted = stop(step)
             if evaluate is not None and schedule.due(schedule.evaluate, step) and not preempted:
                 report()
-                scores = evaluate(state)
+                try:
+                    scores = evaluate(state)
+                except Exception:  # a task's metric, for example: the state is saved, so that nothing is lost
+                    if saver is not None:
+                        saver.save(step, state, batches, None)
+                    raise
                 progress.step(step)
                 logger.evaluation(step, scores)
             if saver is not None and (preempted or schedule.due(schedule.save, step)):
                 report()
-                metrics_of_tasks = {
-                    f"{task}/{name}": value for task, values in scores.items() for name, value in values.items()
-                }
-                saver.save(step, state, batches, None if preempted else metrics_of_tasks)
+                saver.save(step, state, batches, None if preempted else flat(scores))
                 progress.step(step)
             if preempted:
                 report()

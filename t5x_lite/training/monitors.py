@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -30,27 +31,43 @@ class Preempted(SystemExit):
 
 
 class PreemptionSignal:
-    """Detects SIGTERM (or, on Cloud TPUs, a maintenance notice) and reports it to all hosts at the same step.
+    """Detects SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) or, on Cloud TPUs, a maintenance notice, and reports
+    it to all hosts at the same step.
 
-    On several hosts JAX's preemption service receives the signal and chooses the step. Further signals have no effect.
+    On several hosts JAX's preemption service receives SIGTERM and chooses the step; the other signals are passed to it
+    as SIGTERM. A second SIGINT ends the process at once; further signals of the other kinds have no effect. A signal
+    that is ignored from the start, as SIGHUP under nohup, stays ignored.
     """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._received = False
+        self._several = jax.process_count() > 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["PreemptionSignal"]:
-        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = signal.signal(signal.SIGTERM, self._handle)
+        signals = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        if self._several:
+            signals.remove(signal.SIGTERM)
+        previous = {number: signal.signal(number, self._handle) for number in signals}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self._received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nInterrupted: the run is saved after this step. Press Ctrl-C again to end at once.\n")
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._received = True
 
     def __call__(self, step: int) -> bool:
         """Return whether to stop after `step`. Call it at every step, on all hosts."""

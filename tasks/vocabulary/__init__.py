@@ -17,28 +17,41 @@ from sentencepiece import sentencepiece_model_pb2
 
 from tasks import readers
 from tasks.errors import MissingFileError, UserError
+from tasks.vocabulary import sentencepieces
 from tasks.vocabulary.trainer import train as train
 from tasks.vocabulary.wordpiece import WordPieceVocabulary as WordPieceVocabulary
 
 EXTRA_IDS = 100
 T5_MODEL = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+_UNUSED_BYTES = 11  # the byte values above 0xF4, which UTF-8 never has
 _MODEL_IN_DATA_DIR = "vocab/sentencepiece.model"
 
 
-def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVocabulary:
-    """Loads a SentencePiece model and puts `extra_ids` sentinels after its pieces, unless it has its own, as mT5's has.
+def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVocabulary:
+    """Loads a SentencePiece model with the sentinels and added tokens that the files beside it describe.
+
+    Args:
+      extra_ids: number of sentinels after the pieces. None: those of `tokenizer_config.json` or `added_tokens.json`,
+        else 100; a model that has its own, as mT5's, gets no others.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a SentencePiece model, or its padding or end-of-sequence id is not one that T5 can use.
+      ValueError: it is not a SentencePiece model, or its padding or end-of-sequence id is not one that T5 can use, or
+        the files beside it contradict it.
     """
     if not tf.io.gfile.exists(model_file):
         raise MissingFileError(
             f"no SentencePiece model at {model_file}: give the path of a .model file, or put T5's at "
             f"${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}"
         )
+    description = sentencepieces.describe(os.path.dirname(model_file))
     try:
-        vocabulary = seqio.SentencePieceVocabulary(model_file, 0 if _has_sentinels(model_file) else extra_ids)
+        pieces = _pieces(model_file)
+        if any(piece.endswith("<extra_id_0>") for piece in pieces):
+            extra_ids = 0
+        elif extra_ids is None:
+            extra_ids = EXTRA_IDS if description.extra_ids is None else description.extra_ids
+        vocabulary = seqio.SentencePieceVocabulary(model_file, extra_ids)
         pad, end = vocabulary.tokenizer.pad_id(), vocabulary.eos_id
     except Exception as error:
         raise UserError(f"{model_file} is not a SentencePiece model: {error}") from error
@@ -47,14 +60,17 @@ def load(model_file: str, extra_ids: int = EXTRA_IDS) -> seqio.SentencePieceVoca
             f"{model_file} has pad id {pad} and end-of-sequence id {end}; T5 needs pad id 0 and an end-of-sequence id: "
             "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
-    return vocabulary
+    if not description.exists:
+        return vocabulary
+    added = sentencepieces.added_tokens(model_file, description.ids, pieces, extra_ids)
+    return sentencepieces.SentencePieceVocabulary(model_file, extra_ids, added)
 
 
-def _has_sentinels(model_file: str) -> bool:
+def _pieces(model_file: str) -> dict[str, int]:
     with tf.io.gfile.GFile(model_file, "rb") as file:
         content = file.read()
     model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
-    return any(piece.piece.endswith("<extra_id_0>") for piece in model.pieces)
+    return {piece.piece: i for i, piece in enumerate(model.pieces)}
 
 
 def _load_t5() -> seqio.SentencePieceVocabulary:
@@ -84,12 +100,14 @@ _chosen: seqio.Vocabulary | None = None  # set by set_default; None means T5's
 _t5: tuple[str | None, seqio.Vocabulary] | None = None  # T5's vocabulary, and the data folder at the time it was loaded
 
 
-def set_default(vocabulary: str | seqio.Vocabulary | None) -> None:
+def set_default(vocabulary: str | seqio.Vocabulary | None, extra_ids: int | None = None) -> None:
     """Set the vocabulary of all tasks, including those already registered.
 
     Args:
-      vocabulary: the path of a SentencePiece model (100 sentinels are added) or of a BERT vocab.txt, "bytes" for ByT5's
-        byte vocabulary with 100 sentinels, a SeqIO vocabulary, or None for T5's.
+      vocabulary: the path of a SentencePiece model (see `load`) or of a BERT vocab.txt, "bytes" for ByT5's bytes, a
+        SeqIO vocabulary, or None for T5's.
+      extra_ids: number of sentinels. None: see `load`; with "bytes" the last byte values are sentinels, as in ByT5's
+        pre-training.
 
     Raises MissingFileError or UserError for an unusable path. Datasets that are already built keep the old vocabulary.
     """
@@ -97,9 +115,11 @@ def set_default(vocabulary: str | seqio.Vocabulary | None) -> None:
     if isinstance(vocabulary, _SharedVocabulary):
         return
     if vocabulary == "bytes":
-        vocabulary = seqio.ByteVocabulary(EXTRA_IDS)
+        vocabulary = seqio.ByteVocabulary(extra_ids or 0)
     elif isinstance(vocabulary, str):
-        vocabulary = WordPieceVocabulary(vocabulary) if vocabulary.endswith(".txt") else load(vocabulary)
+        vocabulary = WordPieceVocabulary(vocabulary) if vocabulary.endswith(".txt") else load(vocabulary, extra_ids)
+    elif vocabulary is None and extra_ids is not None:
+        vocabulary = load(_load_t5().sentencepiece_model_file, extra_ids)
     _chosen = vocabulary
     logging.info("vocabulary: %s", "T5's" if vocabulary is None else vocabulary)
 
@@ -156,6 +176,10 @@ class _SharedVocabulary(seqio.Vocabulary):
         return default_vocabulary().extra_ids
 
     @property
+    def first_sentinel(self) -> int:
+        return getattr(default_vocabulary(), "first_sentinel", self.vocab_size - 1)
+
+    @property
     def vocab_size(self) -> int:
         return default_vocabulary().vocab_size
 
@@ -199,12 +223,23 @@ def output_features() -> dict[str, seqio.utils.Feature]:
     }
 
 
+def sentinel_count(vocabulary: seqio.Vocabulary) -> int:
+    """Return how many sentinels mark spans: the extra ids, or a model's own, or byte values that no text has."""
+    vocabulary = resolved(vocabulary)
+    if isinstance(vocabulary, seqio.ByteVocabulary) and not vocabulary.extra_ids:
+        return _UNUSED_BYTES
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary) and not vocabulary.extra_ids:
+        pieces = map(vocabulary.tokenizer.id_to_piece, range(vocabulary.vocab_size))
+        return sum(sentencepieces.SENTINEL.fullmatch(piece) is not None for piece in pieces)
+    return vocabulary.extra_ids
+
+
 def require_sentinels(vocabulary: seqio.Vocabulary, count: int) -> None:
-    """Raise UserError if the vocabulary has fewer than `count` sentinels (its last ids, which mark spans)."""
-    if vocabulary.extra_ids < count:
+    """Raise UserError if the vocabulary has fewer than `count` sentinels, which mark spans."""
+    if (available := sentinel_count(vocabulary)) < count:
         raise UserError(
-            f"this objective marks up to {count} spans with sentinels, but the vocabulary has "
-            f"{vocabulary.extra_ids} extra ids ({vocabulary}): real pieces would be overwritten. "
-            f"Give the vocabulary extra_ids={count} or more, use longer spans (mean_noise_span_length), "
-            "or use shorter inputs"
+            f"this objective marks up to {count} spans with sentinels, but the vocabulary has {available} "
+            f"({vocabulary}): real pieces would be overwritten. Set VOCABULARY_EXTRA_IDS = {count} (and the model's "
+            f"vocab_size to at least {vocabulary.vocab_size - vocabulary.extra_ids + count}), use longer spans "
+            "(mean_noise_span_length), or shorter inputs"
         )

@@ -105,7 +105,7 @@ def _check(flags: argparse.Namespace) -> int:
 
 
 def _report(model_file: str, flags: argparse.Namespace) -> int:
-    vocabulary.load(model_file)  # raises an error if its special ids are not T5's
+    loaded = vocabulary.load(model_file)  # raises an error if its special ids are not T5's
     with tf.io.gfile.GFile(model_file, "rb") as file:  # the file itself, without the sentinels that SeqIO adds
         model = sentencepiece.SentencePieceProcessor(model_proto=file.read())
     measured = report.measure(model, itertools.islice(_texts(flags), _MEASURED))
@@ -116,7 +116,7 @@ def _report(model_file: str, flags: argparse.Namespace) -> int:
     kind = formats.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
     print(
         f"{model_file}: {kind}, {proto.normalizer_spec.name} normalisation, {model.get_piece_size():,} pieces "
-        f"({model.get_piece_size() + vocabulary.EXTRA_IDS:,} ids with {vocabulary.EXTRA_IDS} sentinels)"
+        f"({loaded.vocab_size:,} ids with {vocabulary.sentinel_count(loaded)} sentinels)"
     )
     source = " ".join(flags.files) if flags.files else f"{flags.task}, {flags.split}"
     first = "the first " if measured.texts == _MEASURED else ""

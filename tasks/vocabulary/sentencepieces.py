@@ -1,0 +1,167 @@
+"""SentencePiece vocabularies with the sentinels and added tokens that the files beside the model describe.
+
+Hugging Face keeps them in `tokenizer_config.json` and `added_tokens.json`. Must not import: any task or model.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from tasks.errors import UserError
+
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What the files beside a model say of it.
+
+    Attributes:
+      extra_ids: number of sentinels; None if they do not say.
+      ids: id of each token that they add, sentinels and special tokens included.
+      exists: whether there is such a file.
+    """
+
+    extra_ids: int | None = None
+    ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    exists: bool = False
+
+
+def describe(folder: str) -> Description:
+    """Read the files in `folder`. Raises UserError if one is not JSON."""
+    config, added = _read(os.path.join(folder, CONFIG)), _read(os.path.join(folder, ADDED))
+    ids = dict(added or {})
+    for number, token in ((config or {}).get("added_tokens_decoder") or {}).items():
+        ids[token["content"] if isinstance(token, dict) else token] = int(number)
+    names = [*ids, *((config or {}).get("additional_special_tokens") or [])]
+    contents = {name["content"] if isinstance(name, dict) else name for name in names}
+    extra_ids = (config or {}).get("extra_ids")
+    if extra_ids is None:
+        extra_ids = sum(SENTINEL.fullmatch(content) is not None for content in contents) or None
+    return Description(extra_ids, ids, config is not None or added is not None)
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    if not tf.io.gfile.exists(path):
+        return None
+    try:
+        with tf.io.gfile.GFile(path) as file:
+            value = json.loads(file.read())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def added_tokens(file: str, ids: Mapping[str, int], pieces: Mapping[str, int], extra_ids: int) -> list[str]:
+    """Return the added tokens in the order of their ids, which follow the sentinels.
+
+    Args:
+      file: the model, for errors.
+      pieces: id of each piece of the model.
+
+    Raises:
+      UserError: a token has an id that no vocabulary of these pieces and sentinels can give it.
+    """
+    size = len(pieces) + extra_ids
+    tokens = []
+    for token, number in sorted(ids.items(), key=lambda pair: pair[1]):
+        if sentinel := SENTINEL.fullmatch(token):
+            expected = pieces.get(token, pieces.get(f"▁{token}", size - 1 - int(sentinel[1])))
+        else:
+            expected = pieces.get(token, size + len(tokens))
+            tokens += [token] if token not in pieces else []
+        if number != expected:
+            raise UserError(
+                f"the files beside {file} give the token {token!r} the id {number}; with {len(pieces)} pieces and "
+                f"{extra_ids} sentinels it is {expected}: correct {CONFIG} or {ADDED}"
+            )
+    return tokens
+
+
+class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
+    """A model with sentinels and added tokens that are found in text wherever they stand, as by Hugging Face.
+
+    SeqIO's own class finds a sentinel only after a space or at the beginning, and so do models with sentinels of their
+    own.
+    """
+
+    def __init__(self, file: str, extra_ids: int, added: Sequence[str] = ()):
+        super().__init__(file, extra_ids)
+        self._added = tuple(added)
+
+    def _model_context(self) -> Any:
+        if self._model:
+            return self._model
+        context = super()._model_context()
+        proto = sentencepiece_model_pb2.ModelProto.FromString(context.sp_model)  # pyright: ignore[reportAttributeAccessIssue]
+        for token in self._added:
+            proto.pieces.add(piece=token, score=0.0, type=proto.SentencePiece.USER_DEFINED)
+        tokenizer = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._model = dataclasses.replace(context, tokenizer=tokenizer, sp_model=proto.SerializeToString())
+        self._ids = {token: tokenizer.piece_to_id(token) for token in self._added}
+        self._ids |= {f"<extra_id_{k}>": tokenizer.piece_to_id(f"▁<extra_id_{k}>") for k in range(self._extra_ids)}
+        return self._model
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The ids of the tokens that are not the model's own: sentinels and added tokens."""
+        self._model_context()
+        return self._ids
+
+    @property
+    def first_sentinel(self) -> int:
+        return self.vocab_size - 1 - len(self._added)
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        return self._added
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_ids"}
+
+    def _pattern(self) -> str:
+        return "|".join(re.escape(token) for token in sorted(self.ids, key=len, reverse=True))
+
+    def _encode(self, s: str) -> list[int]:
+        if not self.ids:
+            return self.tokenizer.EncodeAsIds(s)
+        ids: list[int] = []
+        for part in re.split(f"({self._pattern()})", s):
+            ids += [self.ids[part]] if part in self.ids else self.tokenizer.EncodeAsIds(part) if part.strip() else []
+        return ids
+
+    def _encode_tf(self, s: tf.Tensor) -> Any:
+        """Encode a string [] -> int32 [length], or strings [N] -> a ragged tensor [N, length]."""
+        fast: Any = self.tf_tokenizer.tokenize
+        if not self.ids:
+            return fast(s)
+
+        def encode(texts: np.ndarray) -> list[np.ndarray]:
+            rows = [self._encode(text.decode()) for text in np.atleast_1d(texts)]
+            values = np.array([i for row in rows for i in row], np.int32)
+            return [values, np.array([len(row) for row in rows], np.int64)]
+
+        def slow() -> Any:
+            values, lengths = tf.numpy_function(encode, [s], [tf.int32, tf.int64], stateful=False)
+            return tf.ensure_shape(values, [None]), tf.ensure_shape(lengths, [None])
+
+        def quick() -> Any:
+            tokens = fast(s)
+            if s.shape.rank == 0:
+                return tokens, tf.size(tokens, tf.int64)[None]
+            return tokens.values, tokens.row_lengths()  # pyright: ignore[reportOptionalMemberAccess]
+
+        has_any = tf.reduce_any(tf.strings.regex_full_match(s, f"(?s).*({self._pattern()}).*"))
+        values, lengths = tf.cond(has_any, slow, quick)
+        if s.shape.rank == 0:
+            return values
+        return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)  # pyright: ignore
