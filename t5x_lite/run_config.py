@@ -7,6 +7,7 @@ knows nothing of gin itself: a `RunConfig` can be made in Python just as well.
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -38,7 +39,7 @@ def at_least(least: int) -> Check:
     return Check(lambda value: value >= least, f"must be at least {least}")
 
 
-def option(default: Any, text: str, check: Check | None = None, sets: tuple[str, ...] = ()) -> Any:
+def option(default: Any, text: str, check: Check | None = None, sets: tuple[str, ...] = (), path: bool = False) -> Any:
     """Declare an option.
 
     Args:
@@ -46,8 +47,9 @@ def option(default: Any, text: str, check: Check | None = None, sets: tuple[str,
       text: one line: what it does, its units, and what None means.
       check: of values other than None; types and literals are checked by the annotation.
       sets: parameters of gin configurables that take its value, besides `Run`'s own.
+      path: whether the value is a path, or a list of them, in which "~" is the home folder.
     """
-    metadata = {"default": default, "text": text, "check": check, "sets": sets}
+    metadata = {"default": default, "text": text, "check": check, "sets": sets, "path": path}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,7 +75,7 @@ class DataOptions:
         {"inputs": 512, "targets": 114}, "length of each feature in tokens; longer examples are cut"
     )
     vocabulary: str | None = option(
-        None, "a SentencePiece model, a BERT's vocab.txt, or \"bytes\"; None: T5's 32,000 pieces"
+        None, "a SentencePiece model, a BERT's vocab.txt, or \"bytes\"; None: T5's 32,000 pieces", path=True
     )
     vocabulary_extra_ids: int | None = option(
         None,
@@ -82,7 +84,7 @@ class DataOptions:
         at_least(0),
     )
     use_cached_tasks: bool = option(False, "read SeqIO's offline caches, made with `make cache`")
-    seqio_additional_cache_dirs: Names | None = option(None, "folders of those caches: a path or a list")
+    seqio_additional_cache_dirs: Names | None = option(None, "folders of those caches: a path or a list", path=True)
     bad_rows: Literal["refuse", "skip"] = option(
         "refuse", 'a row that cannot be read stops the run; "skip": leave such rows out and log how many'
     )
@@ -99,7 +101,9 @@ class DataOptions:
         "and optimizer are kept, and the data begins anew",
     )
     random_seed: int = option(0, "seed of parameters, dropout and the order of the data")
-    model_dir: str = option(None, "folder of the run, local or gs://; None: runs/<name of the last gin file>")
+    model_dir: str = option(
+        None, "folder of the run, local or gs://; None: runs/<name of the last gin file>", path=True
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +111,9 @@ class FilesOptions:
     """Your own files as a task: text, JSONL, CSV or TSV, also .gz; a path, a pattern or a list of them"""
 
     train_files: Names | None = option(
-        None, 'such as "my/*.jsonl"; replaces MIXTURE_OR_TASK_NAME; the task is named "files"'
+        None, 'such as "my/*.jsonl"; replaces MIXTURE_OR_TASK_NAME; the task is named "files"', path=True
     )
-    eval_files: Names | None = option(None, "files to evaluate on; None: nothing is evaluated")
+    eval_files: Names | None = option(None, "files to evaluate on; None: nothing is evaluated", path=True)
     files_objective: Literal["text_to_text", "span_corruption"] = option(
         "text_to_text", 'rows become inputs and targets by the templates; or "span_corruption" of their text'
     )
@@ -154,10 +158,11 @@ class TrainingOptions:
     train_steps: int | None = option(
         None,
         "steps of this run; those of INITIAL_CHECKPOINT_PATH do not count",
+        at_least(0),
         sets=("linear.total_steps", "cosine.total_steps", "gradual_unfreezing.total_steps"),
     )
     total_train_steps: int | None = option(
-        None, "instead of TRAIN_STEPS, as T5X counts: includes the steps of INITIAL_CHECKPOINT_PATH"
+        None, "instead of TRAIN_STEPS, as T5X counts: includes the steps of INITIAL_CHECKPOINT_PATH", at_least(1)
     )
     batch_size: int = option(128, "rows in a batch, of all hosts together", at_least(1))
     num_microbatches: int = option(1, "parts of a batch that run one after the other, to save memory", at_least(1))
@@ -165,7 +170,7 @@ class TrainingOptions:
         10, "stop after so many consecutive steps whose loss or gradients are not finite", at_least(0)
     )
     initial_checkpoint_path: str | None = option(
-        None, "parameters to start from: a MODEL_DIR, or one of its checkpoints"
+        None, "parameters to start from: a MODEL_DIR, or one of its checkpoints", path=True
     )
     rng_impl: Literal["threefry2x32", "rbg", "unsafe_rbg"] = option(
         "threefry2x32", '"unsafe_rbg": the hardware\'s generator, quicker on TPU; not the same on every mesh'
@@ -248,8 +253,11 @@ class EvaluationOptions:
         None,
         'infer, score: a text file, an input a line, or .jsonl with "inputs" (and "targets" to score), instead of '
         "EVAL_SPLIT; inspect: a batch in .npz",
+        path=True,
     )
-    infer_output: str | None = option(None, "the .jsonl to write; None: MODEL_DIR/infer/ or MODEL_DIR/score/")
+    infer_output: str | None = option(
+        None, "the .jsonl to write; None: MODEL_DIR/infer/ or MODEL_DIR/score/", path=True
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,6 +320,8 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
         if isinstance(self.eval_batch_size, GinReference):
             object.__setattr__(self, "eval_batch_size", self.batch_size)
         for field in dataclasses.fields(self):
+            if field.metadata.get("path"):
+                object.__setattr__(self, field.name, _expanded(getattr(self, field.name)))
             value, check = getattr(self, field.name), field.metadata.get("check")
             if check is not None and value is not None and not check.holds(value):
                 raise UserError(f"{field.name.upper()} = {value} {check.text}")
@@ -351,6 +361,12 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
             top_k=self.top_k,
             top_p=self.top_p,
         )
+
+
+def _expanded(paths: Any) -> Any:
+    if isinstance(paths, (list, tuple)):
+        return [_expanded(path) for path in paths]
+    return os.path.expanduser(paths) if isinstance(paths, str) else paths
 
 
 PARTS = {
@@ -418,23 +434,28 @@ def last_step(config: RunConfig) -> int:
         return config.train_steps
     if config.total_train_steps is None:
         raise UserError("TRAIN_STEPS is not set: say how many steps to train, --gin.TRAIN_STEPS=1000")
-    if config.initial_checkpoint_path is None:
-        return config.total_train_steps
+    return steps_of_run(config.total_train_steps, config.initial_checkpoint_path)
+
+
+def steps_of_run(total_train_steps: int, initial_checkpoint_path: str | None) -> int:
+    """TOTAL_TRAIN_STEPS without the steps of INITIAL_CHECKPOINT_PATH; a converted checkpoint may have none."""
+    if initial_checkpoint_path is None:
+        return total_train_steps
     from t5x_lite import checkpoint  # imports Orbax, which --help does not need
 
-    folder = checkpoint.find_checkpoint(config.initial_checkpoint_path)
+    folder = checkpoint.find_checkpoint(initial_checkpoint_path)
     if folder is None:
         raise MissingFileError(
-            f"TOTAL_TRAIN_STEPS counts from the step of INITIAL_CHECKPOINT_PATH = {config.initial_checkpoint_path!r}, "
+            f"TOTAL_TRAIN_STEPS counts from the step of INITIAL_CHECKPOINT_PATH = {initial_checkpoint_path!r}, "
             "which holds no checkpoint: set TRAIN_STEPS instead"
         )
-    before = int(folder.name)
-    if before >= config.total_train_steps:
+    before = int(folder.name) if folder.name.isdecimal() else int(checkpoint.read_info(folder).get("step", 0))
+    if before >= total_train_steps:
         raise UserError(
-            f"TOTAL_TRAIN_STEPS = {config.total_train_steps} must be above the {before} steps of "
+            f"TOTAL_TRAIN_STEPS = {total_train_steps} must be above the {before} steps of "
             "INITIAL_CHECKPOINT_PATH, which it includes"
         )
-    return config.total_train_steps - before
+    return total_train_steps - before
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ after `set_bad_rows("skip")`, is dropped, counted and logged.
 Must not import: tasks, vocabularies, SeqIO.
 """
 
+import collections
 import csv
 import io
 import json
 import os
+import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import tensorflow as tf
@@ -20,6 +22,7 @@ from absl import logging
 from tasks.errors import MissingFileError, UserError
 
 DATA_DIR_VARIABLE = "T5X_LITE_DATA_DIR"
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")  # of a column
 MAX_LINE_BYTES = 8 * 2**20  # longer lines are treated as a corrupt file
 EMPTY_LINE = "an empty line: remove it, or skip bad rows (BAD_ROWS)"
 _CHUNK = 1 << 20
@@ -30,7 +33,7 @@ def data_dir() -> str | None:
 
     Raises MissingFileError if the variable does not name a folder.
     """
-    folder = os.environ.get(DATA_DIR_VARIABLE)
+    folder = os.path.expanduser(os.environ.get(DATA_DIR_VARIABLE, ""))
     if not folder:
         return None
     if not tf.io.gfile.isdir(folder):
@@ -248,12 +251,22 @@ def tsv_rows(
                 yield number, {name: fields[k] for name, k in positions.items() if k < len(fields)}
 
 
-def csv_rows(path: str, delimiter: str, skipped: Skipped) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a delimited file with a header and standard quoting, with the number of their first line."""
+def csv_rows(
+    path: str, delimiter: str, skipped: Skipped, *, quoting: bool = True, columns: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a delimited file, with the number of their first line.
+
+    Args:
+      quoting: whether fields may be in quotes (as in .csv); else a quote is a character like any other (as in .tsv).
+      columns: names for a file without a header, if its first line has as many fields and cannot be a header, because a
+        field is more than a name. It then counts as a row.
+    """
     csv.field_size_limit(MAX_LINE_BYTES)
     content = io.BytesIO(_content(path, skipped))
     text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape")  # invalid UTF-8 is reported per row
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    )
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
@@ -268,28 +281,74 @@ def csv_rows(path: str, delimiter: str, skipped: Skipped) -> Iterator[tuple[int,
             if not fields:
                 raise bad_row(path, number, EMPTY_LINE)
             decode_line(path, number, " ".join(fields).encode("utf-8", "surrogateescape").replace(b"\n", b" "))
-            if header is None:
+            if header is None and len(fields) == len(columns) and not all(map(_NAME.fullmatch, fields)):
+                header = list(columns)
+                logging.info("%s has no header: its columns are read as %s.", path, " and ".join(columns))
+            elif header is None:
+                if repeated := [name for name, times in collections.Counter(fields).items() if times > 1]:
+                    raise UserError(f"{path}:{number}: the header has the column {repeated[0]!r} more than once")
                 header = fields
-            elif len(fields) != len(header):
+                continue
+            if len(fields) != len(header):
                 raise bad_row(path, number, f"{len(fields)} fields, the header has {len(header)} ({', '.join(header)})")
             else:
                 yield number, dict(zip(header, fields, strict=True))
     skipped.log()
 
 
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} is there more than once")
+    return row
+
+
 def json_object(path: str, line: int, text: str) -> dict:
-    """Parse a line as a JSON object."""
+    """Parse a line as a JSON object. Numbers are kept as they are written, as texts."""
     if not text.strip():
         raise bad_row(path, line, EMPTY_LINE)
     try:
-        value = json.loads(text)
+        value = json.loads(
+            text, parse_int=str, parse_float=str, parse_constant=_no_number, object_pairs_hook=_without_repeats
+        )
     except json.JSONDecodeError as error:
         raise bad_row(path, line, f"not JSON ({error.msg} at column {error.colno}); is the file truncated?") from error
     except (ValueError, RecursionError) as error:  # thousands of digits or nested brackets
         raise bad_row(path, line, f"JSON that Python cannot read ({error})") from error
+    return _object(path, line, value)
+
+
+def _object(path: str, line: int, value: Any) -> dict:
     if not isinstance(value, dict):
         raise bad_row(path, line, f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def json_rows(path: str, skipped: Skipped) -> Iterator[tuple[int, dict]]:
+    """Yield the objects of a .json file, an array of them or one on each line, with their numbers (lines, or rows)."""
+    text = decode(path, _content(path, skipped), 1)
+    if not text.lstrip().startswith("["):
+        for number, line in lines(path, skipped):
+            with skipped:
+                yield number, json_object(path, number, line)
+        return
+    try:
+        rows = json.loads(
+            text, parse_int=str, parse_float=str, parse_constant=_no_number, object_pairs_hook=_without_repeats
+        )
+    except json.JSONDecodeError as error:
+        raise bad_row(path, error.lineno, f"not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{path}: JSON that Python cannot read ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        with skipped:
+            yield number, _object(path, number, row)
+    skipped.log()
 
 
 def as_text(where: str, column: str, value: Any) -> str:

@@ -3,28 +3,34 @@
     register_files("mine", "data/*.jsonl", inputs_template="question: {question} context: {context}",
                    targets_template="{answer}")
 
-Formats by extension: .txt (a document per line), .jsonl (an object per line), .csv, .tsv (header and standard quoting),
-each also with .gz; paths or patterns, local or gs://. Up to `MEMORY_LIMIT` bytes are loaded into memory and fully
+Formats by extension: .txt (a document per line), .jsonl or .ndjson (an object per line), .json (an array of objects, or
+one per line), .csv (header and standard quoting), .tsv (header; a quote is a character), each also with .gz; paths or
+patterns, local or gs://. Up to `MEMORY_LIMIT` bytes are loaded into memory and fully
 shuffled; larger data are streamed and shuffled in a buffer. Must not import: the public corpora, mixtures.
 """
 
+import difflib
 import functools
+import itertools
+import os
+import re
 import string
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import data_sources, metrics, objectives, readers, vocabulary
+from tasks import data_sources, metrics, objectives, readers, text_checks, vocabulary
 from tasks.errors import MissingFileError, UserError
 
 MEMORY_LIMIT = 256 * 2**20
 _SHUFFLE_WINDOW = 10_000  # buffer for streamed data
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_ENDINGS = (".txt", ".jsonl", *_DELIMITERS)
+_STREAMED = (".txt", ".jsonl", ".ndjson")
+_ENDINGS = (*_STREAMED, ".json", *_DELIMITERS)
 
 Objective = Literal["text_to_text", "span_corruption"]
 Templates = dict[str, str]  # feature -> template
@@ -67,7 +73,7 @@ def register_files(
     if eval_files:
         paths["validation"] = find(eval_files)
     for feature, template in templates.items():
-        _columns(feature, template)  # raises an error if there are no columns
+        columns(feature, template)  # raises an error if there are no columns
     for split, files in paths.items():
         good = [path for path in files if _check_first_row(path, templates, objective)]
         if not good:
@@ -79,10 +85,10 @@ def register_files(
         source: seqio.DataSource = data_sources.MemorySource(paths, functools.partial(_read, templates=templates))
         window = seqio.SHUFFLE_BUFFER_SIZE
     else:
-        delimited = [path for path in all_files if _ending(path) in _DELIMITERS]
-        if delimited:
+        whole = [path for path in all_files if _ending(path) not in _STREAMED]
+        if whole:
             raise UserError(
-                f"{delimited[0]} and the other files have about {size >> 20} MB; above {MEMORY_LIMIT >> 20} MB only "
+                f"{whole[0]} and the other files have about {size >> 20} MB; above {MEMORY_LIMIT >> 20} MB only "
                 ".txt and .jsonl can be streamed: convert to .jsonl"
             )
         source = data_sources.LinesSource(paths, functools.partial(_fill_line, templates=templates), list(templates))
@@ -91,7 +97,7 @@ def register_files(
         seqio.TaskRegistry.remove(name)
     logging.info("%s: %d files, %s", name, len(all_files), ", ".join(f"{s} {len(p)}" for s, p in paths.items()))
     text_to_text = objective == "text_to_text"
-    return seqio.TaskRegistry.add(
+    task: Any = seqio.TaskRegistry.add(
         name,
         source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
         preprocessors=[
@@ -101,21 +107,67 @@ def register_files(
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=vocabulary.output_features(),
+        postprocess_fn=_given_back if text_to_text else None,
         metric_fns=[metrics.text_match] if text_to_text else [],
         shuffle_buffer_size=window,
         task_cls=FilesTask,
     )
+    task.paths, task.templates = paths, templates
+    return task
 
 
 class FilesTask(data_sources.CorpusTask):
-    """A task made by `register_files`."""
+    """A task made by `register_files`.
+
+    Attributes:
+      paths: files by split.
+      templates: template of each feature.
+    """
+
+    paths: Mapping[str, Sequence[str]]
+    templates: Templates
+
+    def notes(self, lengths: Mapping[str, int]) -> list[str]:
+        """Return a line for each file and thing that a user should know: what is cut, unknown, empty, not given back.
+
+        The texts of span corruption are split to fit, so they are never cut.
+        """
+        lines = []
+        if list(self.templates) == ["targets"]:
+            lengths = {}
+        for path in dict.fromkeys(path for files in self.paths.values() for path in files):
+            skipped = readers.Skipped(path)
+            texts = _filled(path, self.templates, skipped)
+            counts = text_checks.count(itertools.islice(texts, text_checks.MOST_ROWS), vocabulary.SHARED, lengths)
+            of_first = f" (of the first {text_checks.MOST_ROWS:,} rows)" if next(texts, None) is not None else ""
+            lines += [line + of_first for line in text_checks.sentences(path, counts, lengths)]
+            if skipped.count:
+                lines.append(f"{path}: {skipped.count:,} rows cannot be read and are skipped{of_first}")
+        return lines
+
+
+def _filled(path: str, templates: Templates, skipped: readers.Skipped) -> Iterator[dict[str, str]]:
+    for number, row in rows(path, skipped):
+        with skipped:
+            yield dict(zip(templates, _fill(path, number, row, templates), strict=True))
+
+
+def _given_back(text: str, is_target: bool = False, **unused) -> str:
+    """Postprocess a target to what a model without a mistake writes; see text_checks.given_back."""
+    if not is_target:
+        return text
+    possible = text_checks.given_back(vocabulary.SHARED, text)
+    return text if possible is None else possible
 
 
 def find(patterns: str | Sequence[str]) -> list[str]:
     """Return the matching files, sorted. Raises MissingFileError if none match, UserError for an unknown extension."""
     paths = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = [path for path in tf.io.gfile.glob(pattern) if not tf.io.gfile.isdir(path)]
+        pattern = os.path.expanduser(pattern)
+        # A name with brackets or a backslash may be that of a file.
+        found = [pattern] if tf.io.gfile.exists(pattern) else tf.io.gfile.glob(pattern)
+        matches = [path for path in found if not tf.io.gfile.isdir(path)]
         if not matches:
             raise MissingFileError(f"no file matches {pattern!r} (relative paths start at the current folder)")
         paths += matches
@@ -133,10 +185,21 @@ def _ending(path: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _rows(path: str, skipped: readers.Skipped) -> Iterator[tuple[int, dict]]:
-    """Yield the rows of a file with their line numbers; blank lines of plain text are skipped."""
-    if _ending(path) in _DELIMITERS:
-        yield from readers.csv_rows(path, _DELIMITERS[_ending(path)], skipped)
+def has_rows(path: str) -> bool:
+    """Return whether the format of a file has named columns."""
+    return _ending(path) in (".jsonl", ".ndjson", ".json", *_DELIMITERS)
+
+
+def rows(path: str, skipped: readers.Skipped) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a file of any format with their line numbers; blank lines of plain text are skipped."""
+    ending = _ending(path)
+    if ending == ".json":
+        yield from readers.json_rows(path, skipped)
+        return
+    if ending in _DELIMITERS:
+        columns = ("inputs", "targets") if ending == ".tsv" else ()
+        delimiter = _DELIMITERS[ending]
+        yield from readers.csv_rows(path, delimiter, skipped, quoting=ending == ".csv", columns=columns)
         return
     for number, line in readers.lines(path, skipped):
         with skipped:
@@ -157,7 +220,7 @@ def _read(paths: list[str], split: str, templates: Templates) -> data_sources.Co
     values: dict[str, list[bytes]] = {feature: [] for feature in templates}
     for path in paths:
         skipped = readers.Skipped(path)
-        for number, row in _rows(path, skipped):
+        for number, row in rows(path, skipped):
             with skipped:
                 for feature, text in zip(templates, _fill(path, number, row, templates), strict=True):
                     values[feature].append(text.encode())
@@ -177,8 +240,9 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
             "'span_corruption'"
         )
     skipped = readers.Skipped(path)
-    for number, row in _rows(path, skipped):
+    for number, row in rows(path, skipped):
         with skipped:
+            _check_columns(path, row, templates)
             _fill(path, number, row, templates)
             return True
     with skipped:
@@ -186,11 +250,32 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
     return False
 
 
+def _check_columns(path: str, row: Mapping[str, Any], templates: Templates) -> None:
+    """Raise BadRow if a file with a header lacks a template's column."""
+    if _ending(path) not in _DELIMITERS:
+        return
+    present = list(row)
+    for feature, template in templates.items():
+        for column in columns(feature, template):
+            if column in row:
+                continue
+            near = difflib.get_close_matches(column, present, n=1)
+            cure = f" Did you mean {{{near[0]}}}?" if near else ""
+            if len(present) == 1 and re.search(r"[;\t,|]", present[0]):
+                cure = f" Its columns are not separated by {_DELIMITERS[_ending(path)]!r}."
+            elif not near and len(present) == 2 and _ending(path) == ".tsv":
+                cure = " If it has no header, make inputs and targets, with a tab between them, its first line."
+            raise readers.BadRow(
+                f"{path}:1: no column {column}, which the template of the {feature}, {template!r}, needs; it has: "
+                f"{', '.join(present)}.{cure}"
+            )
+
+
 # ----------------------------------------------------------------------------------------------------------- templates
 
 
 @functools.cache
-def _columns(feature: str, template: str) -> tuple[str, ...]:
+def columns(feature: str, template: str) -> tuple[str, ...]:
     """Return the columns of a template."""
     try:
         parts = list(string.Formatter().parse(template))
@@ -209,13 +294,13 @@ def _columns(feature: str, template: str) -> tuple[str, ...]:
 def _fill(path: str, number: int, row: dict, templates: Templates) -> list[str]:
     filled = []
     for feature, template in templates.items():
-        columns = _columns(feature, template)
-        readers.check_columns(path, number, columns, list(row))
-        filled.append(_substitute(path, number, row, template))
+        readers.check_columns(path, number, columns(feature, template), list(row))
+        filled.append(substitute(path, number, row, template))
     return filled
 
 
-def _substitute(path: str, number: int, row: dict, template: str) -> str:
+def substitute(path: str, number: int, row: Mapping[str, Any], template: str) -> str:
+    """Return the template with the row's values in place of its columns."""
     pieces = []
     for literal, column, _, _ in string.Formatter().parse(template):
         pieces.append(literal)

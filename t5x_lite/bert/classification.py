@@ -143,28 +143,29 @@ def _labelled(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.u
 
 
 def file_source(
-    path: str, vocabulary: seqio.Vocabulary, lengths: Mapping[str, int], *, num_examples: int | None = None
+    path: str, vocabulary: seqio.Vocabulary, lengths: Mapping[str, int], num_examples: int | None = None
 ) -> Source:
-    """Return one example per line: the line, or in .jsonl files its "inputs", or "sentence1" and "sentence2".
+    """Return one example per row or line: "inputs", or "sentence1" and "sentence2", or the line of a text file.
 
     "targets", if given, are copied to the results. For the rest see batch_prediction.file_source.
     """
     ids = bert.special(vocabulary)
 
-    def texts(row: Mapping[str, Any]) -> list[Any]:
-        return [row.get(key) for key in (("inputs",) if "inputs" in row else ("sentence1", "sentence2"))]
+    def columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("inputs",) if "inputs" in row else ("sentence1", "sentence2")
 
-    def check(number: int, row: Mapping[str, Any]) -> None:
-        if not all(isinstance(text, str) for text in (*texts(row), row.get("targets", ""))):
-            rule = '"inputs", or "sentence1" and "sentence2", and "targets" if given, must be strings'
-            raise readers.bad_row(path, number, f"{rule}; the row has {', '.join(row) or 'nothing'}")
+    def texts(number: int, row: Mapping[str, Any]) -> dict[str, str]:
+        readers.check_columns(path, number, columns(row), list(row))
+        names = (*columns(row), *(["targets"] if "targets" in row else []))
+        return {name: readers.as_text(f"{path}:{number}", name, row[name]) for name in names}
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
-        first, *rest = (list(vocabulary.encode(text)) for text in texts(row))
+        given = [row[name] for name in columns(row)]
+        first, *rest = (list(vocabulary.encode(text)) for text in given)
         tokens, segments = pair(first, rest[0] if rest else None, ids.cls, ids.sep, lengths["inputs"])
-        return Example(where, " [SEP] ".join(texts(row)), row.get("targets"), tokens, None, segments)
+        return Example(where, " [SEP] ".join(given), row.get("targets"), tokens, None, segments)
 
-    return batch_prediction.lines_source(path, check, example, lengths, num_examples)
+    return batch_prediction.lines_source(path, texts, example, lengths, num_examples)
 
 
 def write_predictions(

@@ -24,7 +24,7 @@ class PretrainingPredictor(Predictor):
     def lower(self, batch_size: int, lengths: Mapping[str, int]) -> Any:
         raise UserError("--decode: an encoder-only model cannot decode")
 
-    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+    def next_steps(self, run: str, initial_checkpoint: str) -> tuple[str, Sequence[str]]:
         other = "--gin_file=runs/finetune_bert.gin --gin.MODEL_DIR=\"'runs/mrpc'\""
         return "or fine-tune it, for example on a GLUE task", (f"{run} {other} \\\n    {initial_checkpoint}",)
 
@@ -56,11 +56,11 @@ class ClassPredictor(Predictor):
         return classification.task_source(task_name, lengths, **options)
 
     def file_source(
-        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
+        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, **options: Any
     ) -> Any:
         from t5x_lite.bert import classification
 
-        return classification.file_source(path, features["inputs"].vocabulary, lengths, num_examples=num_examples)
+        return classification.file_source(path, features["inputs"].vocabulary, lengths, options["num_examples"])
 
     def write(
         self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
@@ -76,7 +76,7 @@ class ClassPredictor(Predictor):
         )
         return self._classify.lower(self._partitioner.abstract.params, {"inputs": rows, "segments": rows})
 
-    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+    def next_steps(self, run: str, initial_checkpoint: str) -> tuple[str, Sequence[str]]:
         description = "or classify texts, one per line, or JSON lines with sentence1 and sentence2"
         return description, (f"{run} --mode=infer --gin.INFER_INPUT=\"'pairs.jsonl'\"",)
 

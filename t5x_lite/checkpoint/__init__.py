@@ -4,6 +4,7 @@ See `saving.py` for their format. This module uses Orbax and trees of arrays; it
 optimizer, SeqIO or TensorFlow.
 """
 
+import contextvars
 import dataclasses
 import importlib
 import json
@@ -24,7 +25,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from t5x_lite.checkpoint import checksums
-from t5x_lite.errors import MissingFileError, UserError
+from t5x_lite.errors import MissingFileError, UserError, UserFileError
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ def _steps(folder: epath.Path) -> list[int]:
             cure = "Orbax needs a package that is not installed to list buckets: pip install google-cloud-storage"
             raise UserError(f"{folder}: {cure}") from None
     return sorted(s.step for s in ocp.path.step.standard_name_format().find_all(folder)) if folder.exists() else []
+
+
+# Where the base of a checkpoint that holds only trained parameters may have been moved to.
+moved_base: contextvars.ContextVar[str | None] = contextvars.ContextVar("moved_base", default=None)
 
 
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -201,7 +206,15 @@ def choose_start(
         )
     nothing = f"MODEL_DIR={str(model_dir)!r} holds no finished checkpoint"
     if initial_checkpoint_path:
-        initial = _require_checkpoint(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH")
+        try:
+            initial = _require_checkpoint(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH")
+        except MissingFileError:
+            raise
+        except Exception as error:  # each library for buckets has errors of its own
+            reason = str(error).strip().splitlines()[0]
+            raise UserFileError(
+                f"INITIAL_CHECKPOINT_PATH {initial_checkpoint_path!r} cannot be read: {reason}"
+            ) from error
         reason = f"Starting at step 0 with the parameters of {initial} and a fresh optimizer: {nothing} and"
         return Start("initial", str(initial), f"{reason} INITIAL_CHECKPOINT_PATH names this one.")
     return Start("fresh", None, f"Starting at step 0 from random parameters: {nothing} and no INITIAL_CHECKPOINT_PATH.")
@@ -304,17 +317,23 @@ def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
     base = read_info(folder).get("base") if part == "params" else None
     if base is None:
         return entries
-    if find_checkpoint(base["path"]) is None:
-        raise MissingFileError(
-            f"{folder} holds only the trained parameters; the others are in {base['path']}, which does not exist any "
-            "more: restore that checkpoint"
-        )
-    if base_of(base["path"]) != dict(base):
-        raise UserError(
-            f"{folder} holds only the trained parameters; the others are in {base['path']}, but that is another "
-            "checkpoint now: restore the original one"
-        )
-    return _saved(_require_checkpoint(base["path"]), part) | entries
+    unused = set(base.get("unused", ()))
+    return {k: v for k, v in _saved(_base(folder, base), part).items() if k not in unused} | entries
+
+
+def _base(folder: epath.Path, base: Mapping[str, Any]) -> epath.Path:
+    """Return the checkpoint that holds the other parameters of `folder`, where it was or has been moved to."""
+    relative = os.path.normpath(os.path.join(folder, base["relative"])) if "relative" in base else None
+    places = [place for place in (base["path"], relative, moved_base.get()) if place is not None]
+    existing = [place for place in places if find_checkpoint(place) is not None]
+    for place in existing:
+        if base_of(place)["checksum"] == base["checksum"]:
+            return _require_checkpoint(place)
+    text = f"{folder} holds only the trained parameters; the others are in {base['path']}"
+    cure = "restore that checkpoint, or set INITIAL_CHECKPOINT_PATH to the place that it has been moved to"
+    if existing:
+        raise UserError(f"{text}, but {', '.join(existing)} is another checkpoint: {cure}")
+    raise MissingFileError(f"{text}, which does not exist any more: {cure}")
 
 
 def _saved_here(folder: epath.Path, part: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`--dry_run`: check the inputs of a mode without computing anything."""
 
-from t5x_lite import checkpoint
 from t5x_lite.cli import task_setup
 from t5x_lite.run_config import RunConfig, last_step
 
@@ -10,7 +9,7 @@ def dry_run(run: RunConfig, mode: str) -> None:
     partitioner = task_setup.partitioner(run)
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
-        reason = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict).reason
+        reason = task_setup.choose_start(run).reason
     print(f"model       {task_setup.parameter_summary(run, partitioner)}: {run.model}")
     print(f"mesh        {partitioner}")
     if mode == "train":
@@ -26,4 +25,6 @@ def dry_run(run: RunConfig, mode: str) -> None:
             print(f"            {feature} {list(shape)}")
     for task, rate in task_setup.rates(name).items():
         print(f"            {rate:7.3%} {task}")
+    for note in task_setup.data_notes(run, name):
+        print(f"note        {note}")
     print("Dry run: nothing was computed or written.")

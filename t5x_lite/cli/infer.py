@@ -32,7 +32,7 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     predictor = task_setup.predictor(run, partitioner)
     predictor.check(mode, has_task=bool(run.mixture_or_task_name))
     path, at_step, restore = task_setup.checkpoint_to_read(run)
-    has_task = run.mixture_or_task_name or run.train_files or run.infer_input is None
+    has_task = run.infer_input is None or (run.mixture_or_task_name and not run.train_files)
     name = task_setup.register_tasks(run) if has_task else task_setup.import_tasks(run)
     from t5x_lite.data import pipeline
     from tasks import vocabulary
@@ -46,7 +46,10 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
             f"{run.eval_split!r} ({', '.join(tasks)}): leave it unset, or choose one task"
         )
     if run.infer_input is not None:
-        source = predictor.file_source(run.infer_input, features, lengths, mode, num_examples=count)
+        templates = {"inputs": run.files_inputs_template, "targets": run.files_targets_template}
+        source = predictor.file_source(
+            run.infer_input, features, lengths, mode, num_examples=count, templates=templates
+        )
         sources = {Path(run.infer_input.removesuffix(".gz")).stem: source}
     else:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}

@@ -16,4 +16,6 @@ def inspect(run: RunConfig) -> None:
             batch = dict(arrays)
     else:
         batch = next(task_setup.build_train_batches(run, name))
+    for note in task_setup.data_notes(run, name):
+        print(note)
     print(inspection.describe_batch(batch, pipeline.text_vocabulary(name)))

@@ -12,6 +12,7 @@ A wrong name, type or file is reported in one line, with the nearest valid names
 
 import functools
 import inspect
+import logging
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ import tokenize
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from absl import flags
 from gin import config as gin_config
 
 from t5x_lite.errors import UserError, nearest
+
+log = logging.getLogger("t5x_lite")
 
 # A link to the checkout's folder; where the package is installed, the files themselves.
 GIN_CONFIGS = (Path(__file__).resolve().parents[1] / "gin_configs").resolve()
@@ -186,6 +189,9 @@ def configurables() -> dict[str, Callable]:
     return names
 
 
+Config = Mapping[tuple[str, str], Mapping[str, Any]]  # gin's: (scope, part) to the values of its parameters
+
+
 def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()) -> Any:
     """Reads `files` and `bindings`, checks them, and returns the `RunConfig` that they describe.
 
@@ -197,6 +203,7 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
         raise UserError(
             f"nothing to run: give a --gin_file, such as quickstart.gin or {' or '.join(_gin_files('runs'))}"
         )
+    files, search_paths = ([os.path.expanduser(path) for path in paths] for paths in (files, search_paths))
     for folder in search_paths:
         if not Path(folder).is_dir():
             raise UserError(f"--gin_search_paths: no such folder: {folder}")
@@ -214,6 +221,7 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
     from t5x_lite import run_config
 
     gin.parse_config(run_config.gin_defaults())
+    defaults = {(scope, part, name) for (scope, part), values in config.items() for name in values}
     used |= _macros_used(config)
     for file in files:
         _parse(gin.parse_config_file, file, f"--gin_file={file}")
@@ -223,8 +231,33 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
     if gin.query_parameter("MODEL_DIR/gin.macro.value") is None:
         gin.parse_config(f"MODEL_DIR = 'runs/{Path(files[-1]).stem if files else 'run'}'")
     _check_macros(config, used)
-    _check_parameters(config, parts)
+    _use_folder_of(files, bindings)
+    _count_total_steps(config)
+    _check_parameters(config, parts, defaults)
     return gin.get_configurable("Run")()
+
+
+def _use_folder_of(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Where the config.gin of a run is given whose MODEL_DIR is gone, uses the folder that the file lies in."""
+    run = Path(files[-1]).parent if files and Path(files[-1]).name == "config.gin" else None
+    if run is None or not (run / "checkpoints").is_dir() or any(b.startswith("MODEL_DIR") for b in bindings):
+        return
+    model_dir = gin.query_parameter("MODEL_DIR/gin.macro.value")
+    if isinstance(model_dir, str) and "://" not in model_dir and not Path(model_dir).expanduser().exists():
+        log.warning("MODEL_DIR = %r does not exist: the run is taken to be in %s, with its config.gin.", model_dir, run)
+        gin.parse_config(f"MODEL_DIR = {str(run)!r}")
+
+
+def _count_total_steps(config: Config) -> None:
+    """Sets TRAIN_STEPS, which schedules count to, from TOTAL_TRAIN_STEPS."""
+    from t5x_lite import run_config
+
+    macros = _macros(config)
+    total, initial = macros.get("TOTAL_TRAIN_STEPS"), macros.get("INITIAL_CHECKPOINT_PATH")
+    if isinstance(total, int) and macros.get("TRAIN_STEPS") is None and isinstance(initial, str | None):
+        initial = None if initial is None else os.path.expanduser(initial)
+        steps = run_config.steps_of_run(total, initial)
+        gin.parse_config(f"TRAIN_STEPS = {steps}\nTOTAL_TRAIN_STEPS = None")
 
 
 def _gin_files(under: str = "") -> list[str]:
@@ -271,9 +304,6 @@ def _explained(error: Exception, source: str) -> str:
     return f"{source}: {message}"
 
 
-Config = Mapping[tuple[str, str], Mapping[str, Any]]  # gin's: (scope, part) to the values of its parameters
-
-
 def _macros(config: Config) -> dict[str, Any]:
     return {scope: bound["value"] for (scope, part), bound in config.items() if part == "gin.macro"}
 
@@ -292,14 +322,23 @@ def _check_macros(config: Config, used_before: set[str]) -> None:
         raise UserError(f"macro {name} is used but never set.{nearest(name, macros)}")
 
 
-def _check_parameters(config: Config, parts: Mapping[str, Callable]) -> None:
-    """Refuses values that are missing or of the wrong type, in the parts that this run is made of."""
+def _check_parameters(
+    config: Config, parts: Mapping[str, Callable], defaults: Collection[tuple[str, str, str]]
+) -> None:
+    """Refuses values that are missing or of the wrong type, in the parts that this run is made of.
+
+    What is set of other parts is logged, but for what is among `defaults`.
+    """
     from t5x_lite.model import interface
 
     macros = _macros(config)
     chosen = {ref.selector.split(".")[-1] for ref in gin_config.iterate_references(config)} | {"Run"}
     for name, part in parts.items():
         if name not in chosen:
+            for (scope, selector), values in config.items():
+                for parameter in values:
+                    if selector.split(".")[-1] == name and (scope, selector, parameter) not in defaults:
+                        log.warning("%s.%s is set, but this run does not use %s.", name, parameter, name)
             continue
         bound: dict[str, Any] = {}
         for (_, selector), values in config.items():

@@ -8,9 +8,10 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def register_tasks(run: RunConfig) -> str:
     pipeline.check_lengths(name, run.task_feature_lengths, feature_converter(run))
     with_labels(run, name)  # checks the task against the model
     return name
+
+
+def data_notes(run: RunConfig, name: str) -> list[str]:
+    """Returns what the user should know of their own files: texts that are cut, unknown, empty or not given back."""
+    from t5x_lite.data import pipeline
+    from tasks import user_files
+
+    task = pipeline.find_provider(name)
+    return task.notes(run.task_feature_lengths) if isinstance(task, user_files.FilesTask) else []
 
 
 def with_labels(run: RunConfig, name: str) -> RunConfig:
@@ -104,18 +114,106 @@ def import_tasks(run: RunConfig) -> None:
     tasks.readers.set_bad_rows(run.bad_rows)
     modules = run.mixture_or_task_module or []
     for module in [modules] if isinstance(modules, str) else modules:
+        own = Path("tasks.py") if Path("tasks.py").exists() else Path("tasks")
+        if module.split(".")[0] == "tasks" and own.exists() and not own.resolve() == Path(tasks.__file__).parent:
+            raise UserError(
+                f"MIXTURE_OR_TASK_MODULE = {module!r}: t5x_lite's own tasks are a package of that name, which hides "
+                f"{own.resolve()}: give yours another name"
+            )
         try:
-            importlib.import_module(module)
+            with _first_definitions(module):
+                importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # a module that the user's module imports
             raise UserError(
                 f"MIXTURE_OR_TASK_MODULE: no module {error.name!r} in the current folder or the installed packages"
             ) from None
-    if run.vocabulary or run.vocabulary_extra_ids is not None:
-        tasks.vocabulary.set_default(run.vocabulary, run.vocabulary_extra_ids)
+    chosen = _vocabulary_of(run)
+    if chosen or run.vocabulary_extra_ids is not None:
+        tasks.vocabulary.set_default(chosen, run.vocabulary_extra_ids)
     folders = run.seqio_additional_cache_dirs or []
     seqio.add_global_cache_dirs([folders] if isinstance(folders, str) else folders)
+
+
+@contextlib.contextmanager
+def _first_definitions(module: str) -> Iterator[None]:
+    """Keeps the registered tasks and mixtures when a module registers the same names, as t5.data.mixtures does.
+
+    SeqIO would raise an error. The names are logged.
+    """
+    import seqio
+
+    again: list[str] = []
+    registries: list[Any] = [seqio.TaskRegistry, seqio.MixtureRegistry]
+    originals = [registry.add_provider for registry in registries]
+
+    def tolerant(registry: Any, add: Callable) -> Callable:
+        def add_provider(name: str, provider: Any) -> None:
+            if name in registry.names():
+                again.append(name)
+            else:
+                add(name, provider)
+
+        return add_provider
+
+    for registry, original in zip(registries, originals, strict=True):
+        registry.add_provider = tolerant(registry, original)
+    try:
+        yield
+    finally:
+        for registry in registries:
+            del registry.add_provider
+        if again:
+            more = f" and {len(again) - 5} more" if len(again) > 5 else ""
+            names = ", ".join(again[:5]) + more
+            log.info("%s registers %s again: the definitions of t5x_lite are kept.", module, names)
+
+
+def _vocabulary_of(run: RunConfig) -> str | None:
+    """Returns VOCABULARY, or the tokenizer that lies with the run or with the checkpoint that it starts from.
+
+    None means T5's. Where VOCABULARY is another one than that of INITIAL_CHECKPOINT_PATH, that is logged.
+    """
+    import tensorflow as tf
+
+    own, initial = _tokenizer_in(run.model_dir), _tokenizer_in(run.initial_checkpoint_path)
+    if run.vocabulary is None:
+        if beside := own or initial:
+            log.info("VOCABULARY is not set: the run uses %s, which lies with the checkpoint.", beside)
+        return beside
+    if run.vocabulary == "bytes" or tf.io.gfile.exists(run.vocabulary):
+        same = run.vocabulary == initial or not initial
+        if not same and "bytes" not in (run.vocabulary, initial):
+            same = tf.io.gfile.GFile(run.vocabulary, "rb").read() == Path(str(initial)).read_bytes()
+        if not same:
+            log.warning(
+                "VOCABULARY = %r is not the tokenizer of INITIAL_CHECKPOINT_PATH, %s: its parameters were trained on "
+                "other ids.",
+                run.vocabulary,
+                initial,
+            )
+        return run.vocabulary
+    if own:
+        log.info("VOCABULARY = %r does not exist: the run uses its copy, %s.", run.vocabulary, own)
+        return own
+    return run.vocabulary
+
+
+def _tokenizer_in(model: str | None) -> str | None:
+    """Returns the tokenizer of a model in a local folder as a value of VOCABULARY, or None."""
+    from t5x_lite import convert
+    from t5x_lite.convert import tokenizer
+
+    if model is None or "://" in model or not Path(model).is_dir():
+        return None
+    for folder in convert.tokenizer_folders(model):
+        for name in (*convert.TOKENIZER_FILES, "vocab.txt"):
+            if (folder / name).is_file():
+                return str(folder / name)
+        if tokenizer.describe(folder).config.get("tokenizer_class") == "ByT5Tokenizer":
+            return "bytes"
+    return None
 
 
 @contextlib.contextmanager
@@ -246,11 +344,44 @@ def _only_first(path: Path) -> Path | None:
     return path if jax.process_index() == 0 else None
 
 
+def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkpoint.Start:
+    """Chooses the checkpoint that the run starts from; see checkpoint.choose_start.
+
+    Raises:
+      UserError: INITIAL_CHECKPOINT_PATH is a model in another format; the message has the command that converts it.
+    """
+    checkpoint.moved_base.set(run.initial_checkpoint_path)
+    try:
+        return checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, parts=parts, strict=run.strict)
+    except MissingFileError:
+        initial = run.initial_checkpoint_path or ""
+        if (cure := _how_to_convert(initial)) is not None:
+            raise UserError(f"INITIAL_CHECKPOINT_PATH = {initial!r} {cure}") from None
+        raise
+
+
+def _how_to_convert(path: str) -> str | None:
+    from t5x_lite.convert import tensors
+
+    folder, name = Path(path), Path(path).name or "model"
+    command = f"python -m t5x_lite.convert {path} runs/{name} --to=t5x_lite"
+    then = f"{command}\nThen set INITIAL_CHECKPOINT_PATH = 'runs/{name}'."
+    if (folder / "config.json").exists():
+        return f"is a Hugging Face directory. Convert it first:\n  {then}"
+    if folder.exists() and tensors.is_t5x(folder):
+        return f"is a T5X checkpoint. Convert it first:\n  {then}"
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return (
+            f"does not exist here. If it is a name on the Hugging Face hub, download it and convert it:\n"
+            f"  huggingface-cli download {path} --local-dir {name}\n"
+            f"  {then.replace(path, name, 1)}"
+        )
+    return None
+
+
 def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
     """Chooses the checkpoint that eval, infer and score read; returns its path, its step and a restore function."""
-    start = checkpoint.choose_start(
-        run.model_dir, run.initial_checkpoint_path, parts=("params", "info"), strict=run.strict
-    )
+    start = choose_start(run, parts=("params", "info"))
     if start.path is None:
         raise MissingFileError(
             f"no checkpoint to read: MODEL_DIR = {run.model_dir!r} holds none, and INITIAL_CHECKPOINT_PATH is not set"
@@ -266,13 +397,6 @@ def parameter_summary(run: RunConfig, partitioner: Partitioner) -> str:
     params, trainable = partitioner.abstract.params, run.optimizer.trainable
     count, trained = step.param_count(params), trainable.count(params)
     return f"{count:,} parameters" + (f", of which {trained:,} train" if trained != count else "")
-
-
-def vocabulary_file(run: RunConfig, name: str) -> str | None:
-    """Returns the VOCABULARY that gives user files the vocabulary of task `name`, or None if none is needed."""
-    from t5x_lite.data import pipeline
-
-    return run.vocabulary or getattr(pipeline.text_vocabulary(name), "sentencepiece_model_file", None)
 
 
 def _baselines(name: str) -> Mapping[str, Mapping[str, float | str]]:
@@ -296,7 +420,8 @@ def tool(name: str) -> Any:
 
 def describe_run(run: RunConfig, name: str) -> Any:
     """Returns the report's description of the run, a `report.page.About`."""
-    return tool("report").About(name, rates(name), _baselines(name), Path(run.model_dir).resolve().name)
+    run_name = Path(run.model_dir).resolve().name
+    return tool("report").About(name, rates(name), _baselines(name), run_name, data_notes(run, name))
 
 
 def rates(name: str) -> dict[str, float]:

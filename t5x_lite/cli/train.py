@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -59,13 +60,15 @@ def train(run: RunConfig, config: str) -> None:
 
 def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
     last = last_step(run)
-    start = checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, strict=run.strict)
+    start = task_setup.choose_start(run)
     name = task_setup.register_tasks(run)
     from t5x_lite.data import pipeline
 
     run = task_setup.with_labels(run, name)
     log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in task_setup.rates(name).items()))
     log.info("%s on %s", task_setup.parameter_summary(run, partitioner), partitioner)
+    for note in task_setup.data_notes(run, name):
+        log.info(note)
     batches = task_setup.build_train_batches(run, name, partitioner.local_rows(run.batch_size))
     if start.step is not None:
         _check_model(run, str(start.path))
@@ -149,7 +152,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         at = folder.path
         start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
         command = f"python run.py --gin_file={at / 'config.gin'}"
-        next_steps = predictor.next_steps(command, start_from, task_setup.vocabulary_file(run, name))
+        next_steps = predictor.next_steps(command, start_from)
         try:
             report.after_training(at, scores, int(state.step), task_setup.describe_run(run, name), next_steps)
         except Exception as error:  # the run itself is complete
@@ -228,9 +231,16 @@ def _checkpointer(
     trained, frozen = map(checkpoint.flat, run.optimizer.trainable.partition(partitioner.abstract.params))
     base = None
     stored = checkpoint.parameter_names(start.path) if frozen and start.path is not None else set()
-    if start.path is not None and frozen and frozen.keys() <= stored <= frozen.keys() | trained.keys():
+    unused = stored - frozen.keys() - trained.keys()
+    heads = model_of(run.model).head_params
+    not_needed = all(re.search(heads, name) for name in unused)  # heads that this run has no use for
+    if start.path is not None and frozen and frozen.keys() <= stored and not_needed:
         resumed = start.kind == "resume"
         base = checkpoint.read_info(start.path).get("base") if resumed else checkpoint.base_of(start.path)
+        if base and not resumed:
+            in_step = os.path.join(checkpoint.checkpoints_folder(run.model_dir), "step")
+            base |= {"unused": sorted(unused)} if unused else {}
+            base |= {} if "://" in base["path"] else {"relative": os.path.relpath(base["path"], in_step)}
     if base:
         info["base"] = base
         log.info("Checkpoints hold what is trained; the other parameters stay in %s.", base["path"])

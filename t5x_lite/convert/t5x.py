@@ -5,6 +5,7 @@ tensors.py, placement on devices is in convert.
 """
 
 import functools
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,15 @@ from pathlib import Path
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
+from t5x_lite.model.layers import ACTIVATIONS
 from t5x_lite.model.t5 import T5Config
+
+log = logging.getLogger(__name__)
 
 
 def read(path: Path) -> Source:
-    """Return tensors and config. T5X saves no config: it is inferred from shapes, the other fields are T5's defaults.
+    """Return tensors and config. It is inferred from shapes and, for activations, from the config.gin of the
+    run, if it is there; the other fields are T5's defaults.
 
     A decoder-only model is read as a prefix LM, which is how T5X decodes it. Without inputs it equals a causal LM.
 
@@ -74,10 +79,32 @@ def _inferred(path: Path, stored: Mapping[str, Tensor]) -> T5Config:
         head_dim=joined // num_heads,
         num_encoder_layers=layers("encoder"),
         num_decoder_layers=layers("decoder"),
-        mlp_activations=("relu",) if f"{stack}/layers_0/mlp/wi/kernel" in stored else ("gelu", "linear"),
+        mlp_activations=_activations(path, gated=f"{stack}/layers_0/mlp/wi/kernel" not in stored),
         tie_embeddings="decoder/logits_dense/kernel" not in stored,
         vocab_size=vocab_size,
         prefix_lm=decoder_only,
         relative_bias="per_layer" if per_layer else "shared",
         relative_buckets=buckets,
     )
+
+
+def _activations(path: Path, gated: bool) -> tuple[str, ...]:
+    """Return the MLP's activations from the run's config.gin, or T5's own, with a warning where others are possible."""
+    for folder in (path, *path.absolute().parents[:2]):
+        gin = folder / "config.gin"
+        text = gin.read_text() if gin.is_file() else ""
+        if match := re.search(r"mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]", text):
+            names = tuple(re.findall(r"[\w-]+", match[1]))
+            activations = tuple("silu" if name == "swish" else name for name in names)
+            if unknown := [name for name in activations if name not in ACTIVATIONS]:
+                raise UserError(f"{gin}: mlp_activations has {', '.join(unknown)}; known: {', '.join(ACTIVATIONS)}")
+            if (len(activations) > 1) != gated:
+                raise UserError(f"{gin}: mlp_activations = {names}, but the checkpoint's MLP is of another form")
+            return activations
+    if gated:
+        log.warning(
+            "%s does not say which activation its MLP has: GELU is taken, as in T5 1.1. If it is another one (SiLU in "
+            "UL2), put the run's config.gin beside the checkpoint.",
+            path,
+        )
+    return ("gelu", "linear") if gated else ("relu",)

@@ -1,13 +1,14 @@
 """Lazily read tensors, by name, from files of other systems.
 
-Formats: safetensors (read and written), PyTorch's .bin, T5X's msgpack with zarr folders, Orbax. Only the requested part
-of a file is read, except .bin and msgpack files without folders, which are read whole. Must not depend on models,
-parameter names or meshes.
+Formats: safetensors (read and written), PyTorch's .bin, Flax's msgpack, T5X's msgpack with zarr folders, Orbax. Only
+the requested part of a file is read, except .bin and msgpack files without folders, which are read whole. Must not
+depend on models, parameter names or meshes.
 """
 
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import pickle
 import zipfile
@@ -25,6 +26,8 @@ from etils import epath
 from flax import traverse_util
 
 from t5x_lite.errors import MissingFileError, MissingPackageError, UserError
+
+log = logging.getLogger(__name__)
 
 Index = tuple[slice | int, ...]
 
@@ -173,30 +176,72 @@ def read_torch(file: Path) -> dict[str, Tensor]:
     }
 
 
+def read_flax(file: Path) -> dict[str, Tensor]:
+    """Read a file of transformers' Flax models, under PyTorch's names and with PyTorch's layouts.
+
+    Raises UserError if the file is not msgpack.
+    """
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            tree = flax.serialization.msgpack_restore(file.read_bytes())
+        leaves = traverse_util.flatten_dict(tree, sep=".")
+    except Exception as error:
+        raise UserError(f"{file} is not a Flax checkpoint: it is not a msgpack tree ({error})") from error
+    tensors = {}
+    for name, leaf in leaves.items():
+        parent, _, last = name.rpartition(".")
+        tensor = in_memory(leaf)
+        tensor = tensor.transposed if last == "kernel" else tensor
+        tensors[f"{parent}.weight" if last in ("kernel", "embedding", "scale") else name] = tensor
+    return tensors
+
+
+_FORMATS = (
+    ("model.safetensors", read_safetensors),
+    ("pytorch_model.bin", read_torch),
+    ("flax_model.msgpack", read_flax),
+)
+
+
 def read_hub(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a Hugging Face directory, whole or sharded; safetensors is preferred over .bin.
+    """Read the tensors of a Hugging Face directory, whole or sharded: safetensors, else .bin, else Flax's.
+
+    A format that cannot be read is passed over if there is another one, which is logged.
 
     Raises:
-      MissingFileError: there is neither format, or a shard is missing.
-      UserError: an index and its shards disagree.
+      MissingFileError: there is none of these formats, or a shard is missing.
+      UserError: an index and its shards disagree, or the only format cannot be read.
     """
-    for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        if (folder / stem).exists():
-            return read(folder / stem)
-        index = folder / f"{stem}.index.json"
-        if not index.exists():
-            continue
-        shard_of = json.loads(index.read_text())["weight_map"]
-        if missing := sorted(name for name in set(shard_of.values()) if not (folder / name).exists()):
-            raise MissingFileError(f"{index} names missing shards: {', '.join(missing)}: download them")
-        by_name: dict[str, Tensor] = {}
-        for shard in sorted(set(shard_of.values())):
-            tensors = read(folder / shard)
-            if set(tensors) != {name for name, file in shard_of.items() if file == shard}:
-                raise UserError(f"{folder / shard} does not match {index.name}: download it again")
-            by_name |= tensors
-        return by_name
-    raise MissingFileError(f"{folder} has a config.json but no model.safetensors, pytorch_model.bin or index of one")
+    present = [
+        (stem, read)
+        for stem, read in _FORMATS
+        if any((folder / f"{stem}{end}").exists() for end in ("", ".index.json"))
+    ]
+    if not present:
+        names = ", ".join(stem for stem, _ in _FORMATS)
+        raise MissingFileError(f"{folder} has a config.json, but none of {names}, nor an index of one")
+    for stem, read in present[:-1]:
+        try:
+            return _read_whole_or_shards(folder, stem, read)
+        except (UserError, OSError) as error:
+            log.warning("%s Reading %s instead.", f"{error}.".replace("..", "."), present[-1][0])
+    return _read_whole_or_shards(folder, *present[-1])
+
+
+def _read_whole_or_shards(folder: Path, stem: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    if (folder / stem).exists():
+        return read(folder / stem)
+    index = folder / f"{stem}.index.json"
+    shard_of = json.loads(index.read_text())["weight_map"]
+    if missing := sorted(name for name in set(shard_of.values()) if not (folder / name).exists()):
+        raise MissingFileError(f"{index} names missing shards: {', '.join(missing)}: download them")
+    by_name: dict[str, Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        tensors = read(folder / shard)
+        if read is not read_flax and set(tensors) != {name for name, file in shard_of.items() if file == shard}:
+            raise UserError(f"{folder / shard} does not match {index.name}: download it again")
+        by_name |= tensors
+    return by_name
 
 
 # T5X and Orbax: a tree whose leaves are in a msgpack file, in zarr folders, or in a key-value store (OCDBT).

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import seqio
 
+from tasks import vocabulary as vocabularies
+
 
 def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
     """Describe a batch row by row and segment by segment, with spans and the packing efficiency.
@@ -91,10 +93,11 @@ def _positions(batch: Mapping[str, np.ndarray], side: str, row: int, columns: np
 
 def _spans(targets: Sequence[int], vocabulary: seqio.Vocabulary) -> list[tuple[str, Any]]:
     """Return each sentinel in the targets with the text after it; sentinel 0 is the last id [t5 span corruption]."""
-    first = vocabulary.vocab_size - vocabulary.extra_ids
-    starts = [i for i, token in enumerate(targets) if token >= first]
+    first = getattr(vocabulary, "first_sentinel", vocabulary.vocab_size - 1)
+    last = first - vocabularies.sentinel_count(vocabulary)
+    starts = [i for i, token in enumerate(targets) if last < token <= first]
     ends = [*starts, len(targets)][1:]
     return [
-        (f"<extra_id_{vocabulary.vocab_size - 1 - targets[i]}>", vocabulary.decode(targets[i + 1 : end]))
+        (f"<extra_id_{first - targets[i]}>", vocabulary.decode(targets[i + 1 : end]))
         for i, end in zip(starts, ends, strict=True)
     ]

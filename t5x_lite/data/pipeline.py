@@ -124,7 +124,8 @@ def check_vocabulary(name: str, model_vocab_size: int) -> None:
         size = spec.vocabulary.vocab_size
         padded = -(-size // 128) * 128
         if size > model_vocab_size:
-            which = getattr(spec.vocabulary, "sentencepiece_model_file", type(spec.vocabulary).__name__)
+            vocabulary = vocabularies.resolved(spec.vocabulary)
+            which = getattr(vocabulary, "sentencepiece_model_file", type(vocabulary).__name__)
             raise UserError(
                 f"{name} has ids up to {size - 1} in {feature!r} (vocabulary of {size}: {which}), the model has "
                 f"vocab_size={model_vocab_size}. Give the model vocab_size={padded} or the task the "

@@ -11,6 +11,7 @@ decoding or its devices. Every process makes the same calls for all examples; on
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference.evaluator import Score, scored, text_of
 from t5x_lite.inference.jsonl import Progress, ResumableJsonlWriter
-from tasks import readers
+from tasks import readers, user_files
 
 # encoder_input_tokens [B, S] -> N results for each row: token ids [B, N, T], int32, best first, and their
 # log-likelihoods [B, N], float32, which are -inf for missing results.
@@ -97,6 +98,9 @@ def task_source(
     return Source(read, total, about | {"lengths": dict(lengths)})
 
 
+TEMPLATES = {"inputs": "{inputs}", "targets": "{targets}"}
+
+
 def file_source(
     path: str,
     features: Mapping[str, seqio.utils.Feature],
@@ -104,64 +108,78 @@ def file_source(
     *,
     num_examples: int | None = None,
     with_targets: bool = False,
+    templates: Mapping[str, str] = TEMPLATES,
 ) -> Source:
-    """Return one example for each line: "inputs" and optionally "targets" of a .jsonl file, else the line as inputs.
+    """Return one example for each row of a file with columns (.jsonl, .json, .csv, .tsv), or for each line of another.
 
-    A blank line of a text file is also an example, so that line n of the output belongs to line n of the input. The
-    file may be local or gs://, and .gz. It is first read once, to count its lines and to reject a bad line before hours
-    of work.
+    The rows are read as those of TRAIN_FILES. A blank line of a text file is also an example, so that line n of the
+    output belongs to line n of the input. The file may be local or gs://, and .gz. It is first read once, to count its
+    rows and to reject a bad one before hours of work.
 
     Args:
       features: a task's output_features, for the vocabulary and whether to add an EOS (never to a language model's
         inputs). Examples are truncated to `lengths`.
-      with_targets: reject lines without targets.
+      with_targets: reject rows without targets.
+      templates: text of "inputs" and "targets", with {column} for the columns; a row that has not all of them may have
+        the finished text under "inputs" and "targets".
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: a line is invalid (the message has its number), or `lengths` lacks "inputs".
+      ValueError: a row is invalid (the message has its number), or `lengths` lacks "inputs".
     """
     if "inputs" not in lengths:
         raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)} has no length for the inputs of {path}")
     features = {"inputs": dataclasses.replace(features["targets"], add_eos=False), **features}
 
-    def check(number: int, row: Mapping[str, Any]) -> None:
+    def texts(number: int, row: Mapping[str, Any]) -> dict[str, str]:
+        filled: dict[str, str] = {}
         for key in ("inputs", "targets"):
-            if not isinstance(row.get(key, "" if key == "targets" else None), str):
-                raise readers.bad_row(path, number, f'"{key}" is {row.get(key)!r}, expected a string')
-        if with_targets and "targets" not in row:
-            raise readers.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
+            template = templates.get(key, TEMPLATES[key])
+            columns = user_files.columns(key, template)
+            if all(column in row for column in columns):
+                filled[key] = user_files.substitute(path, number, row, template)
+            elif key in row:
+                filled[key] = readers.as_text(f"{path}:{number}", key, row[key])
+            elif key == "inputs":
+                readers.check_columns(path, number, columns, list(row))
+            elif with_targets:
+                raise readers.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
+        return filled
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
         tokens = {k: _tokens(row[k], features[k], lengths[k]) for k in ("inputs", "targets") if k in row}
         return Example(where, row["inputs"], row.get("targets"), tokens["inputs"], tokens.get("targets"))
 
-    return lines_source(path, check, example, lengths, num_examples)
+    return lines_source(path, texts, example, lengths, num_examples)
 
 
 def lines_source(
     path: str,
-    check: Callable[[int, Mapping[str, Any]], None],
+    texts: Callable[[int, Mapping[str, Any]], Mapping[str, Any]],
     example: Callable[[str, Mapping[str, Any]], Example],
     lengths: Mapping[str, int],
     num_examples: int | None,
 ) -> Source:
-    """Like `file_source`: `check` raises an error for an invalid row, by line number; `example` makes an Example."""
+    """Like `file_source`: `texts` makes the texts of a row, or raises BadRow; `example` makes an Example of these."""
     if not tf.io.gfile.exists(path):
-        raise MissingFileError(f"The input file {path!r} does not exist (current folder: {os.getcwd()}).")
-    is_json = path.removesuffix(".gz").endswith(".jsonl")
+        raise MissingFileError(f"The input file INFER_INPUT = {path!r} does not exist (current folder: {os.getcwd()}).")
 
-    def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
-        for number, line in itertools.islice(readers.lines(path), num_examples):
-            yield number, line, readers.json_object(path, number, line) if is_json else {"inputs": line}
+    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        skipped = readers.Skipped(path)
+        if not user_files.has_rows(path):
+            yield from ((number, {"inputs": line}) for number, line in readers.lines(path, skipped))
+            return
+        for number, row in user_files.rows(path, skipped):
+            with skipped:
+                yield number, texts(number, row)
 
     total, digest = 0, hashlib.sha256()
-    for number, line, row in rows():
-        check(number, row)
+    for _, row in itertools.islice(rows(), num_examples):
         total += 1
-        digest.update(line.encode() + b"\n")
+        digest.update(json.dumps(row).encode() + b"\n")
 
     def read(start: int) -> Iterator[Example]:
-        for number, _, row in itertools.islice(rows(), start, None):
+        for number, row in itertools.islice(rows(), start, num_examples):
             yield example(f"{path}:{number}", row)
 
     about = {"file": path, "examples": total, "sha256": digest.hexdigest()}

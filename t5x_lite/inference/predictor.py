@@ -74,9 +74,9 @@ class Predictor:
         raise NotImplementedError
 
     def file_source(
-        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
+        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, **options: Any
     ) -> Any:
-        """Return the lines of a file as a batch_prediction.Source."""
+        """Return the rows of a file as a batch_prediction.Source; `options` are num_examples and templates."""
         raise NotImplementedError
 
     def write(
@@ -98,13 +98,12 @@ class Predictor:
         """
         raise UserError("--decode: this model makes no predictions")
 
-    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+    def next_steps(self, run: str, initial_checkpoint: str) -> tuple[str, Sequence[str]]:
         """Suggest next steps with the trained model: a sentence, and commands.
 
         Args:
           run: the beginning of a command, with the run's options.
           initial_checkpoint: the flag that starts another run from this one.
-          vocabulary: the VOCABULARY that such a run needs, if any.
         """
         return "or start from it in another run", (f"{run} {initial_checkpoint} --gin.MODEL_DIR=\"'runs/next'\"",)
 

@@ -74,13 +74,11 @@ class TextPredictor(Predictor):
         return batch_prediction.task_source(task_name, lengths, **options)
 
     def file_source(
-        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, num_examples: int | None
+        self, path: str, features: Mapping[str, Any], lengths: Mapping[str, int], mode: Mode, **options: Any
     ) -> Any:
         from t5x_lite.inference import batch_prediction
 
-        return batch_prediction.file_source(
-            path, features, lengths, num_examples=num_examples, with_targets=mode == "score"
-        )
+        return batch_prediction.file_source(path, features, lengths, with_targets=mode == "score", **options)
 
     def write(
         self, mode: Mode, params: Any, source: Any, path: str | Path, features: Mapping[str, Any], **options: Any
@@ -99,10 +97,8 @@ class TextPredictor(Predictor):
         inputs = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._partitioner.batch_sharding)
         return self._generate.lower(self._partitioner.abstract.params, inputs)
 
-    def next_steps(self, run: str, initial_checkpoint: str, vocabulary: str | None) -> tuple[str, Sequence[str]]:
+    def next_steps(self, run: str, initial_checkpoint: str) -> tuple[str, Sequence[str]]:
         mine = f"{run} --gin.TRAIN_FILES=\"'my/*.jsonl'\" --gin.MODEL_DIR=\"'runs/mine'\" \\\n    {initial_checkpoint}"
-        if vocabulary:
-            mine += f" --gin.VOCABULARY=\"'{vocabulary}'\""
         commands = (f"{run} --mode=infer --gin.INFER_INPUT=\"'questions.txt'\"", mine)
         return "ask it questions, one on each line, or fine-tune it on your own files", commands
 

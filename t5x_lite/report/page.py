@@ -26,6 +26,7 @@ class About:
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # share of training, by task
     baselines: Baselines = dataclasses.field(default_factory=dict)
     run: str = ""  # its name, if that differs from the folder's, as for files mirrored to a bucket
+    notes: Sequence[str] = ()  # what is to be known of the data
 
 
 def page(
@@ -45,6 +46,7 @@ def page(
         "Scores": _scores(tasks, anchors, about.baselines),
         "Curves": _curves(train, tasks),
         f"Mixture {escaped(about.mixture)}": _rates(about.rates),
+        "Notes on the data": "".join(f"<p>{escaped(note)}</p>" for note in about.notes),
         "Predictions": legend + "".join(sections),
     }
     steps = [*train, *(step for named in tasks.values() for curve in named.values() for step in curve)]

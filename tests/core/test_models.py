@@ -123,7 +123,7 @@ def test_a_checkpoint_without_a_model_type_loads(config, tmp_path):
 def test_what_a_model_predicts_compiles_for_a_batch(config):
     of = partitioner(config)
     predictor = model_of(config).predictor(of, Decoding(), 5, seed=0)
-    words, commands = predictor.next_steps("python run.py", "--gin.INITIAL_CHECKPOINT_PATH=''", None)
+    words, commands = predictor.next_steps("python run.py", "--gin.INITIAL_CHECKPOINT_PATH=''")
     assert words and all(command.startswith("python run.py ") for command in commands)
     if "mlm" in getattr(config, "heads", ()):
         with pytest.raises(UserError, match="cannot decode"):

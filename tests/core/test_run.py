@@ -277,6 +277,8 @@ def test_total_train_steps_count_those_of_the_initial_checkpoint(tmp_path):
     total = configured(
         SMALL, "--gin.TOTAL_TRAIN_STEPS=100", f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/checkpoints/30'"
     )
+    assert (total.train_steps, total.total_train_steps) == (70, None)  # what schedules count to
+    total = dataclasses.replace(total, train_steps=None, total_train_steps=100)
     assert last_step(total) == 70
     assert last_step(dataclasses.replace(total, initial_checkpoint_path=None)) == 100
     assert last_step(dataclasses.replace(total, total_train_steps=None, train_steps=100)) == 100

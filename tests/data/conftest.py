@@ -5,10 +5,10 @@ import pytest
 
 @pytest.fixture
 def bytes_vocabulary():
-    """Puts the byte vocabulary in force, so that a test needs no SentencePiece file."""
+    """Puts bytes and 100 sentinels in force, so that a test needs no SentencePiece file."""
     from tasks import vocabulary
 
-    vocabulary.set_default("bytes")
+    vocabulary.set_default("bytes", 100)
     yield vocabulary.default_vocabulary()
     vocabulary.set_default(None)
 

@@ -144,7 +144,10 @@ def test_csv_skips_counts_and_keeps_the_rest(mine, skip, log):
     assert found[:3] == ["two\nlines", "last", "many"]
     assert "cut off" not in found
     assert f"a.csv: {len(CSV)} bad rows skipped" in log()
-    assert "b.csv:2: no column inputs; it has: question, answer" in log()
+    assert (
+        "b.csv:1: no column inputs, which the template of the inputs, '{inputs}', needs; it has: question, answer"
+        in log()
+    )
     assert "c.csv.gz: 1 bad rows skipped" in log()
 
 

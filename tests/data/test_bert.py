@@ -98,8 +98,8 @@ def test_word_pieces_have_their_own_special_tokens(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
     assert bert.special(seqio.BertWordPieceVocabulary(str(path))) == (2, 3, 4)
-    with pytest.raises(ValueError, match="extra_ids=3"):
-        bert.special(seqio.ByteVocabulary())
+    with pytest.raises(ValueError, match="VOCABULARY_EXTRA_IDS = 3"):
+        bert.special(seqio.PassThroughVocabulary(300))
 
 
 @pytest.mark.slow

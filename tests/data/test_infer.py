@@ -146,7 +146,7 @@ def test_tokens_of_a_file_are_those_of_the_task(tmp_path):
     ("row", "message"),
     [
         ("{", r"rows\.jsonl:2: not JSON"),
-        ('{"text": "x"}', r'rows\.jsonl:2: "inputs" is None'),
+        ('{"text": "x"}', r"rows\.jsonl:2: no column inputs; it has: text"),
         ("[1]", "expected a JSON object"),
         ('{"inputs": "x"}', r'rows\.jsonl:2: no "targets" to score'),
     ],

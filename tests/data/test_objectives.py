@@ -213,8 +213,8 @@ def test_objectives_say_what_is_wrong():
     text = documents([70])
     with pytest.raises(ValueError, match="targets' length to 14"):
         objectives.span_corruption(text, {"inputs": 64, "targets": 13}, features(VOCABULARY))
-    with pytest.raises(ValueError, match="extra_ids=3 or more"):
-        objectives.span_corruption(text, {"inputs": 64, "targets": 14}, features(seqio.ByteVocabulary()))
+    with pytest.raises(ValueError, match="VOCABULARY_EXTRA_IDS = 3"):
+        objectives.span_corruption(text, {"inputs": 64, "targets": 14}, features(seqio.PassThroughVocabulary(300)))
     with pytest.raises(ValueError, match="TASK_FEATURE_LENGTHS must give inputs, targets"):
         objectives.span_corruption(text, None, features(VOCABULARY))
     with pytest.raises(ValueError, match="TASK_FEATURE_LENGTHS must give targets"):
