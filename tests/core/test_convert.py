@@ -24,6 +24,7 @@ from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.cli import main as run
 from t5x_lite.convert import __main__ as convert_command
 from t5x_lite.convert import huggingface_t5, t5x, tensors
+from t5x_lite.errors import UserError
 from t5x_lite.model.t5 import T5Config
 
 
@@ -235,6 +236,40 @@ def test_t5x_folders(form, tmp_path):
         shutil.rmtree(folder / "target.encoder.encoder_norm.scale")
         with pytest.raises(FileNotFoundError, match=r"encoder_norm\.scale"):
             convert.read(folder)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("silu", "silu"), ("swish", "silu"), ("gelu", "gelu"), (None, "gelu")])
+def test_t5x_activations_are_those_of_its_config_gin(tmp_path, caplog, text, expected):
+    flat = t5x_names(tiny.CONFIG, init(tiny.CONFIG))
+    file = tmp_path / "checkpoint_3" / "checkpoint"
+    file.parent.mkdir()
+    file.write_bytes(flax.serialization.msgpack_serialize({"target": traverse_util.unflatten_dict(flat, sep="/")}))
+    if text is not None:
+        (tmp_path / "config.gin").write_text(f"network.T5Config:\n  mlp_activations = ('{text}', 'linear')\n")
+    config, _ = convert.read(file.parent)
+    assert config.mlp_activations == (expected, "linear")
+    assert ("does not say which activation" in caplog.text) == (text is None)
+    (tmp_path / "config.gin").write_text("T5Config.mlp_activations = ('mish', 'linear')\n")
+    with pytest.raises(UserError, match="mlp_activations has mish; known: relu"):
+        convert.read(file.parent)
+
+
+@pytest.mark.parametrize("beside", [None, "pytorch_model.bin"])
+def test_weights_of_flax_alone_or_beside_a_file_that_cannot_be_read(hub, golden_t5, caplog, beside):
+    tree: dict[tuple[str, ...], np.ndarray] = {}
+    for name, x in load_file(hub / "model.safetensors").items():
+        *path, last = name.split(".")
+        is_table = path[-1] in ("shared", "relative_attention_bias")
+        is_norm = path[-1].endswith("layer_norm")
+        kind = "embedding" if is_table else last if is_norm else "kernel"
+        tree[*path, kind] = x if is_table or is_norm else np.ascontiguousarray(x.T)
+    (hub / "model.safetensors").unlink()
+    (hub / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(traverse_util.unflatten_dict(tree)))
+    if beside is not None:
+        (hub / beside).write_bytes(b"not a tensor")
+    _, params = convert.read(hub)
+    assert_same(params, golden_t5.params)
+    assert ("Reading flax_model.msgpack instead" in caplog.text) == (beside is not None)
 
 
 def umt5(hub, seed=None):

@@ -286,6 +286,41 @@ def test_total_train_steps_count_those_of_the_initial_checkpoint(tmp_path):
         last_step(dataclasses.replace(total, total_train_steps=30))
 
 
+def test_paths_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = configured(SMALL, "--gin.MODEL_DIR='~/m'", "--gin.TRAIN_FILES=['~/a.jsonl', 'b.jsonl']")
+    assert (found.model_dir, found.train_files) == (f"{tmp_path}/m", [f"{tmp_path}/a.jsonl", "b.jsonl"])
+
+
+def test_a_run_that_was_moved_is_where_its_config_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "moved" / "config.gin").write_text("MODEL_DIR = 'gone'\n")
+    assert configured(SMALL, "--gin_file=moved/config.gin").model_dir == "moved"
+    assert "'gone' does not exist: the run is taken to be in moved" in caplog.text
+    assert configured(SMALL, "--gin_file=moved/config.gin", "--gin.MODEL_DIR='new'").model_dir == "new"
+
+
+def test_what_is_set_of_a_part_that_is_not_used_is_said(caplog):
+    configured(SMALL, "--gin.adamw.weight_decay=0.1")
+    assert "adamw.weight_decay is set, but this run does not use adamw" in caplog.text
+    caplog.clear()
+    configured(SMALL, "--gin.OPTIMIZER=@adamw()", "--gin.adamw.weight_decay=0.1")
+    assert "weight_decay" not in caplog.text
+    with pytest.raises(UserError, match="TRAIN_STEPS = -3 must be at least 0"):
+        configured(SMALL, "--gin.TRAIN_STEPS=-3")
+
+
+def test_models_of_other_kinds_are_answered_with_the_command_that_converts_them(golden, tmp_path):
+    for path, cure in (
+        (golden("hf_t5_v11"), r"is a Hugging Face directory.*\n  python -m t5x_lite\.convert .* --to=t5x_lite"),
+        ("google/flan-t5-small", r"huggingface-cli download google/flan-t5-small"),
+    ):
+        start = configured(SMALL, f"--gin.INITIAL_CHECKPOINT_PATH='{path}'", f"--gin.MODEL_DIR='{tmp_path}'")
+        with pytest.raises(UserError, match=cure):
+            task_setup.choose_start(start)
+
+
 # Packaging: bounds are written in three places, because pip and setuptools read different files.
 
 

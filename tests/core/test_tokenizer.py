@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[
 import t5x_lite
 from t5x_lite import convert
 from t5x_lite.convert import tokenizer
+from t5x_lite.errors import UserError
 
 
 def write(folder, proto, **changed):
@@ -102,3 +103,58 @@ def test_byt5(tmp_path):
 
 def test_a_directory_with_nothing_has_no_tokenizer(tmp_path):
     assert tokenizer.beside(tmp_path) is None
+
+
+# Texts and ids of transformers 5.23's T5Tokenizer with the model of tests/golden, by the files beside it.
+TEXTS = (
+    *("The<extra_id_0>walks", "The <extra_id_0> walks", "<extra_id_0>ly cats", "a<sep>b", "a <sep> b", "<sep>"),
+    *(" two  spaces <extra_id_1>", "The<extra_id_0><extra_id_1> x", "end<extra_id_2>", "a\nb"),
+)
+HUGGING_FACE = {
+    100: [
+        *([55, 23, 319, 17, 43, 28, 7], [55, 23, 319, 17, 43, 28, 7], [319, 64, 34, 138, 137, 7]),
+        *([11, 320, 81], [11, 320, 81], [320]),
+        *([159, 170, 27, 79, 26, 15, 83, 7, 318], [55, 23, 319, 318, 3, 54], [3, 5, 31, 6, 317]),
+        *([11, 81],),
+    ],
+    300: [
+        *([55, 23, 519, 17, 43, 28, 7], [55, 23, 519, 17, 43, 28, 7], [519, 64, 34, 138, 137, 7]),
+        *([11, 2, 24, 26, 2, 25], [11, 3, 2, 24, 26, 2, 81], [3, 2, 24, 26, 2]),
+        *([159, 170, 27, 79, 26, 15, 83, 7, 518], [55, 23, 519, 518, 3, 54], [3, 5, 31, 6, 517]),
+        *([11, 81],),
+    ],
+}
+
+
+def described(folder, golden, extra_ids):
+    """The golden model with Hugging Face's files beside it; with 100 sentinels, there is also a token <sep>."""
+    shutil.copyfile(golden("spm/unigram.model"), folder / "spiece.model")
+    (folder / tokenizer.CONFIG).write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": extra_ids}))
+    if extra_ids == 100:
+        (folder / tokenizer.ADDED).write_text('{"<sep>": 320}')
+    return folder / "spiece.model"
+
+
+@pytest.mark.parametrize("extra_ids", HUGGING_FACE)
+def test_files_beside_a_model_say_its_sentinels_and_added_tokens(golden, tmp_path, extra_ids):
+    vocabulary = tokenizer.Vocabulary(described(tmp_path, golden, extra_ids))
+    assert [vocabulary.encode(text) for text in TEXTS] == HUGGING_FACE[extra_ids]
+    assert len(vocabulary) == 220 + extra_ids + (extra_ids == 100)
+    assert vocabulary.decode(vocabulary.encode("a<extra_id_1>b")) == "a <extra_id_1> b"
+
+
+def test_ids_that_contradict_the_model_are_named(golden, tmp_path):
+    model = described(tmp_path, golden, 100)
+    (tmp_path / tokenizer.ADDED).write_text('{"<sep>": 330}')
+    with pytest.raises(UserError, match=r"spiece\.model give the token '<sep>' the id 330; .* it is 320"):
+        tokenizer.Vocabulary(model)
+    (tmp_path / tokenizer.ADDED).write_text("{")
+    with pytest.raises(UserError, match=r"added_tokens\.json is not JSON"):
+        tokenizer.Vocabulary(model)
+
+
+def test_bytes_without_sentinels_of_their_own_use_the_last_ones():
+    pretrained, descending = tokenizer.ByteVocabulary(0), tokenizer.ByteVocabulary(100, descending=True)
+    assert (len(pretrained), pretrained.encode("a<extra_id_0><extra_id_10>")) == (259, [100, 258, 248])
+    assert pretrained.decode([100, 258, 100]) == "a<extra_id_0>a"
+    assert (len(descending), descending.encode("<extra_id_0><extra_id_99>")) == (359, [358, 259])

@@ -119,3 +119,37 @@ def test_a_jump_of_the_loss_is_warned_of(caplog):
     assert not any(spikes(n, float(x)) for n, x in enumerate(falling))
     assert spikes(400, 7.0) and "step 400 is 7" in caplog.text
     assert not monitors.LossSpikeDetector()(0, 1e9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_stop_a_run_as_sigterm_does(number):
+    before = signal.getsignal(number)
+    with monitors.PreemptionSignal().listening() as stop:
+        assert not stop(1)
+        os.kill(os.getpid(), number)
+        assert stop(2)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_ignored_from_the_start_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with monitors.PreemptionSignal().listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_state():
+    def evaluate(state):
+        raise RuntimeError("a metric")
+
+    kept = Kept()
+    with pytest.raises(RuntimeError, match="a metric"):
+        run([5, 6], kept=kept, evaluate=evaluate, schedule=loop.Schedule(2, evaluate=1))
+    assert [saved for saved, *_ in kept.saved] == [1]

@@ -296,8 +296,12 @@ def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
             checkpoint.restore_params(adapted.model_dir)
         other = jax.tree.map(lambda x: x + 1, adapted.base)
         saving.save_params(adapted.base_path, other, info={})
-        with pytest.raises(ValueError, match="another checkpoint now"):
+        with pytest.raises(ValueError, match="is another checkpoint: restore"):
             checkpoint.restore_params(adapted.model_dir)
+        token = checkpoint.moved_base.set(str(away))
+        restored = checkpoint.restore_params(adapted.model_dir)
+        checkpoint.moved_base.reset(token)
+        jax.tree.map(np.testing.assert_array_equal, restored, adapted.state.params)
     finally:
         if adapted.base_path.exists():
             shutil.rmtree(adapted.base_path)

@@ -139,6 +139,7 @@ def test_a_run_reads_the_cache(corpus, monkeypatch, capsys):
         bindings = {
             "MIXTURE_OR_TASK_NAME": RTE,
             "VOCABULARY": "bytes",
+            "VOCABULARY_EXTRA_IDS": 100,
             "USE_CACHED_TASKS": cached,
             "SEQIO_ADDITIONAL_CACHE_DIRS": str(corpus / "cache"),
             "SHUFFLE_TRAIN_EXAMPLES": False,

@@ -259,3 +259,20 @@ def test_what_another_run_has_begun_is_refused_and_what_it_has_ended_is_replaced
     assert lines(out)[7]["prediction"] == "ANOTHER"
     with pytest.raises(ValueError, match=r"gs://b/out\.jsonl"):
         predict(source, Model(), "gs://b/out.jsonl", lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", 'word,answer\none,x\n"two, three",y\n'),
+        ("rows.TSV", "word\tanswer\none\tx\ntwo, three\ty\n"),
+        ("rows.json", '[{"word": "one"}, {"word": "two, three", "answer": "y"}]'),
+        ("rows.jsonl", '{"word": "one"}\n{"inputs": "say two, three"}\n'),
+    ],
+)
+def test_rows_of_a_file_are_read_as_in_training_through_the_runs_templates(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    templates = {"inputs": "say {word}", "targets": "{answer}"}
+    source = batch_prediction.file_source(str(tmp_path / name), FEATURES, LENGTHS, templates=templates)
+    assert [example.inputs for example in source.read(0)] == ["say one", "say two, three"]
+    assert source.total == 2

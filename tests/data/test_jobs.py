@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+import seqio
 import torture
 
 from t5x_lite.cli import main as run
@@ -157,6 +158,99 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
     assert tuned[1] < losses["whole"][1]
 
 
+def steps(model_dir: str) -> list[int]:
+    return [record["step"] for record in records(model_dir, "train")]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_on_other_data_is_an_error_or_begins_the_data_anew(command):
+    three = ("--gin.TRAIN_STEPS=3", "--gin.MODEL_DIR='m'", "--gin.EVAL_PERIOD=0")
+    six = ("--gin.TRAIN_STEPS=6", *three[1:])
+    command(*three)
+    pathlib.Path("other.jsonl").write_text(pathlib.Path("train.jsonl").read_text().replace("one", "two"))
+    differences = {
+        "--gin.TRAIN_FILES='other.jsonl'": r"files of files \(train\): was train\.jsonl, \d+ bytes.* is other\.jsonl",
+        "--gin.EVAL_FILES='other.jsonl'": r"files of files \(validation\): was valid\.jsonl",
+        "--gin.FILES_INPUTS_TEMPLATE='x {inputs}'": r"FILES_INPUTS_TEMPLATE: was '\{inputs\}', is 'x \{inputs\}'",
+        "--gin.BATCH_SIZE=16": "BATCH_SIZE: was 8, is 16",
+        "--gin.VOCABULARY_EXTRA_IDS=7": r"vocabulary of inputs: was .* of 259 ids.* is .* of 266",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 20, 'targets': 8}": "TASK_FEATURE_LENGTHS: was",
+        "--gin.T5Config.mlp_activations=('silu', 'linear')": r"T5Config\.mlp_activations: was .*gelu.* is .*silu",
+    }
+    for changed, says in differences.items():
+        assert re.search(says, command(*six, changed, code=2)), changed
+    rows = pathlib.Path("train.jsonl").read_text()
+    pathlib.Path("train.jsonl").write_text(rows.replace("seven", "eight"))
+    assert "md5" in command(*six, code=2), "a file that was edited, of the same size"
+    assert steps("m") == [1, 2, 3]
+    command(*six, "--gin.RESUME_WITH_OTHER_DATA=True")
+    assert steps("m") == [1, 2, 3, 4, 5, 6]
+    assert records("m", "data") == [{"step": 3, "split": "data", "began_anew": 1.0}]
+    command("--gin.TRAIN_STEPS=7", *three[1:])  # the new data is now the run's own
+    assert steps("m") == [1, 2, 3, 4, 5, 6, 7]
+
+
+PYTHON_TASK = """
+import seqio, tensorflow as tf
+def read(split, shuffle_files, seed=None):
+    rows = [{"inputs": f"say {i}", "targets": str(i)} for i in range(20)]
+    signature = {k: tf.TensorSpec((), tf.string) for k in rows[0]}
+    return tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=signature)
+seqio.TaskRegistry.add(
+    "from_python",
+    source=seqio.FunctionDataSource(read, ["train", "validation"], num_input_examples={"train": 20, "validation": 20}),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+    output_features={k: seqio.Feature(seqio.ByteVocabulary()) for k in ("inputs", "targets")},
+)
+seqio.TaskRegistry.add("glue_cola_v002", source=None, preprocessors=[], output_features={})
+"""
+
+
+@pytest.mark.slow
+def test_data_made_by_python_trains_and_says_that_its_position_is_lost(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    messages: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: messages.append(record.getMessage()))
+    logging.getLogger("t5x_lite").addHandler(handler)
+    (tmp_path / "python_task.py").write_text(PYTHON_TASK)
+    flags = ("--gin.TRAIN_FILES=None", "--gin.EVAL_FILES=None", "--gin.MODEL_DIR='m'", "--gin.EVAL_PERIOD=0",
+             "--gin.MIXTURE_OR_TASK_MODULE='python_task'", "--gin.MIXTURE_OR_TASK_NAME='from_python'")  # fmt: skip
+    try:
+        command(*flags, "--gin.TRAIN_STEPS=3")
+        command(*flags, "--gin.TRAIN_STEPS=6")
+    finally:
+        logging.getLogger("t5x_lite").removeHandler(handler)
+        seqio.TaskRegistry.remove("from_python")
+    said = "\n".join(messages)
+    assert "position in this data cannot be saved: it uses PyFunc" in said
+    assert "glue_cola_v002 again: the definitions of t5x_lite are kept" in said
+    assert "The data begins anew" in said
+    assert steps("m") == [1, 2, 3, 4, 5, 6] and len(records("m", "data")) == 1
+
+
+@pytest.mark.slow
+def test_a_metric_that_nobody_measures_is_said_before_the_first_step(command):
+    for metric, cure in (("files/exactmatch", "Did you mean files/exact_match"), ("mine/f1", "files/f1")):
+        said = command("--gin.TRAIN_STEPS=3", f"--gin.KEEP_BEST_METRIC='{metric}'", "--gin.MODEL_DIR='m'", code=2)
+        assert f"KEEP_BEST_METRIC = '{metric}' is not measured." in said and cure in said
+    assert not pathlib.Path("m/metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_moved_model_dir_is_enough_to_infer(command, golden):
+    model = pathlib.Path("own.model")
+    model.write_bytes(golden("spm/unigram.model").read_bytes())
+    command("--gin.TRAIN_STEPS=3", "--gin.MODEL_DIR='m'", "--gin.VOCABULARY='own.model'")
+    pathlib.Path("m").rename("moved")
+    for name in ("own.model", "train.jsonl", "valid.jsonl"):
+        pathlib.Path(name).unlink()
+    pathlib.Path("ask.csv").write_text("inputs\nreverse: one\n")
+    infer = ("--mode=infer", "--gin_file=moved/config.gin", "--gin.INFER_INPUT='ask.csv'")
+    command(*infer, "--gin.INFER_OUTPUT='out.jsonl'")
+    assert json.loads(pathlib.Path("out.jsonl").read_text())["inputs"] == "reverse: one"
+
+
 @pytest.mark.slow
 def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_on(command, monkeypatch):
     flushed, flush = [], metric_logger.MetricLogger.flush
@@ -179,6 +273,7 @@ def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_
     assert curves[0] == curves[1]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore, left alone by Orbax
 @pytest.mark.slow
 def test_a_full_disk_ends_training_in_one_line_and_loses_nothing(command):
     """By a limit on the size of files, which stands for a full disk: the kernel refuses in the middle of them."""

@@ -2,11 +2,12 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import seqio
 
-from tasks import user_files
+from tasks import user_files, vocabulary
 
 LENGTHS = {"inputs": 64, "targets": 32}
 
@@ -102,3 +103,67 @@ def test_bad_lines_are_named(folder):
 def test_the_name_of_another_task_is_not_taken(folder):
     with pytest.raises(ValueError, match="duplicate"):
         user_files.register_files("glue_cola_v002", f"{folder}/c.tsv.gz")
+
+
+def written(folder, name, text):
+    (folder / name).write_text(text)
+    return f"{folder}/{name}"
+
+
+def test_in_tsv_a_quote_is_a_character(folder):
+    user_files.register_files("mine", written(folder, "q.tsv", 'inputs\ttargets\n"Hello\tgreeting\n"\tquestion\n'))
+    assert pairs() == [('"Hello', "greeting"), ('"', "question")]
+
+
+def test_a_tsv_without_a_header_is_taken_or_says_what_it_needs(folder):
+    user_files.register_files("mine", written(folder, "q.tsv", "say it\tyes\nsay no\tno\n"))
+    assert pairs() == [("say it", "yes"), ("say no", "no")]
+    with pytest.raises(
+        ValueError, match=r"q\.tsv:1: no column inputs.* it has: a, b\. If it has no header, make inputs"
+    ):
+        user_files.register_files("mine", written(folder, "q.tsv", "a\tb\nc\td\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "inputs,inputs,targets\na,b,c\n", "the column 'inputs' more than once"),
+        ("a.csv", "inputs;targets\na;b\n", "not separated by ','"),
+        ("a.csv", "input,targets\na,b\n", r"Did you mean \{input\}\?"),
+        ("a.jsonl", '{"inputs": "a", "inputs": "b", "targets": "c"}\n', "the key 'inputs' is there more than once"),
+        ("a.jsonl", '{"inputs": NaN, "targets": "c"}\n', "NaN is not JSON"),
+        ("a.jsonl", '{"inputs": null, "targets": "c"}\n', "text or a number is needed"),
+        ("a.json", '[{"inputs": "a", "targets": "b"}, 3]', r"a\.json:2: expected a JSON object"),
+    ],
+)
+def test_a_row_is_what_its_file_says_or_an_error(folder, name, text, says):
+    with pytest.raises(ValueError, match=says):
+        user_files.register_files("mine", written(folder, name, text))
+        pairs()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "b.json", "a.ndjson", "brackets[1].jsonl", "a b.jsonl"])
+def test_formats_and_names_that_people_have(folder, name):
+    rows = ['{"inputs": 1.10, "targets": 12345678901234567890}', '{"inputs": "a", "targets": 1e5}']
+    text = f"[{', '.join(rows)}]" if name == "a.json" else "\n".join(rows) + "\n"
+    user_files.register_files("mine", written(folder, name, text))
+    assert pairs() == [("1.10", "12345678901234567890"), ("a", "1e5")], "numbers as they are written"
+
+
+def test_what_is_cut_unknown_or_empty_is_counted_by_file(folder, golden, bytes_vocabulary):
+    path = written(folder, "n.jsonl", '{"inputs": "%s", "targets": ""}\n{"inputs": "a", "targets": "b"}\n' % ("x" * 99))
+    notes = user_files.register_files("mine", path).notes(LENGTHS)
+    assert len(notes) == 2
+    assert re.search(
+        r"n\.jsonl: 1 inputs are cut to TASK_FEATURE_LENGTHS\['inputs'\] = 64 .* longest has 100", notes[0]
+    )
+    assert "1 targets are empty" in notes[1]
+    vocabulary.set_default(str(golden("spm/unigram.model")))
+    path = written(folder, "u.jsonl", '{"inputs": "a", "targets": "{a}"}\n{"inputs": "a", "targets": "a  b"}\n')
+    task = user_files.register_files("mine", path, path)
+    notes = task.notes(LENGTHS)
+    assert re.search(r"u\.jsonl: 2 of \d+ tokens of the targets are <unk> \('\{', '\}'\), in 1 targets", notes[0])
+    assert "1 targets come back from the vocabulary otherwise" in notes[1]
+    # A model that writes each target without a mistake, as far as the vocabulary can, matches what can be matched.
+    targets = [task.postprocess_fn(text, is_target=True) for text in ("{a}", "a  b")]
+    assert targets == ["{a}", "a b"] and task.postprocess_fn("a  b") == "a  b"

@@ -12,8 +12,11 @@ import pytest
 import sentencepiece
 import seqio
 import tensorflow as tf
+from core.test_tokenizer import HUGGING_FACE, TEXTS, described
 from sentencepiece import sentencepiece_model_pb2
 
+from t5x_lite import convert
+from t5x_lite.data import pipeline
 from tasks import vocabulary
 from tasks.vocabulary import __main__ as command
 from tasks.vocabulary import report, texts
@@ -297,3 +300,45 @@ def test_text_that_cannot_be_read_stops_training_with_its_own_error(tmp_path):
     with pytest.raises(ValueError, match="every line is empty"):
         trained(tmp_path / "m.model", ["", " \n "])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("extra_ids", HUGGING_FACE)
+def test_runs_give_the_ids_of_the_files_beside_a_model(golden, tmp_path, extra_ids):
+    loaded = vocabulary.load(str(described(tmp_path, golden, extra_ids)))
+    expected = HUGGING_FACE[extra_ids]
+    assert [list(loaded.encode(text)) for text in TEXTS] == expected
+    assert [loaded.encode_tf(tf.constant(text)).numpy().tolist() for text in TEXTS] == expected
+    assert loaded.encode_tf(tf.constant(TEXTS)).to_list() == expected
+    assert loaded.first_sentinel == 220 + extra_ids - 1 and vocabulary.sentinel_count(loaded) == extra_ids
+    assert pickle.loads(pickle.dumps(loaded)) == loaded
+
+
+def test_models_with_sentinels_of_their_own_have_them_for_spans(golden, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(golden("spm/unigram.model").read_bytes())  # pyright: ignore
+    for i in reversed(range(100)):
+        proto.pieces.add(piece=f"\u2581<extra_id_{i}>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+    (tmp_path / "own.model").write_bytes(proto.SerializeToString())
+    own = vocabulary.load(str(tmp_path / "own.model"))
+    assert (own.vocab_size, vocabulary.sentinel_count(own)) == (320, 100)
+    vocabulary.require_sentinels(own, 100)
+    with pytest.raises(ValueError, match="VOCABULARY_EXTRA_IDS = 101"):
+        vocabulary.require_sentinels(own, 101)
+    assert vocabulary.sentinel_count(seqio.ByteVocabulary()) == 11
+
+
+@pytest.mark.parametrize("extra_ids", [0, 20, 100])
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_a_run_leaves_its_tokenizer_for_load(golden, tmp_path, kind, extra_ids):
+    model = str(golden("spm/unigram.model"))
+    text = "a <extra_id_7> b" if extra_ids else "a b"
+    try:
+        vocabulary.set_default("bytes" if kind == "bytes" else model, extra_ids)
+        pipeline.keep_tokenizer("glue_cola_v002", tmp_path)
+        kept = convert.vocabulary(tmp_path)
+        own = vocabulary.default_vocabulary()
+        assert len(kept) == own.vocab_size
+        assert kept.encode("a b") == list(own.encode("a b"))
+        if extra_ids:
+            assert (own.vocab_size - 8) in kept.encode(text)
+    finally:
+        vocabulary.set_default(None)
