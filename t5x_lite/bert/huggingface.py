@@ -10,6 +10,7 @@ from typing import Any
 
 from t5x_lite.bert import BertConfig, Head
 from t5x_lite.convert import tensors
+from t5x_lite.convert.huggingface import check_keys
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
 
@@ -63,6 +64,11 @@ _ARCHITECTURES = {
     frozenset({"pooler", "mlm", "nsp"}): "BertForPreTraining",
     frozenset({"pooler", "classify"}): "BertForSequenceClassification",
 }
+_READ = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id"),
+    *("max_position_embeddings", "type_vocab_size", "id2label", "label2id", "hidden_dropout_prob"),
+    *("tie_word_embeddings", "is_encoder_decoder", "eos_token_id"),
+)
 _ONLY = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
@@ -75,9 +81,7 @@ _ONLY = {
 def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
     """Return the config and tensors. Raises UserError for an unsupported config or head, or copies that differ."""
     file = folder / "config.json"
-    for name, value in _ONLY.items():
-        if hub.get(name, value) != value:
-            raise UserError(f"{file}: {name} is {hub[name]!r}; only {value!r}, as in the published BERT, is supported")
+    check_keys(file, hub, _READ, _ONLY)
     others = set(hub.get("architectures") or ()) - set(_ARCHITECTURES.values())
     if others:
         raise UserError(

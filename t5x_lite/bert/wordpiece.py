@@ -16,8 +16,9 @@ _LONGEST = 100  # characters; longer words become [UNK]
 class WordPiece:
     """A tokenizer from a vocab.txt, one piece per line; gives the same tokens as Hugging Face's BertTokenizer.
 
-    Text is lower-cased and accents are stripped by `do_lower_case` (default true) of the tokenizer_config.json in the
-    same folder; without that file, if no piece has a capital letter.
+    The tokenizer_config.json in the same folder says whether text is lower-cased (`do_lower_case`, default true),
+    accents are stripped (`strip_accents`, default as lower-casing) and Chinese characters are tokens of their own
+    (`tokenize_chinese_chars`, default true). Without that file, text is lower-cased if no piece has a capital letter.
 
     Raises UserError if [PAD] is not on the first line or another special token is missing.
     """
@@ -31,10 +32,12 @@ class WordPiece:
             raise UserError(f"{file} is not a BERT vocab.txt: it needs [PAD] on its first line, and {special[1:]}")
         _, self._unknown, self.cls, self.sep, self.mask = (self._ids[piece] for piece in special)
         config = file.parent / "tokenizer_config.json"
-        if config.is_file():
-            self._lower_case = bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
-        else:
-            self._lower_case = not any(p != p.lower() for p in self._pieces if not p.startswith("["))
+        cased = any(p != p.lower() for p in self._pieces if not p.startswith("["))
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {"do_lower_case": not cased}
+        self._lower_case = bool(settings.get("do_lower_case", True))
+        strip = settings.get("strip_accents")
+        self._strip_accents = self._lower_case if strip is None else bool(strip)
+        self._split_chinese = bool(settings.get("tokenize_chinese_chars", True))
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -42,10 +45,11 @@ class WordPiece:
     def encode(self, text: str) -> list[int]:
         """Return token ids, without special tokens."""
         text = "".join(map(_cleaned, text))
+        if self._strip_accents:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
         if self._lower_case:
-            text = unicodedata.normalize("NFD", text.lower())
-            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-        text = "".join(f" {c} " if _alone(c) else c for c in text)
+            text = text.lower()
+        text = "".join(f" {c} " if _alone(c, self._split_chinese) else c for c in text)
         return [token for word in text.split() for token in self._word(word)]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -87,9 +91,10 @@ _IDEOGRAPHS = (
 )
 
 
-def _alone(c: str) -> bool:
+def _alone(c: str, split_chinese: bool) -> bool:
     """Return whether a character is a token of its own: punctuation (and ASCII symbols) or an ideograph."""
     code = ord(c)
     if code < 128:
         return 32 < code and not c.isalnum() and code != 127
-    return unicodedata.category(c).startswith("P") or any(first <= code <= last for first, last in _IDEOGRAPHS)
+    is_ideograph = any(first <= code <= last for first, last in _IDEOGRAPHS)
+    return unicodedata.category(c).startswith("P") or (split_chinese and is_ideograph)

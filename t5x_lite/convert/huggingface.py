@@ -6,7 +6,7 @@ placement on devices is in convert.
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,58 @@ from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
 from t5x_lite.model import interface
 from t5x_lite.model.interface import ModelConfig
+
+# Keys of config.json that do not change what a model computes, with the reason. A family adds what it reads itself, and
+# the values that it insists on; any other key with a value is an error.
+_HARMLESS_FOR = {
+    "names": "architectures model_type transformers_version _name_or_path tokenizer_class finetuning_task",
+    "dtype is an option here": "torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss",
+    "how transformers runs, not what it computes": """use_cache output_attentions output_hidden_states output_past
+        return_dict gradient_checkpointing chunk_size_feed_forward problem_type id2label label2id num_labels
+        _attn_implementation_autoset""",
+    "initial values; the file has others": "initializer_factor initializer_range",
+    "dropout is an option here": """dropout_rate classifier_dropout hidden_dropout_prob
+        attention_probs_dropout_prob""",
+    "decoding is an option here": """bad_words_ids begin_suppress_tokens suppress_tokens bos_token_id sep_token_id
+        diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+        forced_bos_token_id forced_eos_token_id length_penalty max_length min_length max_new_tokens
+        no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix
+        remove_invalid_values repetition_penalty return_dict_in_generate task_specific_params temperature top_k top_p
+        typical_p""",
+    "transformers does not read it": """n_positions scalable_attention directionality pooler_fc_size
+        pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type""",
+}
+HARMLESS = {key: reason for reason, keys in _HARMLESS_FOR.items() for key in keys.split()}
+_ONLY = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+
+def check_keys(file: Path, hub: Mapping[str, Any], used: Collection[str], only: Mapping[str, Any]) -> None:
+    """Check every key of config.json.
+
+    Args:
+      used: keys that the family reads.
+      only: the single value that the family supports, by key.
+
+    Raises:
+      UserError: a key has another value, or is not known.
+    """
+    required = {**_ONLY, **only}
+    for key, value in hub.items():
+        if key in required:
+            if value != required[key] and value is not None:
+                raise UserError(f"{file}: {key} is {value!r}; only {required[key]!r} is supported")
+        elif key not in used and key not in HARMLESS and value not in (None, False, [], {}):
+            raise UserError(
+                f"{file}: the key {key!r} ({str(value)[:60]!r}) is not known, and may change what the model computes. "
+                "If it does not, remove it from the file"
+            )
 
 
 def read(folder: Path) -> Source:

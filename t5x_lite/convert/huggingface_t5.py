@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite.convert import tensors
+from t5x_lite.convert.huggingface import check_keys
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
 from t5x_lite.model.config import T5Config
@@ -69,6 +70,22 @@ _ACTIVATIONS = {
 }
 
 
+# Keys of config.json that are read, and those that must have T5's value.
+_READ = (
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj"),
+    *("tie_word_embeddings", "scale_decoder_outputs", "dropout_rate"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    *("hidden_size", "num_attention_heads", "num_hidden_layers"),  # other names that transformers writes for some
+)
+_ONLY = {
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "is_encoder_decoder": True,
+}
+
+
 def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
     """Return the config and tensors. Raises UserError for an unsupported config, or copies that differ."""
     config, by_name = _config_of(folder / "config.json", hub), dict(stored)
@@ -94,8 +111,9 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
     proj = hub.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     if proj not in _ACTIVATIONS:
         raise UserError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
-    if hub.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        raise UserError(f"{file}: layer_norm_epsilon is {hub['layer_norm_epsilon']}; T5's is 1e-06")
+    activation = "gelu_new" if proj == "gated-gelu" else proj.removeprefix("gated-")
+    derived = {"is_gated_act": proj.startswith("gated-"), "dense_act_fn": activation}
+    check_keys(file, hub, _READ, _ONLY | derived)
     needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     if missing := [name for name in needed if name not in hub]:
         raise UserError(f"{file} lacks {', '.join(missing)}")

@@ -19,8 +19,9 @@ from tasks.errors import MissingFileError, UserError
 class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
     """A vocabulary from a vocab.txt, one piece per line.
 
-    Text is lower-cased and accents are stripped by `do_lower_case` (default true, as in Hugging Face) of the
-    tokenizer_config.json in the same folder; without that file, if no piece has a capital letter.
+    The tokenizer_config.json in the same folder says whether text is lower-cased (`do_lower_case`, default true, as in
+    Hugging Face) and accents are stripped (`strip_accents`, default as lower-casing). Without that file, both are done
+    if no piece has a capital letter.
 
     Raises:
       MissingFileError: the file does not exist.
@@ -37,7 +38,7 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
             raise UserError(f"{path} is not a BERT vocab.txt: it lacks {', '.join(missing)}")
         if ids["[PAD]"] != 0:
             raise UserError(f"{path} has [PAD] on line {ids['[PAD]'] + 1}: padding must be token 0, the first line")
-        self.file, self.lower_case = path, _lower_case(path, self.pieces)
+        self.file, (self.lower_case, self.strip_accents) = path, _switches(path, self.pieces)
         super().__init__(path, start_of_sequence_id=ids["[CLS]"], end_of_sequence_id=ids["[SEP]"])
 
     @property
@@ -47,9 +48,10 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         text = tf.strings.regex_replace(s, r"[\t\n\r\p{Zs}\p{Zl}\p{Zp}]", " ")
         text = tf.strings.regex_replace(text, r"[\p{C}\x{FFFD}]", "")
+        if self.strip_accents:
+            text = tf.strings.regex_replace(tf_text.normalize_utf8(text, "NFD"), r"\p{Mn}", "")
         if self.lower_case:
-            text = tf_text.normalize_utf8(tf.strings.lower(text, encoding="utf-8"), "NFD")
-            text = tf.strings.regex_replace(text, r"\p{Mn}", "")
+            text = tf.strings.lower(text, encoding="utf-8")
         return tf.cast(self.tf_tokenizer.tokenize(text).flat_values, tf.int32)
 
     def _encode(self, s: str) -> Sequence[int]:
@@ -61,21 +63,25 @@ class WordPieceVocabulary(seqio.BertWordPieceVocabulary):
         return " ".join(pieces).replace(" ##", "")
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and self.lower_case == getattr(other, "lower_case", None)
+        return super().__eq__(other) and (self.lower_case, self.strip_accents) == (
+            getattr(other, "lower_case", None),
+            getattr(other, "strip_accents", None),
+        )
 
     def __str__(self) -> str:
         case = "lower-cased" if self.lower_case else "cased"
         return f"WordPiece of {self.file}: {len(self.pieces)} pieces, {case}"
 
 
-def _lower_case(path: str, pieces: Sequence[str]) -> bool:
+def _switches(path: str, pieces: Sequence[str]) -> tuple[bool, bool]:
+    """Return whether text is lower-cased, and whether accents are stripped."""
     config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
     if not tf.io.gfile.exists(config):
-        return not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+        lower = not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+        return lower, lower
     with tf.io.gfile.GFile(config) as file:
         settings = json.loads(file.read())
-    lower = bool(settings.get("do_lower_case", True))
-    for key, value in (("tokenize_chinese_chars", True), ("strip_accents", lower)):
-        if settings.get(key, value) not in (value, None):
-            raise UserError(f"{config}: {key} is {settings[key]!r}; only {value!r}, as in BERT, is supported")
-    return lower
+    if settings.get("tokenize_chinese_chars", True) is False:
+        raise UserError(f"{config}: tokenize_chinese_chars is False; TensorFlow's tokenizer supports only True")
+    lower, strip = bool(settings.get("do_lower_case", True)), settings.get("strip_accents")
+    return lower, lower if strip is None else bool(strip)

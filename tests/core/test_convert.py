@@ -122,6 +122,10 @@ WI = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
         ({}, {"model_type": "bart"}, "bart"),
         ({}, {"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'"),
         ({}, {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon"),
+        ({}, {"decoder_start_token_id": 2}, "decoder_start_token_id is 2; only 0"),
+        ({}, {"is_gated_act": False}, "is_gated_act is False; only True"),
+        ({}, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({}, {"rope_theta": 10000.0}, "the key 'rope_theta' .* is not known"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(hub, tensors_, config, said):

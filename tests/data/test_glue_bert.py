@@ -209,8 +209,29 @@ def test_the_case_is_that_of_the_config_or_of_the_pieces(tmp_path):
         if said is not None:
             config.write_text(json.dumps(said))
         assert (WordPieceVocabulary(str(vocab)).lower_case, WordPiece(vocab)._lower_case) == (lower, lower)
-    config.write_text(json.dumps({"strip_accents": False}))
-    with pytest.raises(ValueError, match="strip_accents is False"):
+
+
+# Text and pieces of transformers 5.23's BertTokenizer, by its switches.
+SWITCHES = {
+    (True, None): "hello caf ##e",
+    (True, False): "hello caf ##é",
+    (False, True): "Hello caf ##e",
+    (False, None): "Hello caf ##é",
+}
+
+
+@pytest.mark.parametrize(("lower", "strip"), SWITCHES)
+def test_accents_and_case_are_switches_of_their_own(tmp_path, lower, strip):
+    vocab = tmp_path / "vocab.txt"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "caf", "##e", "##é", "中", "文", "中文"]
+    vocab.write_text("\n".join(pieces), encoding="utf-8")
+    config = {"do_lower_case": lower, "strip_accents": strip}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = [pieces.index(piece) for piece in SWITCHES[lower, strip].split()]
+    assert WordPiece(vocab).encode("Hello café") == list(WordPieceVocabulary(str(vocab)).encode("Hello café")) == ids
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenize_chinese_chars": False}))
+    assert WordPiece(vocab).encode("中文") == [12]
+    with pytest.raises(ValueError, match="tokenize_chinese_chars is False"):
         WordPieceVocabulary(str(vocab))
 
 
