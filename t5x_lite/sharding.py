@@ -57,8 +57,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         sizes[free[0]] = len(devices) // taken
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"mesh {requested} does not fit {len(devices)} {devices[0].platform} device(s): "
-            f"the product of its sizes must be {len(devices)}"
+            f"mesh {requested} does not fit {len(devices)} {devices[0].platform} device(s): the product of its sizes "
+            f"(MESH) must be {len(devices)}; one of them may be -1, the rest"
         )
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:

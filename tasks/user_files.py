@@ -69,9 +69,9 @@ def register_files(
         templates = {"targets": text_template}
     else:
         raise UserError(f"objective {objective!r}: use 'text_to_text' or 'span_corruption'")
-    paths = {"train": find(train_files)}
+    paths = {"train": find(train_files, "TRAIN_FILES: ")}
     if eval_files:
-        paths["validation"] = find(eval_files)
+        paths["validation"] = find(eval_files, "EVAL_FILES: ")
     for feature, template in templates.items():
         columns(feature, template)  # raises an error if there are no columns
     for split, files in paths.items():
@@ -160,8 +160,8 @@ def _given_back(text: str, is_target: bool = False, **unused) -> str:
     return text if possible is None else possible
 
 
-def find(patterns: str | Sequence[str]) -> list[str]:
-    """Return the matching files, sorted. Raises MissingFileError if none match, UserError for an unknown extension."""
+def find(patterns: str | Sequence[str], prefix: str = "") -> list[str]:
+    """Return the matching files, sorted; `prefix` begins the errors. Raises MissingFileError if none match, UserError for an unknown extension."""
     paths = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         pattern = os.path.expanduser(pattern)
@@ -169,7 +169,13 @@ def find(patterns: str | Sequence[str]) -> list[str]:
         found = [pattern] if tf.io.gfile.exists(pattern) else tf.io.gfile.glob(pattern)
         matches = [path for path in found if not tf.io.gfile.isdir(path)]
         if not matches:
-            raise MissingFileError(f"no file matches {pattern!r} (relative paths start at the current folder)")
+            folder, name = os.path.split(pattern)
+            others = tf.io.gfile.listdir(folder or ".") if tf.io.gfile.isdir(folder or ".") else []
+            near = difflib.get_close_matches(name, others, n=1)
+            hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
+            raise MissingFileError(
+                f"{prefix}no file matches {pattern!r} (relative paths start at the current folder).{hint}"
+            )
         paths += matches
     for path in paths:
         if _ending(path) not in _ENDINGS:

@@ -353,7 +353,7 @@ def _check_parameters(
             if _refers_to(value, "gin.constant") and value.config_key[0] == "gin.REQUIRED":
                 raise UserError(f"{said} is required: set it with --gin.{said}=VALUE")
             if parameter in hints and not _fits(value, hints[parameter]):
-                raise UserError(f"{said} = {value!r} is not of its type, {_type_name(hints[parameter])}")
+                raise UserError(f"{said} = {value!r} is not of its type: {_type_name(hints[parameter])}")
         needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
         if unset := sorted(needed - bound.keys()):
             of_model = name in interface.config_types()
@@ -394,4 +394,13 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a dict of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
+    if hint is type(None):
+        return "None"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")

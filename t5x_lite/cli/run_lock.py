@@ -40,6 +40,8 @@ def exclusive(model_dir: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
+        if os.path.exists(model_dir) and not os.path.isdir(model_dir):
+            raise UserFileError(f"MODEL_DIR = {model_dir!r} is a file, not a folder: choose another one") from None
         raise UserFileError(f"MODEL_DIR = {model_dir!r} cannot be written: {error}. Choose another folder.") from None
     with file:
         try:

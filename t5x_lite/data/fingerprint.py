@@ -30,8 +30,7 @@ def data_facts(provider: seqio.Task | seqio.Mixture, splits: Sequence[str], use_
     for split in splits:
         for task in tasks:
             if split in task.splits:
-                source = task._get_cached_source(split) if use_cached else task.source
-                facts[f"files of {task.name} ({split})"] = _files(source, split)
+                facts[f"files of {task.name} ({split})"] = _files(task, split, use_cached)
     for feature, spec in provider.output_features.items():
         facts[f"vocabulary of {feature}"] = _vocabulary(spec.vocabulary)
     if isinstance(provider, seqio.Mixture):
@@ -59,8 +58,9 @@ def _joined(items: Sequence[str], most: int = 3) -> str:
     return "; ".join(map(str, items[:most])) + more if items else "without"
 
 
-def _files(source: seqio.DataSource, split: str) -> list[str]:
+def _files(task: seqio.Task, split: str, use_cached: bool) -> list[str]:
     try:
+        source = task._get_cached_source(split) if use_cached else task.source
         paths = [str(path) for path in source.list_shards(split)]
     except Exception:  # reading the data reports it, with advice
         return []

@@ -9,16 +9,19 @@ import seqio
 from tasks import vocabulary as vocabularies
 
 
-def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
+def describe_batch(
+    batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary, rows: int | None = None, segments: int | None = None
+) -> str:
     """Describe a batch row by row and segment by segment, with spans and the packing efficiency.
 
     Args:
       batch: a batch from `TrainBatches` or `EvalBatches`.
       vocabulary: the vocabulary of both inputs and targets.
+      rows, segments: how many rows, and segments of a row, to describe; None means all.
     """
     batch = {k: np.asarray(v) for k, v in batch.items()}
     if "segments" in batch:
-        return _describe_pairs(batch, vocabulary)
+        return _describe_pairs({name: x[:rows] for name, x in batch.items()}, vocabulary)
     if "encoder_input_tokens" not in batch:  # a decoder-only model: the inputs are the tokens without loss
         parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
         batch |= {f"{k}_input_tokens": batch["decoder_target_tokens"] * part for k, part in parts.items()}
@@ -31,12 +34,12 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
     segments_BS = batch["encoder_segment_ids"] if packed else (inputs_BS > 0).astype(int)
     segments_BT = batch["decoder_segment_ids"] if packed else (targets_BT > 0).astype(int)
     lines = []
-    for row in range(len(inputs_BS)):
+    for row in range(len(inputs_BS))[:rows]:
         count = max(segments_BS[row].max(), segments_BT[row].max())
         filled = f"inputs {np.count_nonzero(segments_BS[row])}/{inputs_BS.shape[1]} tokens, "
         filled += f"targets {np.count_nonzero(segments_BT[row])}/{targets_BT.shape[1]}"
         lines.append(f"row {row}: {filled}, {count} segment{'s' if count != 1 else ''}")
-        for segment in range(1, count + 1):
+        for segment in range(1, count + 1)[:segments]:
             columns_S = np.flatnonzero(segments_BS[row] == segment)
             columns_T = np.flatnonzero(segments_BT[row] == segment)
             inputs, targets = inputs_BS[row, columns_S].tolist(), targets_BT[row, columns_T].tolist()
@@ -48,6 +51,10 @@ def describe_batch(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary
                 f"    targets: {vocabulary.decode(targets)}",
             ]
             lines += [f"    span {name}: {text!r}" for name, text in _spans(targets, vocabulary)]
+        if segments is not None and count > segments:
+            lines.append(f"  ... and {count - segments} more segments")
+    if rows is not None and len(inputs_BS) > rows:
+        lines.append(f"... and {len(inputs_BS) - rows} more rows")
     share_S, share_T = np.mean(segments_BS > 0), np.mean(segments_BT > 0)
     weights = float(np.sum(batch["decoder_loss_weights"]))
     lines.append(

@@ -54,7 +54,7 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
         vocabulary = seqio.SentencePieceVocabulary(model_file, extra_ids)
         pad, end = vocabulary.tokenizer.pad_id(), vocabulary.eos_id
     except Exception as error:
-        raise UserError(f"{model_file} is not a SentencePiece model: {error}") from error
+        raise UserError(f"{model_file} (VOCABULARY) is not a SentencePiece model: {error}") from error
     if pad != 0 or end is None or end < 1:
         raise UserError(
             f"{model_file} has pad id {pad} and end-of-sequence id {end}; T5 needs pad id 0 and an end-of-sequence id: "

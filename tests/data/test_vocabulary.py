@@ -72,7 +72,7 @@ def test_a_missing_model_is_named_with_the_cure(tmp_path, corpus, monkeypatch):
 
 def test_what_is_not_a_model_is_refused(tmp_path):
     (tmp_path / "text.model").write_text("not a model")
-    with pytest.raises(ValueError, match=r"text\.model is not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"text\.model \(VOCABULARY\) is not a SentencePiece model"):
         vocabulary.set_default(str(tmp_path / "text.model"))
 
 
