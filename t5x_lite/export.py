@@ -111,7 +111,7 @@ def export(
         "version": jax.__version__,
         "dtype": dtype,
     }
-    (dest / "README.md").write_text(_README.format(**values))
+    (dest / "README.md").write_text(_README.format(**values), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

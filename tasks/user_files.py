@@ -161,7 +161,10 @@ def _given_back(text: str, is_target: bool = False, **unused) -> str:
 
 
 def find(patterns: str | Sequence[str], prefix: str = "") -> list[str]:
-    """Return the matching files, sorted; `prefix` begins the errors. Raises MissingFileError if none match, UserError for an unknown extension."""
+    """Return the matching files, sorted; `prefix` begins the errors.
+
+    Raises MissingFileError if none match, UserError for an unknown extension.
+    """
     paths = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         pattern = os.path.expanduser(pattern)

@@ -10,6 +10,7 @@ then in --gin_search_paths.
 A wrong name, type or file is reported in one line, with the nearest valid names; the exit code is 2.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -49,6 +50,8 @@ MODES = ("train", "eval", "infer", "score", "inspect", "plan")
 
 def command() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack characters that data has
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     sys.exit(main(sys.argv))
 
 
@@ -114,7 +117,10 @@ def keep_compiled() -> None:
         import jax
 
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "t5x_lite", "jax"))
+        folder = os.path.join(cache, "t5x_lite", "jax")
+        with contextlib.suppress(OSError):  # a home folder that cannot be written
+            os.makedirs(folder, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", folder)
 
 
 # Flags
@@ -208,7 +214,9 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
         if not Path(folder).is_dir():
             raise UserError(f"--gin_search_paths: no such folder: {folder}")
     gin_config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
-    del gin_config._FILE_READERS[1:]  # the one for packages logs an error for each place where a file is not
+    # Whatever the locale; and not from packages, whose reader logs an error for each place where a file is not.
+    reader: Any = functools.partial(open, encoding="utf-8")
+    gin_config._FILE_READERS[:] = [(reader, os.path.isfile)]
     for file in files:
         if not any(Path(folder, file).is_file() for folder in gin_config._LOCATION_PREFIXES):
             raise UserError(_no_file(file))

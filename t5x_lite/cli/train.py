@@ -91,7 +91,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         monitors.PreemptionSignal().listening() as stop,
     ):
         if jax.process_index() == 0:
-            (folder.path / "config.gin").write_text(config)
+            (folder.path / "config.gin").write_text(config, encoding="utf-8")
             pipeline.keep_tokenizer(name, folder.path)
 
         log.info(start.reason)

@@ -180,7 +180,11 @@ def tokenizer_file(path: str | Path) -> Path | None:
             if (folder / name).is_file():
                 return folder / name
     gin = folders[-1] / "config.gin"
-    binding = re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(), re.MULTILINE) if gin.is_file() else None
+    binding = (
+        re.search(r"^VOCABULARY = (['\"])(.+)\1$", gin.read_text(encoding="utf-8"), re.MULTILINE)
+        if gin.is_file()
+        else None
+    )
     return Path(binding[2]) if binding and Path(binding[2]).is_file() else None
 
 
@@ -204,7 +208,7 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     config, params = read(source, host)
     if to == "t5x_lite":
         saving.save_params(dest, params, info=info(config))
-        (dest / "model.gin").write_text(model_gin(config))
+        (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
     else:
         huggingface.write(dest, *_lora_merged(config, params))
     copy_tokenizer(source, dest, config)

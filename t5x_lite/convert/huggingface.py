@@ -74,7 +74,7 @@ def check_keys(file: Path, hub: Mapping[str, Any], used: Collection[str], only: 
 def read(folder: Path) -> Source:
     """Return the config and tensors of a directory. Raises UserError or MissingFileError."""
     file = folder / "config.json"
-    hub = json.loads(file.read_text())
+    hub = json.loads(file.read_text(encoding="utf-8"))
     modules = interface.hub_modules()
     if hub.get("model_type") not in modules:
         raise UserError(

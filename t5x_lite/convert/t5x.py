@@ -92,7 +92,7 @@ def _activations(path: Path, gated: bool) -> tuple[str, ...]:
     """Return the MLP's activations from the run's config.gin, or T5's own, with a warning where others are possible."""
     for folder in (path, *path.absolute().parents[:2]):
         gin = folder / "config.gin"
-        text = gin.read_text() if gin.is_file() else ""
+        text = gin.read_text(encoding="utf-8") if gin.is_file() else ""
         if match := re.search(r"mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]", text):
             names = tuple(re.findall(r"[\w-]+", match[1]))
             activations = tuple("silu" if name == "swish" else name for name in names)

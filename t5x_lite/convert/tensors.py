@@ -232,7 +232,7 @@ def _read_whole_or_shards(folder: Path, stem: str, read: Callable[[Path], dict[s
     if (folder / stem).exists():
         return read(folder / stem)
     index = folder / f"{stem}.index.json"
-    shard_of = json.loads(index.read_text())["weight_map"]
+    shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     if missing := sorted(name for name in set(shard_of.values()) if not (folder / name).exists()):
         raise MissingFileError(f"{index} names missing shards: {', '.join(missing)}: download them")
     by_name: dict[str, Tensor] = {}

@@ -232,7 +232,7 @@ def sentencepiece_model(file: Path) -> bytes:
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     model, added = config["model"], {token["id"]: token["content"] for token in config["added_tokens"]}
     split = _parts(config["pre_tokenizer"], "pretokenizers")
     normalizers = _parts(config["normalizer"], "normalizers")

@@ -37,7 +37,7 @@ def write_whole(path: epath.Path, rows: Iterable[Row]) -> None:
     partial = path.parent / f"{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json_line(row))
         partial.replace(path)
