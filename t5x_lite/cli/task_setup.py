@@ -294,6 +294,9 @@ def build_evaluator(
         )
         for task in pipeline.tasks_with_split(name, run.eval_split)
     }
+    if not batches and run.eval_split != RunConfig.eval_split:
+        splits = sorted(pipeline.find_provider(name).splits)
+        raise UserError(f"EVAL_SPLIT = {run.eval_split!r}: {name} has no such split.{nearest(run.eval_split, splits)}")
     if not batches:
         log.info("No evaluation: no task of %s has the split %r.", name, run.eval_split)
     metrics = predictor.evaluator(

@@ -237,6 +237,11 @@ def test_a_metric_that_nobody_measures_is_said_before_the_first_step(command):
     assert not pathlib.Path("m/metrics.jsonl").exists()
 
 
+def test_a_split_that_does_not_exist_is_said_before_the_first_step(command):
+    said = command("--gin.TRAIN_STEPS=3", "--gin.EVAL_SPLIT='validaton'", code=2)
+    assert "EVAL_SPLIT = 'validaton': files has no such split. Did you mean validation?" in said
+
+
 @pytest.mark.slow
 def test_a_moved_model_dir_is_enough_to_infer(command, golden):
     model = pathlib.Path("own.model")
