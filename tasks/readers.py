@@ -11,9 +11,8 @@ import csv
 import io
 import json
 import os
-import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import tensorflow as tf
@@ -22,7 +21,6 @@ from absl import logging
 from tasks.errors import MissingFileError, UserError
 
 DATA_DIR_VARIABLE = "T5X_LITE_DATA_DIR"
-_NAME = re.compile(r"[A-Za-z_][\w.-]*")  # of a column
 MAX_LINE_BYTES = 8 * 2**20  # longer lines are treated as a corrupt file
 EMPTY_LINE = "an empty line: remove it, or skip bad rows (BAD_ROWS)"
 _CHUNK = 1 << 20
@@ -224,7 +222,7 @@ def check_columns(path: str, line: int, needed: Iterable[str], present: Collecti
     """Raise BadRow if a header, or the keys of an object, lack a needed column."""
     missing = [column for column in needed if column not in present]
     if missing:
-        raise bad_row(path, line, f"no column {', '.join(missing)}; it has: {', '.join(present)}")
+        raise bad_row(path, line, f"no column {', '.join(missing)}; it has: {', '.join(present) or 'none'}")
 
 
 def tsv_rows(
@@ -252,18 +250,16 @@ def tsv_rows(
 
 
 def csv_rows(
-    path: str, delimiter: str, skipped: Skipped, *, quoting: bool = True, columns: Sequence[str] = ()
+    path: str, delimiter: str, skipped: Skipped, *, quoting: bool = True
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a delimited file, with the number of their first line.
+    """Yield the rows of a delimited file with a header, with the number of their first line.
 
     Args:
       quoting: whether fields may be in quotes (as in .csv); else a quote is a character like any other (as in .tsv).
-      columns: names for a file without a header, if its first line has as many fields and cannot be a header, because a
-        field is more than a name. It then counts as a row.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     content = io.BytesIO(_content(path, skipped))
-    text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape")  # invalid UTF-8 is reported per row
+    text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="")  # invalid UTF-8 is reported per row
     reader = csv.reader(
         text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     )
@@ -281,10 +277,7 @@ def csv_rows(
             if not fields:
                 raise bad_row(path, number, EMPTY_LINE)
             decode_line(path, number, " ".join(fields).encode("utf-8", "surrogateescape").replace(b"\n", b" "))
-            if header is None and len(fields) == len(columns) and not all(map(_NAME.fullmatch, fields)):
-                header = list(columns)
-                logging.info("%s has no header: its columns are read as %s.", path, " and ".join(columns))
-            elif header is None:
+            if header is None:
                 if repeated := [name for name, times in collections.Counter(fields).items() if times > 1]:
                     raise UserError(f"{path}:{number}: the header has the column {repeated[0]!r} more than once")
                 header = fields
@@ -332,19 +325,18 @@ def _object(path: str, line: int, value: Any) -> dict:
 def json_rows(path: str, skipped: Skipped) -> Iterator[tuple[int, dict]]:
     """Yield the objects of a .json file, an array of them or one on each line, with their numbers (lines, or rows)."""
     text = decode(path, _content(path, skipped), 1)
-    if not text.lstrip().startswith("["):
-        for number, line in lines(path, skipped):
+    options: Any = {"parse_int": str, "parse_float": str, "parse_constant": _no_number}
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats, **options)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+            raise bad_row(path, line, f"JSON that cannot be read ({error})") from error
+        for number, line in lines(path, skipped):  # not one value, but one on each line
             with skipped:
                 yield number, json_object(path, number, line)
         return
-    try:
-        rows = json.loads(
-            text, parse_int=str, parse_float=str, parse_constant=_no_number, object_pairs_hook=_without_repeats
-        )
-    except json.JSONDecodeError as error:
-        raise bad_row(path, error.lineno, f"not JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{path}: JSON that Python cannot read ({error})") from error
+    rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, start=1):
         with skipped:
             yield number, _object(path, number, row)

@@ -9,6 +9,7 @@ patterns, local or gs://. Up to `MEMORY_LIMIT` bytes are loaded into memory and 
 shuffled; larger data are streamed and shuffled in a buffer. Must not import: the public corpora, mixtures.
 """
 
+import collections
 import difflib
 import functools
 import itertools
@@ -183,6 +184,9 @@ def find(patterns: str | Sequence[str], prefix: str = "") -> list[str]:
     for path in paths:
         if _ending(path) not in _ENDINGS:
             raise UserError(f"{path}: unknown format; known extensions: {', '.join(_ENDINGS)}, each also with .gz")
+    for path, times in collections.Counter(paths).items():
+        if times > 1:
+            logging.warning("%s%s is named %d times, and read once.", prefix, path, times)
     return sorted(set(paths))
 
 
@@ -206,9 +210,7 @@ def rows(path: str, skipped: readers.Skipped) -> Iterator[tuple[int, dict]]:
         yield from readers.json_rows(path, skipped)
         return
     if ending in _DELIMITERS:
-        columns = ("inputs", "targets") if ending == ".tsv" else ()
-        delimiter = _DELIMITERS[ending]
-        yield from readers.csv_rows(path, delimiter, skipped, quoting=ending == ".csv", columns=columns)
+        yield from readers.csv_rows(path, _DELIMITERS[ending], skipped, quoting=ending == ".csv")
         return
     for number, line in readers.lines(path, skipped):
         with skipped:

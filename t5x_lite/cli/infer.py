@@ -50,7 +50,8 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
         source = predictor.file_source(
             run.infer_input, features, lengths, mode, num_examples=count, templates=templates
         )
-        sources = {Path(run.infer_input.removesuffix(".gz")).stem: source}
+        file = Path(run.infer_input.removesuffix(".gz"))
+        sources = {file.stem if file.suffix in (".txt", ".jsonl") else file.name: source}
     else:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
         sources = {task: predictor.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}

@@ -90,10 +90,6 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         _checkpointer(run, start, partitioner, logger.flush) as saver,
         monitors.PreemptionSignal().listening() as stop,
     ):
-        if jax.process_index() == 0:
-            (folder.path / "config.gin").write_text(config, encoding="utf-8")
-            pipeline.keep_tokenizer(name, folder.path)
-
         log.info(start.reason)
         keys = jax.jit(  # compiled, so that they lie on all hosts
             lambda: jax.random.split(jax.random.key(run.random_seed, impl=run.rng_impl)),
@@ -104,6 +100,9 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
             state = saver.restore(start.step, partitioner.abstract, batches)
         else:
             state = _first_state(run, start, partitioner, parameter_key)
+        if jax.process_index() == 0:  # not before: a resume that is refused must leave the run as it is
+            (folder.path / "config.gin").write_text(config, encoding="utf-8")
+            pipeline.keep_tokenizer(name, folder.path)
         schedule = loop.Schedule(last, run.log_period, run.eval_period, run.checkpoint_period)
         evaluated = start.step is None or checkpoint.read_info(str(start.path)).get(saving.EVALUATED, True)
         evaluated = evaluated or not schedule.due(schedule.evaluate, int(state.step))

@@ -12,6 +12,7 @@ devices. Names and formats of other systems are in huggingface.py and t5x.py.
 """
 
 import dataclasses
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
 from t5x_lite.model import interface
 from t5x_lite.model.interface import ModelConfig
 from t5x_lite.training import step
+
+log = logging.getLogger(__name__)
 
 Format = Literal["huggingface", "t5x_lite"]
 
@@ -212,6 +215,13 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     else:
         huggingface.write(dest, *_lora_merged(config, params))
     copy_tokenizer(source, dest, config)
+    if to == "huggingface" and tokenizer.describe(dest).config.get("extra_ids_descend"):
+        log.warning(
+            "%s: its bytes have sentinels of their own, which Hugging Face's ByT5Tokenizer numbers the other way: "
+            "<extra_id_0> here is its <extra_id_%d>.",
+            dest,
+            tokenizer.describe(dest).config["extra_ids"] - 1,
+        )
     return config
 
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 END = 1
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+_OTHERS = ("tokenizer.json", "special_tokens_map.json")
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
@@ -32,37 +33,74 @@ class Description:
       config: tokenizer_config.json, or {}.
       extra_ids: number of sentinels; None if they do not say.
       ids: id of each token that they add, sentinels and special tokens included.
+      names: more tokens that they add, which get the next ids.
       exists: whether there is such a file.
     """
 
     config: Mapping[str, Any]
     extra_ids: int | None
     ids: Mapping[str, int]
+    names: Sequence[str]
     exists: bool
 
 
 def describe(folder: Path) -> Description:
-    """Read tokenizer_config.json, added_tokens.json and tokenizer.json in `folder`, as far as they exist."""
-    config, added, whole = (_json(folder / name) for name in (CONFIG, ADDED, "tokenizer.json"))
-    ids: dict[str, int] = dict(added or {})
-    ids |= {token["content"]: int(i) for i, token in ((config or {}).get("added_tokens_decoder") or {}).items()}
-    ids |= {token["content"]: int(token["id"]) for token in (whole or {}).get("added_tokens") or []}
-    extra_ids = (config or {}).get("extra_ids")
+    """Read Hugging Face's files in `folder`, as far as they exist. Raises UserError if one cannot be understood."""
+    files = {name: _json(folder / name) for name in (CONFIG, ADDED, *_OTHERS)}
+    ids: dict[str, int] = {}
+    names: list[str] = []
+
+    def add(file: str, token: Any, number: Any = None) -> None:
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str) or not content:
+            raise UserError(f"{file} has an added token {token!r}: it needs a text")
+        if isinstance(token, dict) and token.get("single_word"):
+            raise UserError(f"{file}: single_word of the added token {content!r} is not supported")
+        if number is None:
+            names.append(content)
+            return
+        if isinstance(number, bool) or not str(number).isdecimal():
+            raise UserError(f"{file} gives the token {content!r} the id {number!r}: it must be a whole number")
+        if ids.setdefault(content, int(number)) != int(number):
+            raise UserError(f"{file} gives the token {content!r} the id {number}, another file {ids[content]}")
+
+    for token, number in _entries(files, ADDED, ""):
+        add(ADDED, token, number)
+    for number, token in _entries(files, CONFIG, "added_tokens_decoder"):
+        add(CONFIG, token, number)
+    for token in (files.get("tokenizer.json") or {}).get("added_tokens") or []:
+        add("tokenizer.json", token, token.get("id"))
+    for file in (CONFIG, "special_tokens_map.json"):
+        for token in (files.get(file) or {}).get("additional_special_tokens") or []:
+            add(file, token)
+    extra_ids = (files.get(CONFIG) or {}).get("extra_ids")
     if extra_ids is None:
-        others = (config or {}).get("additional_special_tokens") or []
-        names = {*ids, *(name["content"] if isinstance(name, dict) else name for name in others)}
-        extra_ids = sum(_SENTINEL.fullmatch(name) is not None for name in names) or None
-    return Description(config or {}, extra_ids, ids, not (config is None and added is None and whole is None))
+        extra_ids = len({name for name in (*ids, *names) if _SENTINEL.fullmatch(name)}) or None
+    elif isinstance(extra_ids, bool) or not isinstance(extra_ids, int) or extra_ids < 0:
+        raise UserError(f"{CONFIG} has extra_ids {extra_ids!r}: it must be a whole number, at least 0")
+    names = [name for name in dict.fromkeys(names) if name not in ids and not _SENTINEL.fullmatch(name)]
+    exists = any(files[name] is not None for name in (CONFIG, ADDED, "tokenizer.json"))
+    return Description(files[CONFIG] or {}, extra_ids, ids, names, exists)
 
 
-def _json(file: Path) -> dict[str, Any] | None:
+def _entries(files: Mapping[str, Any], file: str, key: str) -> list[tuple[Any, Any]]:
+    """Return the pairs of an object in a file. Raises UserError if it is of another type."""
+    value = files.get(file)
+    value = value.get(key) if key and isinstance(value, dict) else value
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise UserError(f"{file}{key and ': '}{key} is a {type(value).__name__}, expected an object")
+    return list(value.items())
+
+
+def _json(file: Path) -> Any:
     if not file.is_file():
         return None
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
 class Vocabulary:
@@ -94,7 +132,7 @@ class Vocabulary:
             extra_ids = 0
         elif extra_ids is None:
             extra_ids = 100 if description is None or description.extra_ids is None else description.extra_ids
-        added = [] if description is None else _added_tokens(name, description.ids, pieces, extra_ids)
+        added = [] if description is None else _added_tokens(name, description, pieces, extra_ids)
         for piece in [*(f"▁<extra_id_{i}>" for i in reversed(range(extra_ids))), *added]:
             proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -135,10 +173,10 @@ class Vocabulary:
         return self._model.decode(ids)
 
 
-def _added_tokens(name: str, ids: Mapping[str, int], pieces: Mapping[str, int], extra_ids: int) -> list[str]:
+def _added_tokens(name: str, description: Description, pieces: Mapping[str, int], extra_ids: int) -> list[str]:
     """Return the added tokens in the order of their ids. Raises UserError for an id that they cannot have."""
     size, tokens = len(pieces) + extra_ids, []
-    for token, number in sorted(ids.items(), key=lambda pair: pair[1]):
+    for token, number in sorted(description.ids.items(), key=lambda pair: pair[1]):
         if sentinel := _SENTINEL.fullmatch(token):
             expected = pieces.get(token, pieces.get(f"▁{token}", size - 1 - int(sentinel[1])))
         else:
@@ -149,7 +187,7 @@ def _added_tokens(name: str, ids: Mapping[str, int], pieces: Mapping[str, int], 
                 f"the files beside {name} give the token {token!r} the id {number}; with {len(pieces)} pieces and "
                 f"{extra_ids} sentinels it is {expected}: correct {CONFIG} or {ADDED}"
             )
-    return tokens
+    return [*tokens, *(name for name in description.names if name not in pieces)]
 
 
 class ByteVocabulary:

@@ -81,31 +81,43 @@ def keep_tokenizer(name: str, folder: Path) -> None:
     """Copy the tokenizer of a task or mixture into `folder`, where `t5x_lite.load` looks for it.
 
     The files are those of Hugging Face: the model, and what it does not say itself in tokenizer_config.json and
-    added_tokens.json.
+    added_tokens.json. Files of another tokenizer are removed.
     """
     vocabulary = vocabularies.resolved(text_vocabulary(name))
     config: dict[str, Any] | None = None
-    added: dict[str, int] = {}
+    files: dict[str, bytes | None] = dict.fromkeys(("spiece.model", "vocab.txt", "tokenizer_config.json"))
+    files["added_tokens.json"] = None
     if isinstance(vocabulary, seqio.ByteVocabulary):
         config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
         if vocabulary.extra_ids:
             config["extra_ids_descend"] = True  # SeqIO's order, not that of Hugging Face
     elif path := getattr(vocabulary, "sentencepiece_model_file", None):
-        tf.io.gfile.copy(path, str(folder / "spiece.model"), overwrite=True)
+        files["spiece.model"] = _content(path)
         described = isinstance(vocabulary, sentencepieces.SentencePieceVocabulary)
         if described or vocabulary.extra_ids != vocabularies.EXTRA_IDS:
             config = {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids}
-        if described:
+        if described and vocabulary.added:
             added = {token: vocabulary.ids[token] for token in vocabulary.added}
+            files["added_tokens.json"] = json.dumps(added).encode() + b"\n"
     elif path := getattr(vocabulary, "file", None):
-        tf.io.gfile.copy(path, str(folder / "vocab.txt"), overwrite=True)
+        files["vocab.txt"] = _content(path)
         beside = os.path.join(os.path.dirname(path), sentencepieces.CONFIG)  # whether WordPiece lower-cases
         if tf.io.gfile.exists(beside):
-            tf.io.gfile.copy(beside, str(folder / sentencepieces.CONFIG), overwrite=True)
+            files["tokenizer_config.json"] = _content(beside)
     if config is not None:
-        (folder / sentencepieces.CONFIG).write_text(json.dumps(config) + "\n")
-    if added:
-        (folder / sentencepieces.ADDED).write_text(json.dumps(added) + "\n")
+        files["tokenizer_config.json"] = json.dumps(config).encode() + b"\n"
+    for file_name, content in files.items():  # all of which has been read: it may be the same file
+        if content is None:
+            (folder / file_name).unlink(missing_ok=True)
+        else:
+            temporary = folder / f"{file_name}.tmp"
+            temporary.write_bytes(content)
+            temporary.replace(folder / file_name)
+
+
+def _content(path: str) -> bytes:
+    with tf.io.gfile.GFile(path, "rb") as file:
+        return file.read()
 
 
 def tasks_with_split(name: str, split: str) -> list[str]:

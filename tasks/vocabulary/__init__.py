@@ -44,6 +44,8 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
             f"no SentencePiece model at {model_file}: give the path of a .model file, or put T5's at "
             f"${readers.DATA_DIR_VARIABLE}/{_MODEL_IN_DATA_DIR}"
         )
+    if extra_ids is not None and extra_ids < 0:
+        raise UserError(f"extra_ids = {extra_ids}: the number of sentinels must be at least 0")
     description = sentencepieces.describe(os.path.dirname(model_file))
     try:
         pieces = _pieces(model_file)
@@ -62,7 +64,7 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
         )
     if not description.exists:
         return vocabulary
-    added = sentencepieces.added_tokens(model_file, description.ids, pieces, extra_ids)
+    added = sentencepieces.added_tokens(model_file, description, pieces, extra_ids)
     return sentencepieces.SentencePieceVocabulary(model_file, extra_ids, added)
 
 

@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tasks.errors import UserError
 
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+_OTHERS = ("tokenizer.json", "special_tokens_map.json")
 SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
@@ -28,40 +29,78 @@ class Description:
     Attributes:
       extra_ids: number of sentinels; None if they do not say.
       ids: id of each token that they add, sentinels and special tokens included.
+      names: more tokens that they add, which get the next ids.
       exists: whether there is such a file.
     """
 
     extra_ids: int | None = None
     ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    names: Sequence[str] = ()
     exists: bool = False
 
 
 def describe(folder: str) -> Description:
-    """Read the files in `folder`. Raises UserError if one is not JSON."""
-    config, added = _read(os.path.join(folder, CONFIG)), _read(os.path.join(folder, ADDED))
-    ids = dict(added or {})
-    for number, token in ((config or {}).get("added_tokens_decoder") or {}).items():
-        ids[token["content"] if isinstance(token, dict) else token] = int(number)
-    names = [*ids, *((config or {}).get("additional_special_tokens") or [])]
-    contents = {name["content"] if isinstance(name, dict) else name for name in names}
-    extra_ids = (config or {}).get("extra_ids")
+    """Read the files in `folder`, as t5x_lite.convert.tokenizer does. Raises UserError if one cannot be understood."""
+    files = {name: _read(os.path.join(folder, name)) for name in (CONFIG, ADDED, *_OTHERS)}
+    ids: dict[str, int] = {}
+    names: list[str] = []
+
+    def add(file: str, token: Any, number: Any = None) -> None:
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str) or not content:
+            raise UserError(f"{file} has an added token {token!r}: it needs a text")
+        if isinstance(token, dict) and token.get("single_word"):
+            raise UserError(f"{file}: single_word of the added token {content!r} is not supported")
+        if number is None:
+            names.append(content)
+            return
+        if isinstance(number, bool) or not str(number).isdecimal():
+            raise UserError(f"{file} gives the token {content!r} the id {number!r}: it must be a whole number")
+        if ids.setdefault(content, int(number)) != int(number):
+            raise UserError(f"{file} gives the token {content!r} the id {number}, another file {ids[content]}")
+
+    for token, number in _entries(files, ADDED, ""):
+        add(ADDED, token, number)
+    for number, token in _entries(files, CONFIG, "added_tokens_decoder"):
+        add(CONFIG, token, number)
+    for token in (files.get("tokenizer.json") or {}).get("added_tokens") or []:
+        add("tokenizer.json", token, token.get("id"))
+    for file in (CONFIG, "special_tokens_map.json"):
+        for token in (files.get(file) or {}).get("additional_special_tokens") or []:
+            add(file, token)
+    extra_ids = (files.get(CONFIG) or {}).get("extra_ids")
     if extra_ids is None:
-        extra_ids = sum(SENTINEL.fullmatch(content) is not None for content in contents) or None
-    return Description(extra_ids, ids, config is not None or added is not None)
+        extra_ids = len({name for name in (*ids, *names) if SENTINEL.fullmatch(name)}) or None
+    elif isinstance(extra_ids, bool) or not isinstance(extra_ids, int) or extra_ids < 0:
+        raise UserError(f"{CONFIG} has extra_ids {extra_ids!r}: it must be a whole number, at least 0")
+    names = [name for name in dict.fromkeys(names) if name not in ids and not SENTINEL.fullmatch(name)]
+    return Description(
+        extra_ids, ids, names, any(files[name] is not None for name in (CONFIG, ADDED, "tokenizer.json"))
+    )
 
 
-def _read(path: str) -> dict[str, Any] | None:
+def _entries(files: Mapping[str, Any], file: str, key: str) -> list[tuple[Any, Any]]:
+    """Return the pairs of an object in a file. Raises UserError if it is of another type."""
+    value = files.get(file)
+    value = value.get(key) if key and isinstance(value, dict) else value
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise UserError(f"{file}{key and ': '}{key} is a {type(value).__name__}, expected an object")
+    return list(value.items())
+
+
+def _read(path: str) -> Any:
     if not tf.io.gfile.exists(path):
         return None
     try:
         with tf.io.gfile.GFile(path) as file:
-            value = json.loads(file.read())
+            return json.loads(file.read())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
-def added_tokens(file: str, ids: Mapping[str, int], pieces: Mapping[str, int], extra_ids: int) -> list[str]:
+def added_tokens(file: str, description: Description, pieces: Mapping[str, int], extra_ids: int) -> list[str]:
     """Return the added tokens in the order of their ids, which follow the sentinels.
 
     Args:
@@ -73,7 +112,7 @@ def added_tokens(file: str, ids: Mapping[str, int], pieces: Mapping[str, int], e
     """
     size = len(pieces) + extra_ids
     tokens = []
-    for token, number in sorted(ids.items(), key=lambda pair: pair[1]):
+    for token, number in sorted(description.ids.items(), key=lambda pair: pair[1]):
         if sentinel := SENTINEL.fullmatch(token):
             expected = pieces.get(token, pieces.get(f"▁{token}", size - 1 - int(sentinel[1])))
         else:
@@ -84,7 +123,7 @@ def added_tokens(file: str, ids: Mapping[str, int], pieces: Mapping[str, int], e
                 f"the files beside {file} give the token {token!r} the id {number}; with {len(pieces)} pieces and "
                 f"{extra_ids} sentinels it is {expected}: correct {CONFIG} or {ADDED}"
             )
-    return tokens
+    return [*tokens, *(name for name in description.names if name not in pieces)]
 
 
 class SentencePieceVocabulary(seqio.SentencePieceVocabulary):

@@ -158,3 +158,37 @@ def test_bytes_without_sentinels_of_their_own_use_the_last_ones():
     assert (len(pretrained), pretrained.encode("a<extra_id_0><extra_id_10>")) == (259, [100, 258, 248])
     assert pretrained.decode([100, 258, 100]) == "a<extra_id_0>a"
     assert (len(descending), descending.encode("<extra_id_0><extra_id_99>")) == (359, [358, 259])
+
+
+# What the files beside a model may hold by mistake, and the decisive words.
+MISTAKES = {
+    "a list": ({"added_tokens_decoder": [{"content": "<sep>", "id": 320}]}, None, "is a list, expected an object"),
+    "no text": ({"added_tokens_decoder": {"320": {"content": ""}}}, None, "it needs a text"),
+    "no number": ({}, {"<sep>": "x"}, "must be a whole number"),
+    "two ids": ({"added_tokens_decoder": {"320": "<sep>"}}, {"<sep>": 321}, "another file 321"),
+    "a text": ({"extra_ids": "96"}, None, "extra_ids '96'"),
+    "negative": ({"extra_ids": -1}, None, "extra_ids -1"),
+    "single word": ({"added_tokens_decoder": {"320": {"content": "a", "single_word": True}}}, None, "single_word"),
+}
+
+
+def mistaken(folder, golden, mistake):
+    config, added, _ = MISTAKES[mistake]
+    shutil.copyfile(golden("spm/unigram.model"), folder / "spiece.model")
+    (folder / tokenizer.CONFIG).write_text(json.dumps(config))
+    if added is not None:
+        (folder / tokenizer.ADDED).write_text(json.dumps(added))
+    return folder / "spiece.model"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_the_files_beside_a_model_are_named(golden, tmp_path, mistake):
+    with pytest.raises(UserError, match=MISTAKES[mistake][-1]):
+        tokenizer.Vocabulary(mistaken(tmp_path, golden, mistake))
+
+
+def test_special_tokens_without_ids_get_the_next_ones(golden, tmp_path):
+    model = described(tmp_path, golden, 100)
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<extra_id_0>", "<hl>"]}')
+    vocabulary = tokenizer.Vocabulary(model)
+    assert len(vocabulary) == 322 and vocabulary.encode("<sep><hl>") == [320, 321]

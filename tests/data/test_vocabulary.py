@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import seqio
 import tensorflow as tf
-from core.test_tokenizer import HUGGING_FACE, TEXTS, described
+from core.test_tokenizer import HUGGING_FACE, MISTAKES, TEXTS, described, mistaken
 from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite import convert
@@ -340,5 +340,27 @@ def test_a_run_leaves_its_tokenizer_for_load(golden, tmp_path, kind, extra_ids):
         assert kept.encode("a b") == list(own.encode("a b"))
         if extra_ids:
             assert (own.vocab_size - 8) in kept.encode(text)
+    finally:
+        vocabulary.set_default(None)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_runs_name_mistakes_in_the_files_beside_a_model(golden, tmp_path, mistake):
+    with pytest.raises(ValueError, match=MISTAKES[mistake][-1]):
+        vocabulary.load(str(mistaken(tmp_path, golden, mistake)))
+
+
+def test_a_tokenizer_that_is_kept_replaces_another_and_may_be_kept_over_itself(golden, tmp_path):
+    (tmp_path / "vocab.txt").write_text("of another run")
+    model = str(golden("spm/unigram.model"))
+    try:
+        for chosen in (model, str(tmp_path / "spiece.model"), "bytes"):
+            vocabulary.set_default(chosen)
+            pipeline.keep_tokenizer("glue_cola_v002", tmp_path)
+            kept = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+            if chosen == "bytes":
+                assert list(kept) == ["tokenizer_config.json"]
+            else:
+                assert kept == {"spiece.model": pathlib.Path(model).stat().st_size}
     finally:
         vocabulary.set_default(None)
