@@ -123,16 +123,19 @@ def test_a_jump_of_the_loss_is_warned_of(caplog):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_stop_a_run_as_sigterm_does(number):
-    before = signal.getsignal(number)
-    with monitors.PreemptionSignal().listening() as stop:
-        assert not stop(1)
-        os.kill(os.getpid(), number)
-        assert stop(2)
-        if number == signal.SIGINT:
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
-                time.sleep(1)
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.default_int_handler)  # a process in the background ignores SIGINT
+    try:
+        with monitors.PreemptionSignal().listening() as stop:
+            assert not stop(1)
+            os.kill(os.getpid(), number)
+            assert stop(2)
+            if number == signal.SIGINT:
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), number)
+                    time.sleep(1)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_ignored_from_the_start_stays_ignored():
