@@ -113,7 +113,7 @@ def register_files(
         shuffle_buffer_size=window,
         task_cls=FilesTask,
     )
-    task.paths, task.templates = paths, templates
+    task.paths, task.templates, task._notes = paths, templates, {}
     return task
 
 
@@ -127,13 +127,16 @@ class FilesTask(data_sources.CorpusTask):
 
     paths: Mapping[str, Sequence[str]]
     templates: Templates
+    _notes: dict[tuple, list[str]]  # by lengths
 
     def notes(self, lengths: Mapping[str, int]) -> list[str]:
         """Return a line for each file and thing that a user should know: what is cut, unknown, empty, not given back.
 
         The texts of span corruption are split to fit, so they are never cut.
         """
-        lines = []
+        if (lines := self._notes.get(key := tuple(sorted(lengths.items())))) is not None:
+            return lines
+        self._notes[key] = lines = []
         if list(self.templates) == ["targets"]:
             lengths = {}
         for path in dict.fromkeys(path for files in self.paths.values() for path in files):

@@ -207,13 +207,10 @@ def _tokenizer_in(model: str | None) -> str | None:
 
     if model is None or "://" in model or not Path(model).is_dir():
         return None
-    for folder in convert.tokenizer_folders(model):
-        for name in (*convert.TOKENIZER_FILES, "vocab.txt"):
-            if (folder / name).is_file():
-                return str(folder / name)
-        if tokenizer.describe(folder).config.get("tokenizer_class") == "ByT5Tokenizer":
-            return "bytes"
-    return None
+    if (file := convert.tokenizer_file(model)) is not None:
+        return str(file)
+    configs = (tokenizer.describe(folder).config for folder in convert.tokenizer_folders(model))
+    return "bytes" if any(config.get("tokenizer_class") == "ByT5Tokenizer" for config in configs) else None
 
 
 @contextlib.contextmanager

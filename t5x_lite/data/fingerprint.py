@@ -66,14 +66,15 @@ def _files(task: seqio.Task, split: str, use_cached: bool) -> list[str]:
         return []
     listed = paths if len(paths) <= _LISTED else [paths[0], paths[-1]]
     with ThreadPoolExecutor(32) as pool:
-        sizes = list(pool.map(_size, paths))
+        sizes = dict(zip(paths, pool.map(_size, paths), strict=True))
+        if None in sizes.values():
+            return []  # a source without files, such as a function
         contents = list(pool.map(_content, listed))
-    if None in sizes:
-        return []  # a source without files, such as a function
-    lines = [f"{path}, {_size(path)} bytes, md5 {content}" for path, content in zip(listed, contents, strict=True)]
+    lines = [f"{path}, {sizes[path]} bytes, md5 {content}" for path, content in zip(listed, contents, strict=True)]
     if len(paths) > _LISTED:
-        digest = hashlib.md5(repr(sorted(zip(paths, sizes, strict=True))).encode()).hexdigest()
-        lines.append(f"{len(paths)} files, {sum(size or 0 for size in sizes)} bytes, md5 of names and sizes {digest}")
+        digest = hashlib.md5(repr(sorted(sizes.items())).encode()).hexdigest()
+        total = sum(size or 0 for size in sizes.values())
+        lines.append(f"{len(paths)} files, {total} bytes, md5 of names and sizes {digest}")
     return lines
 
 
