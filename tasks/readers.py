@@ -301,14 +301,19 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def _parsed(text: str) -> Any:
+    """Parse JSON with numbers as they are written. Raises ValueError for repeated keys, NaN and infinity."""
+    return json.loads(
+        text, parse_int=str, parse_float=str, parse_constant=_no_number, object_pairs_hook=_without_repeats
+    )
+
+
 def json_object(path: str, line: int, text: str) -> dict:
     """Parse a line as a JSON object. Numbers are kept as they are written, as texts."""
     if not text.strip():
         raise bad_row(path, line, EMPTY_LINE)
     try:
-        value = json.loads(
-            text, parse_int=str, parse_float=str, parse_constant=_no_number, object_pairs_hook=_without_repeats
-        )
+        value = _parsed(text)
     except json.JSONDecodeError as error:
         raise bad_row(path, line, f"not JSON ({error.msg} at column {error.colno}); is the file truncated?") from error
     except (ValueError, RecursionError) as error:  # thousands of digits or nested brackets
@@ -325,9 +330,8 @@ def _object(path: str, line: int, value: Any) -> dict:
 def json_rows(path: str, skipped: Skipped) -> Iterator[tuple[int, dict]]:
     """Yield the objects of a .json file, an array of them or one on each line, with their numbers (lines, or rows)."""
     text = decode(path, _content(path, skipped), 1)
-    options: Any = {"parse_int": str, "parse_float": str, "parse_constant": _no_number}
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats, **options)
+        value = _parsed(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             line = error.lineno if isinstance(error, json.JSONDecodeError) else 1

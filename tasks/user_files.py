@@ -173,8 +173,8 @@ def find(patterns: str | Sequence[str], prefix: str = "") -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         pattern = os.path.expanduser(pattern)
         # A name with brackets or a backslash may be that of a file.
-        found = [pattern] if tf.io.gfile.exists(pattern) else tf.io.gfile.glob(pattern)
-        matches = [path for path in found if not tf.io.gfile.isdir(path)]
+        candidates = [pattern] if tf.io.gfile.exists(pattern) else tf.io.gfile.glob(pattern)
+        matches = [path for path in candidates if not tf.io.gfile.isdir(path)]
         if not matches:
             folder, name = os.path.split(pattern)
             others = tf.io.gfile.listdir(folder or ".") if tf.io.gfile.isdir(folder or ".") else []

@@ -195,8 +195,8 @@ def vocabulary(path: str | Path) -> tokenizer.AnyVocabulary | None:
     """Return the tokenizer of a T5, or None if there is none."""
     if (file := tokenizer_file(path)) is not None:
         return tokenizer.Vocabulary(file)
-    found = (tokenizer.beside(folder) for folder in tokenizer_folders(path))
-    return next((vocabulary for vocabulary in found if vocabulary is not None), None)
+    vocabularies = (tokenizer.beside(folder) for folder in tokenizer_folders(path))
+    return next((vocabulary for vocabulary in vocabularies if vocabulary is not None), None)
 
 
 def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:

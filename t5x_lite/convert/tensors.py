@@ -7,6 +7,7 @@ depend on models, parameter names or meshes.
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -220,11 +221,11 @@ def read_hub(folder: Path) -> dict[str, Tensor]:
     if not present:
         names = ", ".join(stem for stem, _ in _FORMATS)
         raise MissingFileError(f"{folder} has a config.json, but none of {names}, nor an index of one")
-    for stem, read in present[:-1]:
+    for (stem, read), (other, _) in itertools.pairwise(present):
         try:
             return _read_whole_or_shards(folder, stem, read)
         except (UserError, OSError) as error:
-            log.warning("%s Reading %s instead.", f"{error}.".replace("..", "."), present[-1][0])
+            log.warning("%s Reading %s instead.", f"{error}.".replace("..", "."), other)
     return _read_whole_or_shards(folder, *present[-1])
 
 

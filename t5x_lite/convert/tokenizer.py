@@ -217,8 +217,8 @@ class ByteVocabulary:
         """Return token ids, without an EOS token."""
         tokens: list[int] = []
         for part in re.split(r"(<extra_id_\d+>)", text):
-            known = part in self._sentinels
-            tokens += [self._sentinels[part]] if known else [byte + self._BYTES for byte in part.encode()]
+            is_sentinel = part in self._sentinels
+            tokens += [self._sentinels[part]] if is_sentinel else [byte + self._BYTES for byte in part.encode()]
         return tokens
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:

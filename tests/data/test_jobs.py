@@ -220,10 +220,10 @@ def test_data_made_by_python_trains_and_says_that_its_position_is_lost(command, 
     finally:
         logging.getLogger("t5x_lite").removeHandler(handler)
         seqio.TaskRegistry.remove("from_python")
-    said = "\n".join(messages)
-    assert "position in this data cannot be saved: it uses PyFunc" in said
-    assert "glue_cola_v002 again: the definitions of t5x_lite are kept" in said
-    assert "The data begins anew" in said
+    logged = "\n".join(messages)
+    assert "position in this data cannot be saved: it uses PyFunc" in logged
+    assert "glue_cola_v002 again: the definitions of t5x_lite are kept" in logged
+    assert "The data begins anew" in logged
     assert steps("m") == [1, 2, 3, 4, 5, 6] and len(records("m", "data")) == 1
 
 
