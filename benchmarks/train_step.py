@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.sizes import gin_values  # noqa: E402
 from t5x_lite import plan, sharding  # noqa: E402
 from t5x_lite.metrics import metric_logger  # noqa: E402
-from t5x_lite.model import interface  # noqa: E402
+from t5x_lite.model import families  # noqa: E402
 from t5x_lite.model.attention import Implementation  # noqa: E402
 from t5x_lite.model.t5 import T5Config  # noqa: E402
 from t5x_lite.training import optim, step  # noqa: E402
@@ -158,7 +158,7 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
             steps_a_round = max(math.ceil(seconds_a_round / seconds[-1]), 1)
     median = statistics.median(seconds[2:])
     lengths = {"inputs": shape.inputs, "targets": shape.targets}
-    flops = interface.model_of(config).flops(shape.batch_size, lengths)
+    flops = families.model_of(config).flops(shape.batch_size, lengths)
     peak = metric_logger.peak_flops(jax.devices()[0])
     memory = jax.devices()[0].memory_stats() or {}
     return {

@@ -17,22 +17,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UserError
-
-MESH_AXES = ("data", "fsdp", "tensor")
+from t5x_lite.sharding_rules import MESH_AXES, RULES, Rules
 
 AnyMesh = Mesh | AbstractMesh  # with devices, or with axis sizes only
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
-
-# In order of precedence. An array uses a mesh axis only once: `embed` splits parameters over fsdp but not activations,
-# whose batch axis already uses fsdp. An axis without a rule is not split.
-RULES: Rules = (
-    ("batch", ("data", "fsdp")),
-    ("vocab", "tensor"),
-    ("mlp", "tensor"),
-    ("heads", "tensor"),
-    ("joined_kv", "tensor"),
-    ("embed", "fsdp"),
-)
 
 # Size in bytes above which a leaf that no axis splits, on a mesh that splits parameters, is an error.
 LARGEST_REPLICATED = 2**23

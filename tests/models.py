@@ -25,7 +25,7 @@ def lengths(config) -> dict[str, int]:
 
 def batch(config, rows: int = 8, pack: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of random examples, as the model's feature converter makes them."""
-    from t5x_lite.model.interface import model_of
+    from t5x_lite.model.families import model_of
 
     converter, random = model_of(config).feature_converter(pack), np.random.default_rng(seed)
     widths = converter.widths(lengths(config), {*converter.features, *converter.optional_lengths})

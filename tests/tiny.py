@@ -14,8 +14,7 @@ import optax
 
 from t5x_lite import sharding
 from t5x_lite.data import packing
-from t5x_lite.model.config import T5Config
-from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model.config import ModelConfig, T5Config
 from t5x_lite.training import optim, step
 
 FOLDER = Path(__file__).parent / "loss_curve"

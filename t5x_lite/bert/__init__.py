@@ -1,7 +1,7 @@
 """The BERT model family (Devlin et al. 2019) and its config, `BertConfig`.
 
 The other modules are the network, the `interface.Model` (model.py), predictions, classification tasks and Hugging
-Face conversion. No module outside this folder imports them: `interface.FAMILIES` names them, so the folder is optional.
+Face conversion. No module outside this folder imports them: `families.FAMILIES` names them, so the folder is optional.
 """
 
 import dataclasses
@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from t5x_lite.errors import UserError
-from t5x_lite.model.attention import Implementation
-from t5x_lite.model.config import Dtype, Remat, check_choices
-from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model.config import Dtype, Implementation, ModelConfig, Remat, check_choices
 
 Head = Literal["pooler", "mlm", "nsp", "classify"]
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 
-from t5x_lite import checkpoint, run_config
+from t5x_lite import checkpoint, options
 from t5x_lite.data import tensorflow_start
 from t5x_lite.errors import MissingFileError, UserError, nearest
 from t5x_lite.inference.predictor import Predictor, Scores
+from t5x_lite.model.families import model_of
 from t5x_lite.model.feature_converter import FeatureConverter
-from t5x_lite.model.interface import model_of
-from t5x_lite.run_config import FilesOptions, RunConfig
+from t5x_lite.run_config import RunConfig
 from t5x_lite.storage import MirroredDirectory
 from t5x_lite.training import step
 from t5x_lite.training.partitioner import Partitioner
@@ -253,8 +253,8 @@ def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None 
 
     facts = fingerprint.data_facts(pipeline.find_provider(name), ("train", run.eval_split), run.use_cached_tasks)
     if run.train_files:
-        options = (field for field in run_config.options(FilesOptions) if not field.name.endswith("_files"))
-        facts |= {field.name.upper(): getattr(run, field.name) for field in options}
+        fields = (field for field in options.options(options.FilesOptions) if not field.name.endswith("_files"))
+        facts |= {field.name.upper(): getattr(run, field.name) for field in fields}
     return pipeline.TrainBatches(
         name,
         run.task_feature_lengths,

@@ -24,7 +24,7 @@ from t5x_lite.cli import run_lock, task_setup
 from t5x_lite.errors import UserError, UserFileError
 from t5x_lite.metrics import metric_logger, wandb_run
 from t5x_lite.model.config import ADAPTER_PARAMS
-from t5x_lite.model.interface import model_of
+from t5x_lite.model.families import model_of
 from t5x_lite.run_config import RunConfig, last_step
 from t5x_lite.storage import MirroredDirectory
 from t5x_lite.training import loop, monitors, step

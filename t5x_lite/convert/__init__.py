@@ -28,8 +28,8 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
-from t5x_lite.model import interface
-from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model import families
+from t5x_lite.model.config import ModelConfig
 from t5x_lite.training import step
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _own_config(path: Path) -> ModelConfig:
     stored_info = checkpoint.read_info(path)
     if "model" not in stored_info:
         raise UserError(f"{path}: the checkpoint's info has no model config, so the model cannot be built")
-    kinds, model_type = interface.config_types(), stored_info.get("model_type")
+    kinds, model_type = families.config_types(), stored_info.get("model_type")
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored_info["model"].items()}
     if model_type is not None and model_type not in kinds:
         raise UserError(f"{path}: its model is of type {model_type}, which is none of these types: {', '.join(kinds)}")

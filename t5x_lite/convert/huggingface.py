@@ -1,6 +1,6 @@
 """Read and write Hugging Face directories (config.json and tensors) for any model family.
 
-Each family has a module for its names, layouts and config.json (`interface.FAMILIES`). File formats are in tensors.py,
+Each family has a module for its names, layouts and config.json (`families.FAMILIES`). File formats are in tensors.py,
 placement on devices is in convert.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 from t5x_lite.convert import tensors
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
-from t5x_lite.model import interface
-from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model import families
+from t5x_lite.model.config import ModelConfig
 
 # Keys of config.json that do not change what a model computes, with the reason. A family adds what it reads itself, and
 # the values that it insists on; any other key with a value is an error.
@@ -75,7 +75,7 @@ def read(folder: Path) -> Source:
     """Return the config and tensors of a directory. Raises UserError or MissingFileError."""
     file = folder / "config.json"
     hub = json.loads(file.read_text(encoding="utf-8"))
-    modules = interface.hub_modules()
+    modules = families.hub_modules()
     if hub.get("model_type") not in modules:
         raise UserError(
             f"{file}: model_type is {hub.get('model_type')!r}; supported: {', '.join(map(repr, modules))} ('t5' also "
@@ -89,7 +89,7 @@ def write(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
 
     Raises UserError if Hugging Face has no such model.
     """
-    family = interface.hub_module(config)
+    family = families.hub_module(config)
     hub = family.described(config)
     by_name: dict[str, Tensor] = {}
     for name, leaf in tensors.flat(params).items():

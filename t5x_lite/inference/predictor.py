@@ -14,7 +14,7 @@ import numpy as np
 
 from t5x_lite import sharding
 from t5x_lite.errors import UserError
-from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model.config import ModelConfig
 from t5x_lite.training import step
 from t5x_lite.training.loop import Scores as Scores
 from t5x_lite.training.partitioner import Partitioner

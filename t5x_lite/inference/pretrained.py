@@ -22,7 +22,7 @@ from t5x_lite.convert import tokenizer
 from t5x_lite.data import packing
 from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
-from t5x_lite.model import interface
+from t5x_lite.model import families
 from t5x_lite.model.config import Dtype
 from t5x_lite.model.t5 import T5, T5Config
 
@@ -219,7 +219,7 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | No
       FileNotFoundError, ValueError: see `convert.read`.
     """
     config, params = convert.read(path, mesh, dtype=dtype)
-    return interface.model_of(config).pretrained(params, Path(path).expanduser(), mesh)
+    return families.model_of(config).pretrained(params, Path(path).expanduser(), mesh)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,11 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from t5x_lite import sharding
 from t5x_lite.model import flash_attention, kernel_checks, remat
+from t5x_lite.model.config import Implementation
 
 # A logit of this size vanishes in a float32 softmax, and adding a bias to it does not overflow.
 NEG_INF = -1e10
-
-Implementation = Literal["batch", "rows", "flash", "cudnn"]
 
 CACHED_LOGITS = 2**21  # 8 MiB in float32
 # With fewer logits per row and head, a grid step of the TPU kernel takes longer to start (about 0.35 us) than to run,

@@ -1,19 +1,56 @@
 """`T5Config`: the sizes of a T5 and how it is computed, validated. BERT's config shares some of its choices.
 
-This module handles no arrays. The letters of dimensions are defined in t5.py.
+This module handles no arrays and imports no JAX. The letters of dimensions are defined in t5.py.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from t5x_lite.errors import UserError
-from t5x_lite.model.attention import Implementation
-from t5x_lite.model.interface import Dtype as Dtype
-from t5x_lite.model.interface import ModelConfig
-from t5x_lite.model.interface import Remat as Remat
-from t5x_lite.model.layers import ACTIVATIONS
 
+if TYPE_CHECKING:
+    import jax.numpy as jnp
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "minimal", "full"]
+Implementation = Literal["batch", "rows", "flash", "cudnn"]
 RelativeBias = Literal["shared", "per_layer"]
+Activation = Literal["relu", "gelu", "silu", "linear"]
+
+
+class ModelConfig:
+    """Base class of model configs.
+
+    `dtype`, `remat`, `scan_layers` and `attention` are documented in `T5Config`. These and `dropout_rate` may
+    change between runs; the other fields determine the parameters.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    d_model: int
+    vocab_size: int
+    dropout_rate: float
+    dtype: Dtype
+    remat: Remat
+    scan_layers: bool
+
+    def for_task(self, name: str, features: Mapping[str, Any]) -> "ModelConfig":
+        """Return the config with the details of a SeqIO task, such as the names of its classes.
+
+        Args:
+          name: name of the task or mixture, for error messages.
+          features: `output_features` of the task or mixture.
+
+        Raises:
+          UserError: the model does not fit the task.
+        """
+        return self
+
+    @property
+    def compute_dtype(self) -> "jnp.dtype":
+        import jax.numpy as jnp
+
+        return jnp.dtype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +99,8 @@ class T5Config(ModelConfig):
             raise UserError(
                 f"T5Config.prefix_lm needs a decoder-only model, num_encoder_layers=0; got {self.num_encoder_layers}"
             )
-        if unknown := [a for a in self.mlp_activations if a not in ACTIVATIONS]:
-            raise UserError(f"T5Config.mlp_activations has {unknown}; known: {sorted(ACTIVATIONS)}")
+        if unknown := [a for a in self.mlp_activations if a not in get_args(Activation)]:
+            raise UserError(f"T5Config.mlp_activations has {unknown}; known: {sorted(get_args(Activation))}")
         if not self.mlp_activations:
             raise UserError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
         if not 0.0 <= self.dropout_rate < 1.0:

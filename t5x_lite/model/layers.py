@@ -5,7 +5,7 @@ does not depend on configs, stacks, meshes or losses: `sharding.py` maps logical
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import flax.linen as nn
@@ -171,7 +171,7 @@ class RelativePositionBias(nn.Module):
         return jnp.take(table_HN, buckets_TS, axis=1)
 
 
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "linear": lambda x: x}
+ACTIVATIONS: Mapping[str, Callable] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "linear": lambda x: x}
 
 
 class GatedMlp(nn.Module):

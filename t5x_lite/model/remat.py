@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from t5x_lite.model.interface import Remat
+from t5x_lite.model.config import Remat
 
 PRODUCT = "product"
 # The residuals of cuDNN's forward pass have no name; recomputing them would repeat the whole pass.

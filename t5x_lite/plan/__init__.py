@@ -18,7 +18,8 @@ import numpy as np
 from t5x_lite import sharding
 from t5x_lite.metrics.hardware import GIB
 from t5x_lite.model import remat
-from t5x_lite.model.interface import ModelConfig, model_of
+from t5x_lite.model.config import ModelConfig
+from t5x_lite.model.families import model_of
 from t5x_lite.plan import hlo
 from t5x_lite.plan.topologies import Topology
 from t5x_lite.training import step

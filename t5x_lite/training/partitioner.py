@@ -10,7 +10,7 @@ import jax
 
 from t5x_lite import sharding
 from t5x_lite.errors import UserError
-from t5x_lite.model.interface import ModelConfig
+from t5x_lite.model.config import ModelConfig
 from t5x_lite.training import step
 from t5x_lite.training.optim import Optimizer
 

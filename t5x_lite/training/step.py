@@ -19,7 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
-from t5x_lite.model.interface import Batch, ModelConfig, model_of
+from t5x_lite.model.config import ModelConfig
+from t5x_lite.model.families import model_of
+from t5x_lite.model.interface import Batch
 from t5x_lite.training.freezing import ALL_PARAMETERS, combine
 from t5x_lite.training.losses import LossConfig, cross_entropy_sums, normalizer, squared_error_sums
 from t5x_lite.training.optim import Optimizer

@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from t5x_lite import run_config
+from t5x_lite import options, run_config
 from t5x_lite.cli import main as run
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-NAMES = re.findall(r"^([A-Z_]+) *=", run_config.gin_defaults(), re.MULTILINE)
+NAMES = re.findall(r"^([A-Z_]+) *=", options.gin_defaults(), re.MULTILINE)
 NAMES += ["T5Config.d_model", "T5Config.mlp_activations", "adafactor.decay_rate", "make_optimizer.clip_norm"]
 ODD = [
     "@adafactor()",

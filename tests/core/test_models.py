@@ -19,7 +19,7 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.errors import UserError
 from t5x_lite.inference.decode import Decoding
 from t5x_lite.model import interface
-from t5x_lite.model.interface import model_of
+from t5x_lite.model.families import model_of
 from t5x_lite.training import optim, step
 from t5x_lite.training.partitioner import Partitioner
 
@@ -180,13 +180,14 @@ for name in {removed!r}:
 import t5x_lite
 assert "jax" not in sys.modules  # importing the package loads nothing
 import jax, numpy as np, optax
-from t5x_lite import run_config, sharding
-from t5x_lite.model import interface
+from t5x_lite import options, sharding
+from t5x_lite.model import families
+from t5x_lite import run_config
 from t5x_lite.cli import evaluate, infer, inspect_batch, plan, task_setup, train
 from t5x_lite.training import optim, step
 from t5x_lite.model.config import T5Config
-assert list(interface.config_types()) == ["T5Config"], interface.config_types()
-assert "BertConfig" not in run_config.gin_defaults() and task_setup.tool("report") is None
+assert list(families.config_types()) == ["T5Config"], families.config_types()
+assert "BertConfig" not in options.gin_defaults() and task_setup.tool("report") is None
 config = T5Config(
     d_model=8, d_ff=12, num_heads=2, head_dim=4, num_encoder_layers=0, num_decoder_layers=1, vocab_size=32)
 optimizer = optim.make_optimizer(optax.scale(-1.0), optim.constant(0.01))
@@ -194,7 +195,7 @@ mesh = sharding.make_mesh()
 abstract = step.abstract_state(config, optimizer, mesh)
 state = step.init_state(config, optimizer, jax.random.key(0), abstract)
 batch = {{name: np.ones(shape, dtype) for name, (shape, dtype) in
-          interface.model_of(config).feature_converter(True).batch({{"inputs": 4, "targets": 3}}, 2).items()}}
+          families.model_of(config).feature_converter(True).batch({{"inputs": 4, "targets": 3}}, 2).items()}}
 state, metrics = jax.jit(step.train_step, static_argnames=("config", "optimizer"))(
     state, batch, jax.random.key(1), config=config, optimizer=optimizer)
 assert np.isfinite(metrics["loss"]) and int(state.step) == 1

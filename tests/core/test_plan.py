@@ -22,7 +22,7 @@ from t5x_lite.cli import main as command
 from t5x_lite.cli import plan as plan_mode
 from t5x_lite.cli import task_setup
 from t5x_lite.metrics import hardware
-from t5x_lite.model.interface import model_of
+from t5x_lite.model.families import model_of
 from t5x_lite.plan import hlo, suggest, topologies
 from t5x_lite.plan.topologies import Topology
 from t5x_lite.training import step

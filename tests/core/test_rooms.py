@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[2] / "t5x_lite"
 # A room may import those named before it, and itself. Families and tools stand above what they use; `cli` above all.
 ORDER = [
     "errors",
+    "sharding_rules",
     "sharding",
     "storage",
     "distributed",
@@ -26,6 +27,7 @@ ORDER = [
     "export",
     "linear_probe",
     "report",
+    "options",
     "run_config",
     "cli",
 ]

@@ -12,12 +12,12 @@ import pytest
 from core.test_model import PARAMETERS
 from repeats import fast
 
-from t5x_lite import run_config
+from t5x_lite import options
 from t5x_lite.bert import BertConfig
 from t5x_lite.cli import main as run
 from t5x_lite.cli import task_setup
 from t5x_lite.errors import UserError
-from t5x_lite.model.interface import model_of
+from t5x_lite.model.families import model_of
 from t5x_lite.model.t5 import T5Config
 from t5x_lite.run_config import RunConfig, last_step
 from t5x_lite.training import step
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("same_root_logger")
 
 
 def configured(*arguments: str) -> RunConfig:
-    options = run.parse_flags(["run.py", *arguments])
-    return run.configure(options.gin_file, options.gin_bindings, options.gin_search_paths)
+    flags = run.parse_flags(["run.py", *arguments])
+    return run.configure(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -120,14 +120,27 @@ def test_what_a_users_module_raises_keeps_its_traceback(tmp_path, monkeypatch, t
     assert not isinstance(error.value, UserError)
 
 
-def test_flags_are_refused_before_jax_is_imported():
+@pytest.mark.parametrize(
+    ("arguments", "code", "answer"),
+    [
+        (["--mode=trian"], 2, "run.py: unknown mode 'trian'. Did you mean train?\n"),
+        (["--gin_file=quickstart.gin", "--gin.MODLE_DIR='m'"], 2, "Did you mean MODEL_DIR"),
+        (["--help"], 0, "TOP_P = 1.0\n"),
+    ],
+)
+def test_names_are_answered_before_jax_is_imported(arguments, code, answer):
     script = (
-        "import sys, run; code = run.main(['run.py', '--mode=trian']); "
-        "assert not {'jax', 'tensorflow'} & set(sys.modules); sys.exit(code)"
+        f"import sys, run; code = run.main({['run.py', *arguments]}); "
+        "assert not {'jax', 'optax', 'tensorflow'} & set(sys.modules); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr == "run.py: unknown mode 'trian'. Did you mean train?\n"
+    assert done.returncode == code and answer in (done.stderr if code else done.stdout), done.stderr
+
+
+def test_a_macro_counts_as_used_in_an_included_file(tmp_path):
+    (tmp_path / "sizes.gin").write_text("T5Config.num_heads = %HEADS\n")
+    (tmp_path / "mine.gin").write_text(f"include '{tmp_path}/sizes.gin'\nHEADS = 4\n")
+    assert configured(SMALL, f"--gin_file={tmp_path}/mine.gin").model.num_heads == 4
 
 
 def test_help_names_modes_and_flags(capsys):
@@ -180,23 +193,23 @@ def test_the_operative_config_gives_the_same_run(tmp_path):
 def test_options_and_their_defaults_are_the_frozen_list():
     """A new option, or another default, is a decision: it changes this list, and CHANGELOG says so."""
     frozen = (REPO / "tests" / "options.txt").read_text().splitlines()
-    macros = [line for line in run_config.gin_defaults().splitlines() if re.match("[A-Z]", line.partition(".")[0][1:])]
+    macros = [line for line in options.gin_defaults().splitlines() if re.match("[A-Z]", line.partition(".")[0][1:])]
     changed = sorted(set(macros) ^ set(frozen))
     assert not changed, "\n".join(["not as in tests/options.txt:", *changed])
 
 
 def test_every_option_has_a_text_and_every_field_of_a_run_a_macro():
-    options = {field.name: field for section in run_config.SECTIONS for field in run_config.options(section)}
-    fields = {field.name for field in dataclasses.fields(RunConfig)} - run_config.PARTS.keys()
-    assert fields < options.keys()
-    for name, field in options.items():
+    declared = {field.name: field for section in options.SECTIONS for field in options.options(section)}
+    fields = {field.name for field in dataclasses.fields(RunConfig)} - options.PARTS.keys()
+    assert fields < declared.keys()
+    for name, field in declared.items():
         assert field.metadata["text"] and "\n" not in field.metadata["text"]
         assert name in fields or field.metadata["sets"], f"{name} sets nothing"
 
 
 def test_the_page_of_options_is_made_from_them():
     page = (REPO / "docs" / "reference" / "options.md").read_text()
-    assert page == run_config.reference_page(), "python -m t5x_lite.run_config > docs/reference/options.md"
+    assert page == options.reference_page(), "python -m t5x_lite.options > docs/reference/options.md"
 
 
 def test_config_files_of_earlier_versions_give_the_same_run():

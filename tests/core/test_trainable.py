@@ -198,12 +198,12 @@ def test_an_adapted_model_starts_as_its_base_and_does_not_stay_it(plain, change)
 
 
 def test_the_ways_to_adapt_are_a_gin_file_apart():
-    from t5x_lite.cli import main as command
+    from t5x_lite.cli import gin_files
 
     found = {}
-    for file in sorted((command.GIN_CONFIGS / "adapt").glob("*.gin")):
+    for file in sorted((gin_files.GIN_CONFIGS / "adapt").glob("*.gin")):
         files = ["models/t5_1_0/base.gin", "runs/finetune.gin", str(file)]
-        way = command.configure(files, ["INITIAL_CHECKPOINT_PATH = None"])
+        way = gin_files.configure(files, ["INITIAL_CHECKPOINT_PATH = None"])
         trainable = way.optimizer.trainable
         mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
         params = step.abstract_state(way.model, way.optimizer, mesh).params

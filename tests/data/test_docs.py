@@ -12,8 +12,8 @@ import sys
 import pytest
 from pages import DOCS, README, ROOT, blocks, commands, headings, prose
 
-from t5x_lite import run_config
-from t5x_lite.cli import main
+from t5x_lite import options
+from t5x_lite.cli import gin_files, main
 
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 # gin files that a conversion, a run or the reader writes.
@@ -56,14 +56,14 @@ def test_every_page_is_in_the_navigation():
 
 @each_page
 def test_gin_files_and_options_in_commands_exist(page):
-    parts = main.configurables()
-    options = {field.name.upper() for section in run_config.SECTIONS for field in run_config.options(section)}
+    parts = gin_files.configurables()
+    declared = {field.name.upper() for section in options.SECTIONS for field in options.options(section)}
     for name in re.findall(r"--gin_file=([^\s\"'`$]+\.gin)", code(page)):
         found = any((folder / name).exists() for folder in (ROOT / "gin_configs", ROOT))
         assert found or pathlib.Path(name).name in WRITTEN, f"no gin file {name}"
     for name in set(re.findall(r"--gin\.([\w.]+)=", code(page))) - {"NAME"}:
         part, _, parameter = name.rpartition(".")
-        known = inspect.signature(parts[part]).parameters if part else options
+        known = inspect.signature(parts[part]).parameters if part else declared
         assert parameter in known, f"no option {name}"
     for command in commands(page):
         if command.startswith("python run.py"):

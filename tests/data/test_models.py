@@ -7,7 +7,7 @@ import tensorflow as tf
 from models import CONFIGS, lengths
 
 from t5x_lite.data import pipeline
-from t5x_lite.model.interface import model_of
+from t5x_lite.model.families import model_of
 
 TASK = "models_test_task"
 
