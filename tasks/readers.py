@@ -75,14 +75,16 @@ class Skipped:
     Args:
       path: the file.
       action: None uses the action of `set_bad_rows`.
+      log_rows: the bad rows that are logged when they are skipped; "none" also leaves out their number at the end.
     """
 
-    def __init__(self, path: str, action: Action | None = None):
+    def __init__(self, path: str, action: Action | None = None, log_rows: Literal["first", "all", "none"] = "first"):
         self.count = 0
         self.blank = 0  # blank lines that are allowed, as between the paragraphs of a text
         self._path = path
-        self._last: BadRow | None = None
+        self.last: BadRow | None = None
         self._skip = (action or _action) == "skip"
+        self._log_rows = log_rows
 
     def __enter__(self) -> None:
         pass
@@ -95,14 +97,18 @@ class Skipped:
 
     def add(self, error: BadRow) -> None:
         """Count a bad row, whatever the action."""
-        self.count, self._last = self.count + 1, error
-        if self.count == 1:
+        self.count, self.last = self.count + 1, error
+        if self._log_rows == "all":
+            logging.warning("%s (left out)", error)
+        elif self._log_rows == "first" and self.count == 1:
             logging.warning("%s (skipped, like all bad rows of this file)", error)
 
     def log(self) -> None:
         """Log the number of bad and blank rows at the end of the file."""
-        if self.count:
-            logging.warning("%s: %d bad rows skipped, the last: %s", self._path, self.count, self._last)
+        if self._log_rows == "none":
+            return
+        if self.count > 1:
+            logging.warning("%s: %d bad rows skipped, the last: %s", self._path, self.count, self.last)
         if self.blank:
             logging.info("%s: %d blank lines", self._path, self.blank)
 

@@ -140,7 +140,7 @@ class FilesTask(data_sources.CorpusTask):
         if list(self.templates) == ["targets"]:
             lengths = {}
         for path in dict.fromkeys(path for files in self.paths.values() for path in files):
-            skipped = readers.Skipped(path)
+            skipped = readers.Skipped(path, log_rows="none")
             texts = _filled(path, self.templates, skipped)
             counts = text_checks.count(itertools.islice(texts, text_checks.MOST_ROWS), vocabulary.SHARED, lengths)
             of_first = f" (of the first {text_checks.MOST_ROWS:,} rows)" if next(texts, None) is not None else ""
@@ -253,14 +253,14 @@ def _check_first_row(path: str, templates: Templates, objective: Objective) -> b
             f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
             "'span_corruption'"
         )
-    skipped = readers.Skipped(path)
+    skipped = readers.Skipped(path, log_rows="none")  # the reader logs them again
     for number, row in rows(path, skipped):
         with skipped:
             _check_columns(path, row, templates)
             _fill(path, number, row, templates)
             return True
-    with skipped:
-        raise readers.BadRow(f"{path}: has no {'good ' if skipped.count else ''}rows")
+    with readers.Skipped(path):
+        raise skipped.last or readers.BadRow(f"{path}: has no rows")
     return False
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -164,8 +164,8 @@ def lines_source(
     if not tf.io.gfile.exists(path):
         raise MissingFileError(f"The input file INFER_INPUT = {path!r} does not exist (current folder: {os.getcwd()}).")
 
-    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
-        skipped = readers.Skipped(path)
+    def rows(log_rows: Literal["all", "none"]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        skipped = readers.Skipped(path, log_rows=log_rows)
         if not user_files.has_rows(path):
             yield from ((number, {"inputs": line}) for number, line in readers.lines(path, skipped))
             return
@@ -174,12 +174,12 @@ def lines_source(
                 yield number, texts(number, row)
 
     total, digest = 0, hashlib.sha256()
-    for _, row in itertools.islice(rows(), num_examples):
+    for _, row in itertools.islice(rows("all"), num_examples):
         total += 1
         digest.update(json.dumps(row).encode() + b"\n")
 
     def read(start: int) -> Iterator[Example]:
-        for number, row in itertools.islice(rows(), start, num_examples):
+        for number, row in itertools.islice(rows("none"), start, num_examples):
             yield example(f"{path}:{number}", row)
 
     about = {"file": path, "examples": total, "sha256": digest.hexdigest()}

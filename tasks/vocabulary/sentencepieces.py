@@ -59,45 +59,46 @@ def describe(folder: str) -> Description:
         if ids.setdefault(content, int(number)) != int(number):
             raise UserError(f"{file} gives the token {content!r} the id {number}, another file {ids[content]}")
 
-    for token, number in _entries(files, ADDED, ""):
+    for token, number in files[ADDED].items():
         add(ADDED, token, number)
-    for number, token in _entries(files, CONFIG, "added_tokens_decoder"):
+    for number, token in _part(files, CONFIG, "added_tokens_decoder", dict).items():
         add(CONFIG, token, number)
-    for token in (files.get("tokenizer.json") or {}).get("added_tokens") or []:
-        add("tokenizer.json", token, token.get("id"))
+    for token in _part(files, "tokenizer.json", "added_tokens", list):
+        add("tokenizer.json", token, token.get("id") if isinstance(token, dict) else None)
     for file in (CONFIG, "special_tokens_map.json"):
-        for token in (files.get(file) or {}).get("additional_special_tokens") or []:
+        for token in _part(files, file, "additional_special_tokens", list):
             add(file, token)
-    extra_ids = (files.get(CONFIG) or {}).get("extra_ids")
+    extra_ids = files[CONFIG].get("extra_ids")
     if extra_ids is None:
         extra_ids = len({name for name in (*ids, *names) if SENTINEL.fullmatch(name)}) or None
     elif isinstance(extra_ids, bool) or not isinstance(extra_ids, int) or extra_ids < 0:
         raise UserError(f"{CONFIG} has extra_ids {extra_ids!r}: it must be a whole number, at least 0")
     names = [name for name in dict.fromkeys(names) if name not in ids and not SENTINEL.fullmatch(name)]
-    return Description(
-        extra_ids, ids, names, any(files[name] is not None for name in (CONFIG, ADDED, "tokenizer.json"))
-    )
+    exists = any(tf.io.gfile.exists(os.path.join(folder, name)) for name in (CONFIG, ADDED, "tokenizer.json"))
+    return Description(extra_ids, ids, names, exists)
 
 
-def _entries(files: Mapping[str, Any], file: str, key: str) -> list[tuple[Any, Any]]:
-    """Return the pairs of an object in a file. Raises UserError if it is of another type."""
-    value = files.get(file)
-    value = value.get(key) if key and isinstance(value, dict) else value
-    if value is None:
-        return []
-    if not isinstance(value, dict):
-        raise UserError(f"{file}{key and ': '}{key} is a {type(value).__name__}, expected an object")
-    return list(value.items())
+def _part(files: Mapping[str, Mapping[str, Any]], file: str, key: str, kind: type) -> Any:
+    """Return a value of a file, empty if it is not there. Raises UserError if it is of another type."""
+    value = files[file].get(key)
+    if value is not None and not isinstance(value, kind):
+        raise UserError(
+            f"{file}: {key} is a {type(value).__name__}, expected {'an object' if kind is dict else 'a list'}"
+        )
+    return kind() if value is None else value
 
 
-def _read(path: str) -> Any:
+def _read(path: str) -> Mapping[str, Any]:
     if not tf.io.gfile.exists(path):
-        return None
+        return {}
     try:
         with tf.io.gfile.GFile(path) as file:
-            return json.loads(file.read())
+            value = json.loads(file.read())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} has a {type(value).__name__}, expected an object")
+    return value
 
 
 def added_tokens(file: str, description: Description, pieces: Mapping[str, int], extra_ids: int) -> list[str]:

@@ -163,6 +163,8 @@ def test_bytes_without_sentinels_of_their_own_use_the_last_ones():
 # What the files beside a model may hold by mistake, and the decisive words.
 MISTAKES = {
     "a list": ({"added_tokens_decoder": [{"content": "<sep>", "id": 320}]}, None, "is a list, expected an object"),
+    "a list of all": ([], None, "has a list, expected an object"),
+    "one token": ({"additional_special_tokens": "<hl>"}, None, "is a str, expected a list"),
     "no text": ({"added_tokens_decoder": {"320": {"content": ""}}}, None, "it needs a text"),
     "no number": ({}, {"<sep>": "x"}, "must be a whole number"),
     "two ids": ({"added_tokens_decoder": {"320": "<sep>"}}, {"<sep>": 321}, "another file 321"),
