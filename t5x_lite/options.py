@@ -102,7 +102,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilesOptions:
-    """Your own files as a task: text, JSONL, CSV or TSV, also .gz; a path, a pattern or a list of them"""
+    """Your own files as a task: text, JSON, CSV, TSV, Parquet, Arrow; a path, a pattern, hf://datasets/... or a list"""
 
     train_files: Names | None = option(
         None, 'such as "my/*.jsonl"; replaces MIXTURE_OR_TASK_NAME; the task is named "files"', path=True

@@ -1,7 +1,7 @@
 """Read rows from text, TSV, CSV, JSON Lines and SQuAD files, with errors that name file and line.
 
-Paths are local or gs:// (tf.io.gfile), plain or .gz. A bad row raises `BadRow` with "file:line: problem and fix" or,
-after `set_bad_rows("skip")`, is dropped, counted and logged.
+Paths are local or gs:// (tf.io.gfile), plain, .gz or .zst. A bad row raises `BadRow` with "file:line: problem and fix"
+or, after `set_bad_rows("skip")`, is dropped, counted and logged.
 
 Must not import: tasks, vocabularies, SeqIO.
 """
@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
+import pyarrow as pa
 import tensorflow as tf
 from absl import logging
 
@@ -23,6 +24,7 @@ from tasks.errors import MissingFileError, UserError
 DATA_DIR_VARIABLE = "T5X_LITE_DATA_DIR"
 MAX_LINE_BYTES = 8 * 2**20  # longer lines are treated as a corrupt file
 EMPTY_LINE = "an empty line: remove it, or skip bad rows (BAD_ROWS)"
+COMPRESSIONS = (".gz", ".zst")
 _CHUNK = 1 << 20
 
 
@@ -157,15 +159,58 @@ def check_gzip_end(path: str, size: int) -> None:
             pass
 
 
+def compression(path: str) -> str:
+    """Return the ending of a compressed file as it is written, or ""."""
+    ending = path[path.rfind(".") :] if "." in path else ""
+    return ending if ending.lower() in COMPRESSIONS else ""
+
+
+def chunks(path: str) -> Iterator[bytes]:
+    """Yield the decompressed content of a file. Errors name the line where it is damaged or truncated."""
+    kind = compression(path).lower()
+    with tf.io.gfile.GFile(path, "rb") as file:
+        parts = iter(lambda: file.read(_CHUNK), b"")
+        yield from {".gz": _unpack, ".zst": _unpack_zstd}[kind](path, parts) if kind else parts
+
+
+def _unpack_zstd(path: str, parts: Iterable[bytes]) -> Iterator[bytes]:
+    line = 1
+    try:
+        packed = pa.PythonFile(io.BufferedReader(_Stream(parts), _CHUNK), mode="r")
+        with pa.CompressedInputStream(packed, "zstd") as file:
+            while text := file.read(_CHUNK):
+                line += text.count(b"\n")
+                yield text
+    except OSError as error:
+        raise bad_row(path, line, f"damaged or truncated zstd data ({error}): download the file again") from error
+
+
+class _Stream(io.RawIOBase):
+    """Parts of a file's content as a binary stream."""
+
+    def __init__(self, parts: Iterable[bytes]):
+        self._parts = iter(parts)
+        self._part = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._part:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._part = memoryview(part)
+        size = min(len(buffer), len(self._part))
+        buffer[:size], self._part = self._part[:size], self._part[size:]
+        return size
+
+
 def _content(path: str, skipped: Skipped) -> bytes:
     """Return the decompressed file; if bad rows are skipped, the complete lines before any damage."""
-    with tf.io.gfile.GFile(path, "rb") as file:
-        data = file.read()
-    if not path.endswith(".gz"):
-        return data
     parts = []
     with skipped:
-        for part in _unpack(path, (data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK))):
+        for part in chunks(path):
             parts.append(part)  # keep the data before an error
         return b"".join(parts)
     content = b"".join(parts)
@@ -199,18 +244,17 @@ def lines(path: str, skipped: Skipped | None = None) -> Iterator[tuple[int, str]
     A bad line raises BadRow, or is counted in `skipped`.
     """
     skipped = skipped or Skipped(path, "refuse")
-    for number, line in enumerate(_split(path, skipped), start=1):
+    for number, line in enumerate(raw_lines(path, skipped), start=1):
         with skipped:
             yield number, decode_line(path, number, line.removesuffix(b"\n").removesuffix(b"\r"))
     skipped.log()
 
 
-def _split(path: str, skipped: Skipped) -> Iterator[bytes]:
+def raw_lines(path: str, skipped: Skipped) -> Iterator[bytes]:
     """Yield decompressed lines with their ends; if bad rows are skipped, the complete lines before any damage."""
     rest = b""
-    with tf.io.gfile.GFile(path, "rb") as file, skipped:
-        chunks = iter(lambda: file.read(_CHUNK), b"")
-        for chunk in _unpack(path, chunks) if path.endswith(".gz") else chunks:
+    with skipped:
+        for chunk in chunks(path):
             whole = (rest + chunk).splitlines(keepends=True)
             # A line may continue in the next chunk, and \r may be half of a line end.
             rest = whole.pop() if whole and not whole[-1].endswith(b"\n") else b""
@@ -264,17 +308,21 @@ def csv_rows(
       quoting: whether fields may be in quotes (as in .csv); else a quote is a character like any other (as in .tsv).
     """
     csv.field_size_limit(MAX_LINE_BYTES)
-    content = io.BytesIO(_content(path, skipped))
+    content = io.BufferedReader(_Stream(chunks(path)), _CHUNK)
     text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="")  # invalid UTF-8 is reported per row
     reader = csv.reader(
         text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     )
     header: list[str] | None = None
-    while True:
+    damaged = False
+    while not damaged:
         number = reader.line_num + 1
         with skipped:
             try:
                 fields = next(reader, None)
+            except BadRow:  # of the compressed data: no row follows
+                damaged = True
+                raise
             except csv.Error as error:
                 problem = f"{error}, in lines {number} to {reader.line_num}"
                 raise bad_row(path, number, f"{problem}: check the quotes and the delimiter {delimiter!r}") from error
@@ -334,28 +382,42 @@ def _object(path: str, line: int, value: Any) -> dict:
 
 
 def json_rows(path: str, skipped: Skipped) -> Iterator[tuple[int, dict]]:
-    """Yield the objects of a .json file, an array of them or one on each line, with their numbers (lines, or rows)."""
-    text = decode(path, _content(path, skipped), 1)
-    try:
-        value = _parsed(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-            raise bad_row(path, line, f"JSON that cannot be read ({error})") from error
-        for number, line in lines(path, skipped):  # not one value, but one on each line
-            with skipped:
-                yield number, json_object(path, number, line)
-        return
-    rows = value if isinstance(value, list) else [value]
-    for number, row in enumerate(rows, start=1):
+    """Yield the objects of a .json file with their numbers: an array of them, read as a whole, or one on each line."""
+    if is_one_value(path):
+        text = decode(path, _content(path, skipped), 1)
+        try:
+            value = _parsed(text)
+        except (ValueError, RecursionError) as error:
+            if text.lstrip().startswith("["):
+                line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+                raise bad_row(path, line, f"JSON that cannot be read ({error})") from error
+        else:
+            for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+                with skipped:
+                    yield number, _object(path, number, row)
+            skipped.log()
+            return
+    for number, line in lines(path, skipped):
         with skipped:
-            yield number, _object(path, number, row)
-    skipped.log()
+            yield number, json_object(path, number, line)
+
+
+def is_one_value(path: str) -> bool:
+    """Return whether a .json file seems to have one value, such as an array, instead of an object on each line."""
+    try:
+        head = next(chunks(path), b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+        return not isinstance(_parsed(head.split(b"\n", 1)[0].decode()), dict)
+    except BadRow:
+        return False  # the reader reports it
+    except (ValueError, RecursionError):
+        return True
 
 
 def as_text(where: str, column: str, value: Any) -> str:
     """Return a string or number as text. Raises BadRow, with the prefix `where`, for other types."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if value is None:
+        raise BadRow(f"{where}: column {column} has no value (null); text or a number is needed")
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         kind = f"{type(value).__name__} {str(value)[:40]!r}"
         raise BadRow(f"{where}: column {column} has {kind}; text or a number is needed")
     text = str(value)

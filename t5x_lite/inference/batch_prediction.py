@@ -25,7 +25,8 @@ from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference.evaluator import Score, scored, text_of
 from t5x_lite.inference.jsonl import Progress, ResumableJsonlWriter
-from tasks import readers, user_files
+from tasks import file_formats, locations, readers
+from tasks import templates as row_templates
 
 # encoder_input_tokens [B, S] -> N results for each row: token ids [B, N, T], int32, best first, and their
 # log-likelihoods [B, N], float32, which are -inf for missing results.
@@ -135,13 +136,12 @@ def file_source(
         filled: dict[str, str] = {}
         for key in ("inputs", "targets"):
             template = templates.get(key, TEMPLATES[key])
-            columns = user_files.columns(key, template)
-            if all(column in row for column in columns):
-                filled[key] = user_files.substitute(path, number, row, template)
+            if row_templates.has(row, row_templates.columns(key, template)):
+                filled[key] = row_templates.substitute(f"{path}:{number}", row, template)
             elif key in row:
                 filled[key] = readers.as_text(f"{path}:{number}", key, row[key])
             elif key == "inputs":
-                readers.check_columns(path, number, columns, list(row))
+                row_templates.substitute(f"{path}:{number}", row, template)  # raises an error
             elif with_targets:
                 raise readers.bad_row(path, number, 'no "targets" to score. To predict them, use --mode=infer.')
         return filled
@@ -161,15 +161,20 @@ def lines_source(
     num_examples: int | None,
 ) -> Source:
     """Like `file_source`: `texts` makes the texts of a row, or raises BadRow; `example` makes an Example of these."""
+    if path.startswith(locations.HUB) or tf.io.gfile.isdir(path):
+        files = locations.find(path, "INFER_INPUT: ")
+        if len(files) > 1:
+            raise UserError(f"INFER_INPUT = {path!r} has {len(files)} files: name one of them, such as {files[0]!r}")
+        path = files[0]
     if not tf.io.gfile.exists(path):
         raise MissingFileError(f"The input file INFER_INPUT = {path!r} does not exist (current folder: {os.getcwd()}).")
 
     def rows(log_rows: Literal["all", "none"]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         skipped = readers.Skipped(path, log_rows=log_rows)
-        if not user_files.has_rows(path):
+        if not file_formats.has_columns(path):
             yield from ((number, {"inputs": line}) for number, line in readers.lines(path, skipped))
             return
-        for number, row in user_files.rows(path, skipped):
+        for number, row in file_formats.rows(path, skipped):
             with skipped:
                 yield number, texts(number, row)
 

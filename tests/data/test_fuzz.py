@@ -2,12 +2,15 @@
 
 import contextlib
 import gzip
+import io
 import json
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import seqio
 
-from tasks import c4, cnn_dailymail, glue, readers, squad, user_files
+from tasks import c4, cnn_dailymail, glue, readers, squad, tables, user_files
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -82,7 +85,38 @@ def mine(tmp_path, bytes_vocabulary):
         seqio.TaskRegistry.remove("fuzzed")
 
 
+def columnar(write):
+    """A file of two columns of texts, numbers or lists, written by `write` (table, file)."""
+
+    def content(columns):
+        file = io.BytesIO()
+        write(pa.table(columns), file)
+        return file.getvalue()
+
+    clean = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+    column = st.one_of(
+        *(st.lists(st.none() | kind, min_size=2, max_size=2) for kind in (clean, st.floats(), st.lists(clean)))
+    )
+    return st.fixed_dictionaries({"inputs": column, "targets": column}).map(content)
+
+
+def stream(rows, file):
+    with pa.ipc.new_stream(file, rows.schema) as writer:
+        writer.write_table(rows)
+
+
+def zstd(content):
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as file:
+        file.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
 FORMATS = {
+    ".parquet": columnar(pa.parquet.write_table),
+    ".arrow": columnar(stream),
+    ".json": json_lines("inputs", "targets") | st.lists(rows_of("inputs", "targets") | values, max_size=3).map(as_json),
     ".txt": json_lines("text"),
     ".jsonl": json_lines("inputs", "targets"),
     ".csv": table(("inputs", "targets"), ",", texts | st.sampled_from(['"', '"a"', '"a\nb"', "\r", ""])),
@@ -95,9 +129,9 @@ FORMATS = {
 @hypothesis.given(st.data())
 def test_ones_own_files(mine, ending, data):
     content = data.draw(damaged(FORMATS[ending]))
-    packed = data.draw(st.booleans())
-    path = mine / f"a{ending}{'.gz' if packed else ''}"
-    path.write_bytes(data.draw(damaged(st.just(gzip.compress(content)))) if packed else content)
+    packing = "" if ending in tables.ENDINGS else data.draw(st.sampled_from(list(PACKERS)))
+    path = mine / f"a{ending}{packing}"
+    path.write_bytes(data.draw(damaged(st.just(PACKERS[packing](content)))) if packing else content)
     objective = "span_corruption" if ending == ".txt" else "text_to_text"
 
     def read():

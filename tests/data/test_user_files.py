@@ -65,8 +65,9 @@ def test_large_files_are_streamed_with_the_same_examples(folder, monkeypatch):
     task = user_files.register_files("mine", f"{folder}/a.jsonl", **templates)
     assert isinstance(task.source, seqio.FileDataSource)
     assert pairs() == in_memory
-    with pytest.raises(ValueError, match=r"convert to \.jsonl"):
-        user_files.register_files("mine", f"{folder}/b.csv", **templates)
+    (folder / "e.json").write_text('[{"question": "Who?", "answer": "A"}]')
+    with pytest.raises(ValueError, match=r"convert it to \.jsonl"):
+        user_files.register_files("mine", f"{folder}/e.json", **templates)
 
 
 @pytest.mark.parametrize(
