@@ -17,6 +17,11 @@ from t5x_lite.model.config import Dtype, Implementation, Remat, T5Config
 from t5x_lite.training.loss_config import LossConfig, NamedFactor
 
 Names = str | list[str]
+Files = Names | Mapping[str, Names]  # a mapping has the files of several corpora, by name
+
+
+Objective = Literal["text_to_text", "span_corruption"]
+Strategy = Literal["proportional", "temperature", "equal", "unimax"]  # as tasks.mixtures has them
 
 
 class GinReference(str):
@@ -31,6 +36,10 @@ class Check:
 
 def at_least(least: int) -> Check:
     return Check(lambda value: value >= least, f"must be at least {least}")
+
+
+def above(bound: float) -> Check:
+    return Check(lambda value: value > bound, f"must be above {bound}")
 
 
 def option(default: Any, text: str, check: Check | None = None, sets: tuple[str, ...] = (), path: bool = False) -> Any:
@@ -59,8 +68,8 @@ def _of_models(parameter: str) -> tuple[str, ...]:
 class DataOptions:
     """What to train on"""
 
-    mixture_or_task_name: str | None = option(
-        None, 'SeqIO task or mixture, such as "glue_v002_proportional"; or use TRAIN_FILES'
+    mixture_or_task_name: Names | None = option(
+        None, 'SeqIO task or mixture, such as "glue_v002_proportional"; a list of tasks is mixed; or use TRAIN_FILES'
     )
     mixture_or_task_module: Names | None = option(
         None, 'your modules that register tasks: "my.tasks", or a list of such names'
@@ -102,18 +111,50 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilesOptions:
-    """Your own files as a task: text, JSON, CSV, TSV, Parquet, Arrow; a path, a pattern, hf://datasets/... or a list"""
+    """Your own files as tasks: text, JSON, CSV, TSV, Parquet, Arrow; a path, a pattern, hf://datasets/... or a list"""
 
-    train_files: Names | None = option(
-        None, 'such as "my/*.jsonl"; replaces MIXTURE_OR_TASK_NAME; the task is named "files"', path=True
+    train_files: Files | None = option(
+        None,
+        'such as "my/*.jsonl", the task "files"; or {"news": "news/*.parquet", "chat": "chat.jsonl"}, a task each and '
+        "their mixture; instead of MIXTURE_OR_TASK_NAME, or mixed with those in a list there",
+        path=True,
     )
-    eval_files: Names | None = option(None, "files to evaluate on; None: nothing is evaluated", path=True)
-    files_objective: Literal["text_to_text", "span_corruption"] = option(
-        "text_to_text", 'rows become inputs and targets by the templates; or "span_corruption" of their text'
+    eval_files: Files | None = option(
+        None, "files to evaluate on, likewise; each corpus is scored on its own. None: nothing is evaluated", path=True
     )
-    files_inputs_template: str = option("{inputs}", "{column} stands for a column")
-    files_targets_template: str = option("{targets}", "likewise")
-    files_text_template: str = option("{text}", "for span corruption; a line of a .txt file is {text}")
+    files_objective: Objective | Mapping[str, Objective] = option(
+        "text_to_text",
+        'rows become inputs and targets by the templates; or "span_corruption" of their text. This and the next four '
+        "may be a dict by the names of the corpora",
+    )
+    files_inputs_template: str | Mapping[str, str] = option("{inputs}", "{column} stands for a column")
+    files_targets_template: str | Mapping[str, str] = option("{targets}", "likewise")
+    files_text_template: str | Mapping[str, str] = option(
+        "{text}", "for span corruption; a line of a .txt file is {text}"
+    )
+    metrics: Names | Mapping[str, Names] | None = option(
+        None,
+        'of EVAL_FILES: "exact_match", "f1", "squad", "accuracy", "f1_macro", "matthews", "pearson", "spearman", '
+        '"rouge", "bleu", or a list of them; None: exact match and F1 of words',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixingOptions:
+    """Mixing several corpora and tasks: TRAIN_FILES with names, a list in MIXTURE_OR_TASK_NAME, or both"""
+
+    mixing: Strategy | Mapping[str, float] = option(
+        "proportional",
+        'to the number of examples; "temperature"; "equal"; "unimax": equal, but nothing is seen more than '
+        'MIXING_MAX_EPOCHS times; or the rate of each, {"news": 0.7, "chat": 0.3}',
+    )
+    mixing_limit: float | None = option(
+        None, "examples that a corpus counts for at most, T5's K; None: no limit", above(0)
+    )
+    mixing_temperature: float = option(1.0, '"temperature": rates are examples^(1 / T)', above(0))
+    mixing_max_epochs: float | None = option(
+        None, '"unimax": passes over a corpus at most, in TRAIN_STEPS; None: 1', above(0)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,7 +331,7 @@ class DeviceOptions:
 
 
 SECTIONS = (
-    *(DataOptions, FilesOptions, ModelOptions, TrainingOptions, OptimizerOptions),
+    *(DataOptions, FilesOptions, MixingOptions, ModelOptions, TrainingOptions, OptimizerOptions),
     *(EvaluationOptions, CheckpointOptions, DeviceOptions),
 )
 OF_PARTS = (ModelOptions, OptimizerOptions)  # the others are fields of RunConfig

@@ -6,6 +6,7 @@ This module knows nothing of gin: a `RunConfig` can be made in Python just as we
 import dataclasses
 import os
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from t5x_lite.errors import MissingFileError, UserError
@@ -19,6 +20,7 @@ from t5x_lite.options import (
     EvaluationOptions,
     FilesOptions,
     GinReference,
+    MixingOptions,
     TrainingOptions,
 )
 from t5x_lite.training.loss_config import LossConfig
@@ -26,7 +28,9 @@ from t5x_lite.training.optim import Optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOptions, FilesOptions, DataOptions):
+class RunConfig(
+    DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOptions, MixingOptions, FilesOptions, DataOptions
+):
     """One run of any mode: its parts, and the options that are no part's own.
 
     Raises:
@@ -59,10 +63,20 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
         if self.infer_output and "://" in self.infer_output:
             raise UserError(f"INFER_OUTPUT = {self.infer_output!r} must be a local file, to be added to line by line")
         _ = self.decoding  # checks settings that depend on one another
-        if self.eval_files and not self.train_files:
+        if self.eval_files and not self.train_files and isinstance(self.mixture_or_task_name, str):
             raise UserError(
-                "EVAL_FILES is set without TRAIN_FILES: a task of your own files begins with those to train on"
+                "EVAL_FILES is set without TRAIN_FILES: to evaluate on them beside registered tasks, set "
+                f"MIXTURE_OR_TASK_NAME = [{self.mixture_or_task_name!r}]"
             )
+        if not self.mixes:
+            for name in ("mixing", "mixing_limit", "mixing_temperature", "mixing_max_epochs"):
+                if getattr(self, name) != getattr(MixingOptions, name):
+                    raise UserError(
+                        f"{name.upper()} is set, but nothing is mixed by it: set MIXTURE_OR_TASK_NAME to a list of "
+                        "tasks, or TRAIN_FILES to a dict of corpora (a registered mixture has its rates)"
+                    )
+        if self.mixing == "temperature" and self.mixing_temperature == 1:
+            raise UserError("MIXING = 'temperature' needs MIXING_TEMPERATURE, such as 2.0 (1.0 is 'proportional')")
         if self.keep_best_metric and (self.eval_period == 0 or self.checkpoint_period % self.eval_period):
             raise UserError(
                 "KEEP_BEST_METRIC needs an evaluation at each checkpoint: CHECKPOINT_PERIOD = "
@@ -73,6 +87,12 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
                 f"TRAIN_STEPS = {self.train_steps} and TOTAL_TRAIN_STEPS = {self.total_train_steps} (which includes "
                 "those of INITIAL_CHECKPOINT_PATH) are both set: keep one, and set the other to None"
             )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the run makes a mixture of its own."""
+        corpora = [self.train_files, self.eval_files]
+        return isinstance(self.mixture_or_task_name, list) or any(isinstance(files, Mapping) for files in corpora)
 
     @property
     def decoding(self) -> Decoding:
@@ -88,6 +108,8 @@ class RunConfig(DeviceOptions, CheckpointOptions, EvaluationOptions, TrainingOpt
 
 
 def _expanded(paths: Any) -> Any:
+    if isinstance(paths, Mapping):
+        return {name: _expanded(files) for name, files in paths.items()}
     if isinstance(paths, (list, tuple)):
         return [_expanded(path) for path in paths]
     return os.path.expanduser(paths) if isinstance(paths, str) else paths

@@ -22,11 +22,11 @@ from tasks import (
     data_sources,
     file_formats,
     locations,
-    metrics,
     objectives,
     readers,
     templates,
     text_checks,
+    text_metrics,
     vocabulary,
 )
 from tasks.errors import UserError
@@ -40,24 +40,26 @@ Objective = Literal["text_to_text", "span_corruption"]
 
 def register_files(
     name: str,
-    train_files: str | Sequence[str],
+    train_files: str | Sequence[str] | None,
     eval_files: str | Sequence[str] | None = None,
     *,
     objective: Objective = "text_to_text",
     inputs_template: str = "{inputs}",
     targets_template: str = "{targets}",
     text_template: str = "{text}",
+    metrics: Sequence[text_metrics.Metric] = (text_metrics.text_match,),
 ) -> seqio.Task:
     """Register a SeqIO task that reads the given files; an earlier task of the same name made here is replaced.
 
     Args:
       name: name of the task.
-      train_files: one or more paths or patterns for the split `train`.
+      train_files: one or more paths or patterns for the split `train`; None: the task is only evaluated.
       eval_files: the same for `validation`; without it the task has no such split and is not evaluated.
       objective: "text_to_text" makes inputs and targets from each row by the two templates, and is scored by exact
         match and F1 of words; "span_corruption" pre-trains on the text of each row.
       inputs_template, targets_template: text with {column} for the values of a row; "{{" is a brace. For text_to_text.
       text_template: the same for span_corruption of files with columns. In a .txt file the line is the column `text`.
+      metrics: of decoded targets and predictions, for text_to_text.
 
     Raises:
       MissingFileError: no file matches.
@@ -72,7 +74,9 @@ def register_files(
     else:
         raise UserError(f"objective {objective!r}: use 'text_to_text' or 'span_corruption'")
     columns = templates.in_file(wanted)  # raises an error if a template has no columns
-    paths = {"train": locations.find(train_files, "TRAIN_FILES: ")}
+    paths = {}
+    if train_files:
+        paths["train"] = locations.find(train_files, "TRAIN_FILES: ")
     if eval_files:
         paths["validation"] = locations.find(eval_files, "EVAL_FILES: ")
     for split, files in paths.items():
@@ -109,7 +113,7 @@ def register_files(
         ],
         output_features=vocabulary.output_features(),
         postprocess_fn=_given_back if text_to_text else None,
-        metric_fns=[metrics.text_match] if text_to_text else [],
+        metric_fns=list(metrics) if text_to_text else [],
         shuffle_buffer_size=window,
         task_cls=FilesTask,
     )
@@ -128,6 +132,11 @@ class FilesTask(data_sources.CorpusTask):
     paths: Mapping[str, Sequence[str]]
     templates: Templates
     _notes: dict[tuple, list[str]]  # by lengths
+
+    def num_rows(self, split: str) -> int:
+        """Return the number of rows of a split; of streamed files they are counted, bad ones included."""
+        known = self.source.num_input_examples(split)
+        return sum(map(file_formats.num_rows, self.paths[split])) if known is None else known
 
     def notes(self, lengths: Mapping[str, int]) -> list[str]:
         """Return a line for each file and thing that a user should know: what is cut, unknown, empty, not given back.

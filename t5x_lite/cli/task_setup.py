@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from t5x_lite import checkpoint, options
+from t5x_lite import checkpoint, options, run_config
 from t5x_lite.data import tensorflow_start
 from t5x_lite.errors import MissingFileError, UserError, nearest
 from t5x_lite.inference.predictor import Predictor, Scores
@@ -41,11 +41,7 @@ def register_tasks(run: RunConfig) -> str:
     import_tasks(run)
     from t5x_lite.data import pipeline
 
-    name = run.mixture_or_task_name or ""
-    if run.train_files:
-        if name:
-            log.info("TRAIN_FILES is set: the run uses these files, not MIXTURE_OR_TASK_NAME = %r.", name)
-        name = _register_files(run)
+    name = _register_corpora(run)
     from tasks import cache, data_sources
 
     describe = cache.describe if run.use_cached_tasks else data_sources.describe
@@ -59,11 +55,13 @@ def register_tasks(run: RunConfig) -> str:
 
 def data_notes(run: RunConfig, name: str) -> list[str]:
     """Returns what the user should know of their own files: texts that are cut, unknown, empty or not given back."""
+    import seqio
+
     from t5x_lite.data import pipeline
     from tasks import user_files
 
-    task = pipeline.find_provider(name)
-    return task.notes(run.task_feature_lengths) if isinstance(task, user_files.FilesTask) else []
+    own = [task for task in seqio.get_subtasks(pipeline.find_provider(name)) if isinstance(task, user_files.FilesTask)]
+    return [note for task in own for note in task.notes(run.task_feature_lengths)]
 
 
 def with_labels(run: RunConfig, name: str) -> RunConfig:
@@ -231,21 +229,31 @@ def _without_chatter() -> Iterator[None]:
             os.close(stderr)
 
 
-def _register_files(run: RunConfig) -> str:
-    from tasks import user_files
+def _register_corpora(run: RunConfig) -> str:
+    """Registers the user's files and mixture. Returns the name of the run's task or mixture."""
+    from tasks import corpora
 
-    assert run.train_files
-    name = "files"
-    user_files.register_files(
-        name,
+    names = run.mixture_or_task_name
+    if isinstance(names, str):
+        if not run.train_files:
+            return names
+        log.info("TRAIN_FILES is set: the run uses these files, not MIXTURE_OR_TASK_NAME = %r.", names)
+        names = []
+    return corpora.register(
         run.train_files,
         run.eval_files,
+        names or [],
         objective=run.files_objective,
         inputs_template=run.files_inputs_template,
         targets_template=run.files_targets_template,
         text_template=run.files_text_template,
+        metrics=run.metrics,
+        mixing=run.mixing,
+        limit=run.mixing_limit,
+        temperature=run.mixing_temperature,
+        budget=run_config.last_step(run) * run.batch_size if run.mixing == "unimax" else None,
+        max_epochs=run.mixing_max_epochs,
     )
-    return name
 
 
 def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None = None) -> Any:
@@ -253,7 +261,7 @@ def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None 
 
     facts = fingerprint.data_facts(pipeline.find_provider(name), ("train", run.eval_split), run.use_cached_tasks)
     if run.train_files:
-        fields = (field for field in options.options(options.FilesOptions) if not field.name.endswith("_files"))
+        fields = (field for field in options.options(options.FilesOptions) if field.name.startswith("files_"))
         facts |= {field.name.upper(): getattr(run, field.name) for field in fields}
     return pipeline.TrainBatches(
         name,
@@ -421,7 +429,11 @@ def tool(name: str) -> Any:
 def describe_run(run: RunConfig, name: str) -> Any:
     """Returns the report's description of the run, a `report.page.About`."""
     run_name = Path(run.model_dir).resolve().name
-    return tool("report").About(name, rates(name), _baselines(name), run_name, data_notes(run, name))
+    details = {
+        row.task: {"examples": row.examples, "epochs": row.passes, "tokens": row.tokens, "token share": row.token_share}
+        for row in mixture_table(run, name)
+    }
+    return tool("report").About(name, rates(name), _baselines(name), run_name, data_notes(run, name), details)
 
 
 def rates(name: str) -> dict[str, float]:
@@ -435,3 +447,47 @@ def rates(name: str) -> dict[str, float]:
         return {name: 1.0}
     rates = {t.name: provider.get_rate(t) for t in provider.tasks if "train" in t.splits}
     return {task: rates[task] / sum(rates.values()) for task in sorted(rates, key=lambda task: -rates[task])}
+
+
+def log_mixture(run: RunConfig, name: str) -> None:
+    """Logs the share of each task of the training mixture, with examples, epochs and tokens where they are known."""
+    rows = mixture_table(run, name)
+    if not rows:
+        log.info("Training on %s", name)
+        return
+    from tasks.mixtures import table
+
+    log.info("Training on %s:\n%s", name, table.to_text(rows))
+
+
+def mixture_table(run: RunConfig, name: str) -> list[Any]:
+    """Returns share, examples, epochs and tokens of each task of the training mixture, as `tasks.mixtures.table.Row`s.
+
+    Tokens are measured for a mixture that the run makes; the epochs of packed rows are known with them.
+    """
+    import seqio
+
+    from tasks import corpora, mixtures
+    from tasks.mixtures import table
+
+    shares, lengths = rates(name), run.task_feature_lengths
+    if len(shares) < 2:
+        return []
+    tasks = {task: seqio.TaskRegistry.get(task) for task in shares}
+    known = run.mixes or not run.pack
+    examples = {
+        task: corpora.num_examples(provider) if run.mixes else mixtures.train_examples(task)
+        for task, provider in tasks.items()
+    }
+    tokens = {task: table.mean_lengths(task, 200, lengths) for task in shares if shares[task]} if run.mixes else {}
+    per_row = 1.0
+    if run.pack and tokens:
+        means = {feature: sum(shares[task] * tokens[task].get(feature, 0) for task in tokens) for feature in lengths}
+        per_row = max(1.0, min(lengths[feature] / mean for feature, mean in means.items() if mean))
+    return table.rows(
+        shares,
+        examples if known else dict.fromkeys(shares),
+        steps=run_config.last_step(run),
+        batch=run.batch_size * per_row,
+        tokens={task: sum(by_feature.values()) for task, by_feature in tokens.items()},
+    )

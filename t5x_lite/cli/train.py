@@ -65,7 +65,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
     from t5x_lite.data import pipeline
 
     run = task_setup.with_labels(run, name)
-    log.info("%s: %s", name, ", ".join(f"{task} {rate:.1%}" for task, rate in task_setup.rates(name).items()))
+    task_setup.log_mixture(run, name)
     log.info("%s on %s", task_setup.parameter_summary(run, partitioner), partitioner)
     for note in task_setup.data_notes(run, name):
         log.info(note)

@@ -27,6 +27,8 @@ class About:
     baselines: Baselines = dataclasses.field(default_factory=dict)
     run: str = ""  # its name, if that differs from the folder's, as for files mirrored to a bucket
     notes: Sequence[str] = ()  # what is to be known of the data
+    # "examples", "epochs", "tokens" of an example and "token share" by task; None where it is not known
+    details: Mapping[str, Mapping[str, float | None]] = dataclasses.field(default_factory=dict)
 
 
 def page(
@@ -45,7 +47,7 @@ def page(
     parts = {
         "Scores": _scores(tasks, anchors, about.baselines),
         "Curves": _curves(train, tasks),
-        f"Mixture {escaped(about.mixture)}": _rates(about.rates),
+        f"Mixture {escaped(about.mixture)}": _rates(about.rates, about.details),
         "Notes on the data": "".join(f"<p>{escaped(note)}</p>" for note in about.notes),
         "Predictions": legend + "".join(sections),
     }
@@ -134,17 +136,25 @@ def _curves(train: Curve, tasks: Curves) -> str:
     return loss + (f'<div class="panels">{inner}</div>' if inner else "")
 
 
-def _rates(rates: Mapping[str, float]) -> str:
+def _rates(rates: Mapping[str, float], details: Mapping[str, Mapping[str, float | None]]) -> str:
     if len(rates) < 2:
         return ""
     most = max(rates.values())
+    formats = {"examples": "{:,.0f}", "epochs": "{:,.2f}", "tokens": "{:,.1f}", "token share": "{:.1%}"}
+    known = [column for column in formats if any(values.get(column) is not None for values in details.values())]
+
+    def cell(task: str, column: str) -> str:
+        value = details.get(task, {}).get(column)
+        return f'<td class="n">{"" if value is None else formats[column].format(value)}</td>'
+
     rows = "".join(
-        f'<tr><th scope="row">{name(task)}</th><td class="n">{rate:.1%}</td>'
+        f'<tr><th scope="row">{name(task)}</th><td class="n">{rate:.1%}</td>{"".join(cell(task, c) for c in known)}'
         f'<td class="bar"><div style="width:{rate / most:.2%}"></div></td></tr>'
         for task, rate in sorted(rates.items(), key=lambda item: -item[1])
     )
+    heads = "".join(f'<th scope="col" class="n">{column}</th>' for column in known)
     return (
         '<table class="rates"><caption>Share of the training examples drawn</caption><thead><tr>'
-        '<th scope="col">task</th><th scope="col" class="n">share</th><td></td></tr></thead>'
+        f'<th scope="col">task</th><th scope="col" class="n">share</th>{heads}<td></td></tr></thead>'
         f"<tbody>{rows}</tbody></table>"
     )

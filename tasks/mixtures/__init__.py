@@ -1,10 +1,12 @@
-"""T5's three mixing strategies, and mixtures of C4, GLUE and SQuAD.
+"""T5's three mixing strategies and UniMax, and mixtures of C4, GLUE and SQuAD.
 
   proportional   min(examples, K): examples-proportional mixing with artificial limit K
   temperature    min(examples, K)^(1/T): T = 1 is proportional, a large T nearly equal
   equal          the same rate for each task
+  unimax         equal, but no task is repeated more than `max_epochs` times within the budget of examples
 
-Rates are computed from the published example counts below, without reading data. Source: T5 paper, section 3.5.2.
+Rates are computed from the published example counts below, without reading data. Sources: T5 paper, section 3.5.2;
+UniMax: Chung et al. 2023 (arXiv 2304.09151), algorithm 1, as used for UMT5.
 
 Mixtures are registered for the sets `glue_v002`, `glue_squad` and `c4_glue_squad` as SET_proportional (K = 2^19, the
 paper's choice for multi-task training), SET_proportional_k16 ... _k21 (K = 2^16 ... 2^21), SET_temperature_2, _4 and
@@ -28,7 +30,7 @@ import seqio
 from tasks import c4, glue, squad  # noqa: F401  registers the tasks of the mixtures below
 from tasks.errors import UserError
 
-Strategy = Literal["proportional", "temperature", "equal"]
+Strategy = Literal["proportional", "temperature", "equal", "unimax"]
 
 MULTI_TASK_LIMIT = 2**19
 TEMPERATURE_LIMIT = 2**21
@@ -74,15 +76,21 @@ def rates(
     limit: float | None = None,
     temperature: float = 1.0,
     scale: float = 1.0,
+    budget: float | None = None,
+    max_epochs: float | None = None,
 ) -> dict[str, float]:
     """Return the share of each task: (min(examples * scale, limit))^(1 / temperature), normalised to sum 1.
 
+    UniMax shares the budget equally, and what a task cannot use within its epochs goes to the others.
+
     Args:
       tasks: names with a published count (`TRAIN_EXAMPLES`), or a mapping of any names to example counts.
-      strategy: "proportional", "temperature", or "equal" (which takes none of the settings below).
+      strategy: "proportional", "temperature", "unimax", or "equal" (which takes none of the settings below).
       limit: the artificial limit K on a task's examples; None for no limit.
       temperature: T, only for strategy "temperature".
       scale: factor on the counts, applied before the limit.
+      budget: number of examples to be drawn in all (any unit that the counts have), only for "unimax".
+      max_epochs: passes over a task's examples at most, only for "unimax"; None: 1, as for UMT5.
 
     Returns:
       Probabilities by task, in the given order.
@@ -90,7 +98,7 @@ def rates(
     Raises:
       UserError: unknown tasks, counts below 0 or all 0, or settings that are out of range or of another strategy.
     """
-    raw = raw_rates(tasks, strategy, limit, temperature, scale)
+    raw = raw_rates(tasks, strategy, limit, temperature, scale, budget, max_epochs)
     total = math.fsum(raw.values())
     if not total:
         raise UserError(f"none of {', '.join(raw)} has training examples: there is nothing to sample from")
@@ -103,8 +111,10 @@ def raw_rates(
     limit: float | None = None,
     temperature: float = 1.0,
     scale: float = 1.0,
+    budget: float | None = None,
+    max_epochs: float | None = None,
 ) -> dict[str, float]:
-    """Like `rates`, before normalisation: proportional rates are numbers of examples, equal rates are 1."""
+    """Like `rates`, before normalisation: proportional and UniMax rates are numbers of examples, equal rates 1."""
     counts = dict(tasks) if isinstance(tasks, Mapping) else _published(tasks)
     if not counts:
         raise UserError("no tasks to mix")
@@ -112,7 +122,7 @@ def raw_rates(
         if not (math.isfinite(count) and count >= 0):
             raise UserError(f"task {name} has {count} examples; counts are finite and at least 0")
     if strategy not in get_args(Strategy):
-        raise UserError(f"strategy {strategy!r}: use 'proportional', 'temperature' or 'equal'")
+        raise UserError(f"strategy {strategy!r}: use 'proportional', 'temperature', 'equal' or 'unimax'")
     if limit is not None and not limit > 0:
         raise UserError(f"limit K = {limit}: it must be above 0, or None for no limit")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -121,11 +131,33 @@ def raw_rates(
         raise UserError(f"scale {scale}: it must be finite and above 0")
     if strategy != "temperature" and temperature != 1:
         raise UserError(f"temperature {temperature} needs strategy='temperature', not {strategy!r}")
+    if strategy == "unimax":
+        if limit is not None or scale != 1:
+            raise UserError("strategy 'unimax' caps the epochs (max_epochs): it takes no limit and no scale")
+        return _unimax(counts, budget, 1.0 if max_epochs is None else max_epochs)
+    if budget is not None or max_epochs is not None:
+        raise UserError(f"budget and max_epochs are for strategy 'unimax', not {strategy!r}")
     if strategy == "equal":
         if limit is not None or scale != 1:
             raise UserError("strategy 'equal' gives each task the same rate: it takes no limit and no scale")
         return dict.fromkeys(counts, 1.0)
     return {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
+
+
+def _unimax(counts: Mapping[str, float], budget: float | None, max_epochs: float) -> dict[str, float]:
+    """Return how much of the budget each task gets: the smallest first, each at most an equal part of what is left.
+
+    A budget that all tasks together cannot use within their epochs is not used up, and the rates are proportional.
+    """
+    if budget is None or not (math.isfinite(budget) and budget > 0):
+        raise UserError(f"strategy 'unimax' needs a budget of examples above 0, not {budget}")
+    if not max_epochs > 0:
+        raise UserError(f"max_epochs {max_epochs}: it must be above 0")
+    shares = {}
+    for k, name in enumerate(sorted(counts, key=lambda name: counts[name])):
+        shares[name] = min(counts[name] * max_epochs, budget / (len(counts) - k))
+        budget -= shares[name]
+    return {name: shares[name] for name in counts}
 
 
 def train_examples(name: str) -> int | None:

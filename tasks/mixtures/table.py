@@ -35,7 +35,7 @@ def rows(
     rates: Mapping[str, float],
     examples: Mapping[str, int | None],
     steps: int = STEPS,
-    batch: int = BATCH,
+    batch: float = BATCH,
     tokens: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """Return a row for each task with a rate above 0, the largest first.
@@ -43,7 +43,7 @@ def rows(
     Args:
       rates: task -> mixing rate, on any scale.
       examples: task -> number of training examples, None if unknown.
-      steps, batch: number of sampled examples, before packing.
+      steps, batch: number of sampled examples, the packed ones counted.
       tokens: task -> mean tokens per example.
     """
     drawn = {task: rate for task, rate in rates.items() if rate}
@@ -66,18 +66,25 @@ def rows(
 
 
 def mean_tokens(task: str, examples: int = _MEASURED, lengths: Mapping[str, int] = LENGTHS) -> float:
-    """Return the mean tokens of the task's training examples: inputs and targets with EOS, truncated to `lengths`.
+    """Return the mean tokens of the task's training examples: the sum of `mean_lengths`."""
+    return sum(mean_lengths(task, examples, lengths).values())
+
+
+def mean_lengths(task: str, examples: int, lengths: Mapping[str, int]) -> dict[str, float]:
+    """Return the mean tokens of each feature of the task's training examples, with EOS, truncated to `lengths`.
 
     Reads the task's data with the current vocabulary, and raises their errors.
     """
     dataset = seqio.TaskRegistry.get(task).get_dataset(lengths, "train", shuffle=True, seed=0)
     sizes = [
-        sum(len(example[feature]) for feature in lengths if feature in example)
+        [len(example.get(feature, ())) for feature in lengths]
         for example in itertools.islice(dataset.as_numpy_iterator(), examples)  # pyright: ignore[reportArgumentType]
     ]
     if not sizes:
         raise UserError(f"task {task} has no examples for lengths {dict(lengths)}")
-    return sum(sizes) / len(sizes)
+    return {
+        feature: sum(column) / len(sizes) for feature, column in zip(lengths, zip(*sizes, strict=True), strict=True)
+    }
 
 
 def to_text(table: list[Row]) -> str:
