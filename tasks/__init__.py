@@ -3,7 +3,21 @@
 Must not import: t5x_lite, JAX.
 """
 
-from tasks import bert, c4, cnn_dailymail, glue, glue_bert, mixtures, quickstart, readers, squad, user_files, vocabulary
+from tasks import (
+    bert,
+    c4,
+    cnn_dailymail,
+    glue,
+    glue_bert,
+    mixtures,
+    quickstart,
+    readers,
+    squad,
+    super_glue,
+    user_files,
+    vocabulary,
+    winograd,
+)
 
 __all__ = [
     "bert",
@@ -15,6 +29,8 @@ __all__ = [
     "quickstart",
     "readers",
     "squad",
+    "super_glue",
     "user_files",
     "vocabulary",
+    "winograd",
 ]

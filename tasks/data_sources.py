@@ -28,6 +28,20 @@ from tasks.errors import MissingFileError, UserError
 
 # A column has one value per example: an array, or a ragged tensor for lists; columns are nested like the features.
 Columns = dict[str, Any]
+
+
+def texts_column(texts: Sequence[str]) -> np.ndarray:
+    """Return a column of texts."""
+    return np.array([text.encode() for text in texts], object)
+
+
+def lists_column(lists: Sequence[Sequence[str]]) -> tf.RaggedTensor:
+    """Return a column of lists of texts."""
+    values = texts_column([text for texts in lists for text in texts])
+    splits = np.cumsum([0] + [len(texts) for texts in lists])
+    return tf.RaggedTensor.from_row_splits(tf.constant(values, tf.string), splits)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 _LINES_PER_CALL = 64  # lines per Python call: 3 times as fast as one line per call
 
 

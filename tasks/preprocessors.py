@@ -1,4 +1,4 @@
-"""Text preprocessors of GLUE and SQuAD: from raw examples to the strings `inputs` and `targets`.
+"""Text preprocessors that several corpora share: from raw examples to the strings `inputs` and `targets`.
 
 All agree with the t5 package (0.9.4) byte for byte. Must not import: files, TFDS, task names, vocabularies.
 """
@@ -16,15 +16,14 @@ Example = dict[str, Any]  # feature -> tensor; `answers` may be nested
 
 
 def glue(dataset: tf.data.Dataset, prefix: str, text_features: Sequence[str], labels: Sequence[str]) -> tf.data.Dataset:
-    """Make inputs `prefix first: ... second: ...`, with features sorted by name; the target is the label word.
+    """Make inputs `prefix first: ... second: ...`, with the features in this order; the target is the label word.
 
     A label of -1 (GLUE's test sets) gives the target "<unk>".
     """
-    names = sorted(text_features)
 
     def to_text(x: Example) -> Example:
         pieces = [prefix]
-        for name in names:
+        for name in text_features:
             pieces += [f"{name}:", x[name]]
         target = tf.where(x["label"] < 0, "<unk>", tf.gather(tf.constant(labels), tf.maximum(x["label"], 0)))
         return {"inputs": tf.strings.join(pieces, " "), "targets": target, "idx": x["idx"]}

@@ -360,6 +360,41 @@ def as_text(where: str, column: str, value: Any) -> str:
     return text
 
 
+def field(where: str, row: Any, name: str, kind: type = str) -> Any:
+    """Return a field of a JSON object from this module's readers. Raises BadRow, with the prefix `where`, without it.
+
+    Args:
+      kind: str for a text or number, as text; int for a whole number of 32 bits; list, or dict.
+    """
+    if not isinstance(row, dict) or name not in row:
+        has = ", ".join(row) or "nothing" if isinstance(row, dict) else f"{type(row).__name__} {str(row)[:40]!r}"
+        raise BadRow(f"{where}: no {name} where it belongs; there is: {has}")
+    value = row[name]
+    if kind is str:
+        return as_text(where, name, value)
+    if kind is int:
+        try:
+            number = int(as_text(where, name, value))
+        except ValueError:  # so is BadRow
+            number = 2**31
+        if not -(2**31) <= number < 2**31:
+            raise BadRow(f"{where}: {name} is {str(value)[:40]!r}; a whole number is needed")
+        return number
+    if not isinstance(value, kind):
+        raise BadRow(f"{where}: {name} is {type(value).__name__} {str(value)[:40]!r}; {kind.__name__} is needed")
+    return value
+
+
+def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
+    """Yield the objects of a file with one on each line, each with "file:line" for messages about it.
+
+    The caller reads an object `with skipped:`.
+    """
+    for number, line in lines(path, skipped):
+        with skipped:
+            yield f"{path}:{number}", json_object(path, number, line)
+
+
 def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:
     """Yield the questions of a SQuAD v1.1 file with TFDS's features: id, title, context, question, answers."""
     text = decode(path, _content(path, Skipped(path, "refuse")), 1)
