@@ -246,7 +246,8 @@ class CorpusSource(seqio.DataSource):
       files: split name -> file pattern in that folder.
       build: split name -> paths to the source that reads them.
       tfds_name: name and version of the corpus in TFDS.
-      tfds_splits: splits in TFDS, listed here so that `splits` needs no TFDS data.
+      tfds_splits: splits in TFDS, listed here so that `splits` needs no TFDS data; or a mapping from the splits to
+        TFDS's, such as {"validation": "train[90%:]"}.
     """
 
     def __init__(
@@ -255,14 +256,14 @@ class CorpusSource(seqio.DataSource):
         files: Mapping[str, str],
         build: Callable[[dict[str, list[str]]], seqio.DataSource],
         tfds_name: str,
-        tfds_splits: Sequence[str],
+        tfds_splits: Sequence[str] | Mapping[str, str],
     ):
         super().__init__(splits=files.keys())
         self._folder = folder
         self._files = dict(files)
         self._build = build
         self._tfds_name = tfds_name
-        self._tfds_splits = tuple(tfds_splits)
+        self._tfds_splits = dict(tfds_splits) if isinstance(tfds_splits, Mapping) else tuple(tfds_splits)
         self._choices: dict[tuple[str | None, str | None], _Choice] = {}
 
     def _choice(self) -> _Choice:

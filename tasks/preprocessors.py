@@ -45,10 +45,11 @@ def stsb(x: Example) -> Example:
 
 def pad_punctuation(text: tf.Tensor) -> tf.Tensor:
     """Put spaces around ASCII punctuation and collapse white space. Other punctuation stays."""
-    return _one_space(tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 "))
+    return one_space(tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 "))
 
 
-def _one_space(text: tf.Tensor) -> tf.Tensor:
+def one_space(text: tf.Tensor) -> tf.Tensor:
+    """Collapse white space."""
     return tf.strings.regex_replace(text, r"\s+", " ")
 
 
@@ -69,7 +70,7 @@ def _squad_example(
 def squad(x: Example) -> Example:
     """Make t5's SQuAD: `question: ... context: ...` -> first answer, with padded punctuation."""
     context, question = pad_punctuation(x["context"]), pad_punctuation(x["question"])
-    inputs = _one_space(tf.strings.join(["question:", question, "context:", context], " "))
+    inputs = one_space(tf.strings.join(["question:", question, "context:", context], " "))
     return _squad_example(x, inputs, context, question, pad_punctuation(x["answers"]["text"]))
 
 
@@ -77,7 +78,7 @@ def squad(x: Example) -> Example:
 def squad_context_free(x: Example) -> Example:
     """Make closed-book SQuAD: `squad trivia question: ...` without the context."""
     context, question = pad_punctuation(x["context"]), pad_punctuation(x["question"])
-    inputs = _one_space(tf.strings.join(["squad trivia question:", question], " "))
+    inputs = one_space(tf.strings.join(["squad trivia question:", question], " "))
     return _squad_example(x, inputs, context, question, pad_punctuation(x["answers"]["text"]))
 
 

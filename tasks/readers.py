@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import tensorflow as tf
@@ -383,6 +383,21 @@ def field(where: str, row: Any, name: str, kind: type = str) -> Any:
     if not isinstance(value, kind):
         raise BadRow(f"{where}: {name} is {type(value).__name__} {str(value)[:40]!r}; {kind.__name__} is needed")
     return value
+
+
+def json_file(path: str, keep: Callable[[dict], Any] = dict) -> Any:
+    """Return the value of a whole .json file; numbers are numbers.
+
+    Args:
+      keep: what of each object to keep, called from the innermost on, so that a large file need not be in memory whole.
+    """
+    text = decode(path, _content(path, Skipped(path, "refuse")), 1)
+    try:
+        return json.loads(text, object_hook=keep)
+    except json.JSONDecodeError as error:
+        raise bad_row(path, error.lineno, f"not JSON ({error.msg}); is the file truncated?") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{path}: JSON that Python cannot read ({error})") from error
 
 
 def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
