@@ -3,6 +3,7 @@
 Must not import: t5x_lite, JAX.
 """
 
+import tasks.mixtures.t5  # noqa: F401
 from tasks import (
     bert,
     c4,
