@@ -95,7 +95,7 @@ class BlockSource(seqio.DataSource):
                     arrays.append(np.array([len(value) for value in values], np.int64))
             return arrays
 
-        def read(i: tf.Tensor) -> dict:
+        def read(i: tf.Tensor) -> Any:
             arrays = iter(tf.numpy_function(flat, [i * shard.step + shard.start], types, stateful=False))
             columns = {}
             for feature, kind in self._features.items():

@@ -76,7 +76,7 @@ def pack_encoder_decoder(dataset: tf.data.Dataset, sequence_length: objectives.L
             "decoder_loss_weights": tf.cast(targets != 0, tf.int32),
         }
 
-    return pack(dataset.batch(2, drop_remainder=True))
+    return pack(dataset.batch(2, drop_remainder=True))  # pyright: ignore[reportCallIssue]  SeqIO gives the seeds
 
 
 def pack_decoder_only(dataset: tf.data.Dataset, sequence_length: objectives.Lengths | None) -> tf.data.Dataset:
@@ -93,4 +93,4 @@ def pack_decoder_only(dataset: tf.data.Dataset, sequence_length: objectives.Leng
             "decoder_causal_attention": tf.cast(tf.range(length) <= split_point, tf.int32),
         }
 
-    return pack(dataset)
+    return pack(dataset)  # pyright: ignore[reportCallIssue]

@@ -74,7 +74,7 @@ def append_eos_after_trim_before_last(
             room = max(length - 1, 0)
             kept = tf.concat([tokens[: max(room - 1, 0)], tokens[-1:]], axis=0)[:room]
             tokens = tf.cond(tf.size(tokens) > room, lambda: kept, lambda: tokens)
-        return tf.concat([tokens, [output_features[name].vocabulary.eos_id]], axis=0)
+        return tf.concat([tokens, [output_features[name].vocabulary.eos_id]], axis=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     return dataset.map(lambda x: {name: append(name, tokens) for name, tokens in x.items()})
 
