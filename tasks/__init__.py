@@ -3,18 +3,45 @@
 Must not import: t5x_lite, JAX.
 """
 
-from tasks import bert, c4, cnn_dailymail, glue, glue_bert, mixtures, quickstart, readers, squad, user_files, vocabulary
+import tasks.mixtures.t5  # noqa: F401
+from tasks import (
+    bert,
+    c4,
+    closed_book,
+    cnn_dailymail,
+    glue,
+    glue_bert,
+    mc4,
+    mixtures,
+    quickstart,
+    readers,
+    squad,
+    super_glue,
+    trivia_qa,
+    user_files,
+    vocabulary,
+    wikipedia,
+    winograd,
+    wmt,
+)
 
 __all__ = [
     "bert",
     "c4",
+    "closed_book",
     "cnn_dailymail",
     "glue",
     "glue_bert",
+    "mc4",
     "mixtures",
     "quickstart",
     "readers",
     "squad",
+    "super_glue",
+    "trivia_qa",
     "user_files",
     "vocabulary",
+    "wikipedia",
+    "winograd",
+    "wmt",
 ]

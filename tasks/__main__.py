@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import seqio
 
 import tasks  # noqa: F401  fills the registries
-from tasks import data_sources
+from tasks import data_sources, mc4
 
 _HEAD = """\
 # Tasks and mixtures
@@ -63,10 +63,21 @@ def _mixture_row(mixture: seqio.Mixture) -> str:
     return f"| `{mixture.name}` | {shares} | {evaluated} |"
 
 
+def _task_rows() -> Iterator[str]:
+    """Yield a row for each task, and one for all languages of mC4."""
+    for name in sorted(seqio.TaskRegistry.names()):
+        task = seqio.TaskRegistry.get(name)
+        if not name.startswith("mc4."):
+            yield _task_row(task)
+        elif name == f"mc4.{mc4.LANGUAGES[0]}":
+            rest = _task_row(task).split(" | ", 1)[1]
+            yield f"| `mc4.LANGUAGE`: {', '.join(mc4.LANGUAGES).replace('-', '_')} | {rest}"
+
+
 def lines() -> Iterator[str]:
     yield from (_HEAD, "", "## Tasks", "")
     yield from ("| task | reads | splits | features | made by | metrics |", "| --- | --- | --- | --- | --- | --- |")
-    yield from (_task_row(seqio.TaskRegistry.get(name)) for name in sorted(seqio.TaskRegistry.names()))
+    yield from _task_rows()
     yield from ("", "## Mixtures", "", "[Mixtures](../guides/mixtures.md) explains the names.", "")
     yield from ("| mixture | share of each task | only evaluated |", "| --- | --- | --- |")
     yield from (_mixture_row(seqio.MixtureRegistry.get(name)) for name in sorted(seqio.MixtureRegistry.names()))

@@ -1,15 +1,16 @@
-"""C4 tasks for every objective of `tasks.objectives`, such as `c4_v220_span_corruption`.
+"""C4 tasks for every objective of `tasks.objectives`, such as `c4_v220_span_corruption`, and its other versions.
 
 Reads c4/c4-{train,validation}.*.json.gz (JSON Lines with text, timestamp, url), or TFDS c4/en:2.2.0, the version in the
-tasks' names. Must not import: other corpora, mixtures.
+tasks' names. The unfiltered, news-like and web-text-like versions are in c4/en.noclean/, c4/realnewslike/ and
+c4/webtextlike/. Must not import: other corpora, mixtures.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import seqio
 
-from tasks import data_sources, objectives, readers, vocabulary
+from tasks import data_sources, objectives, prefix_lm, readers, vocabulary
 
 _FEATURES = ("text", "timestamp", "url")
 
@@ -26,29 +27,46 @@ def _read_files(files: dict[str, list[str]]) -> seqio.DataSource:
     return data_sources.LinesSource(files, _document, _FEATURES)
 
 
-source = data_sources.CorpusSource(
-    folder="c4",
-    files={"train": "c4-train.*.json.gz", "validation": "c4-validation.*.json.gz"},
-    build=_read_files,
-    tfds_name="c4/en:2.2.0",
-    tfds_splits=("train", "validation"),
-)
+def documents(
+    folder: str, files: Mapping[str, str], tfds_name: str, tfds_splits: Mapping[str, str] | None = None
+) -> data_sources.CorpusSource:
+    """Return a source of JSON Lines with `text`, or of a corpus of TFDS with that feature."""
+    return data_sources.CorpusSource(folder, files, _read_files, tfds_name, tfds_splits or tuple(files))
 
 
-def add(name: str, objective: Callable) -> seqio.Task:
+_FILES = {"train": "c4-train.*.json.gz", "validation": "c4-validation.*.json.gz"}
+source = documents("c4", _FILES, "c4/en:2.2.0")
+
+
+def add(name: str, objective: Callable, corpus: data_sources.CorpusSource = source) -> seqio.Task:
     """Register C4 with an objective: `add("c4_mine", functools.partial(objectives.span_corruption, ...))`."""
-    append_eos = [] if objective is objectives.full_lm else [objectives.append_eos_after_trim]
+    full_lm = objective is objectives.full_lm
+    features = vocabulary.output_features()
+    return add_documents(
+        name,
+        [objective] if full_lm else [objective, objectives.append_eos_after_trim],
+        {"targets": features["targets"]} if full_lm else features,
+        corpus,
+    )
+
+
+def add_documents(
+    name: str,
+    objective: Sequence[Callable],
+    features: Mapping[str, seqio.utils.Feature],
+    corpus: data_sources.CorpusSource = source,
+) -> seqio.Task:
+    """Register a corpus of documents with the steps that make `features` of their tokens, the `targets`."""
     return seqio.TaskRegistry.add(
         name,
-        source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
+        source=corpus,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
         preprocessors=[
             objectives.text_as_targets,
             objectives.tokenize,
             seqio.CacheDatasetPlaceholder(),
-            objective,
-            *append_eos,
+            *objective,
         ],
-        output_features=vocabulary.output_features(),
+        output_features=features,
         metric_fns=[],
         task_cls=data_sources.CorpusTask,
     )
@@ -82,3 +100,25 @@ OBJECTIVES = {
 
 for _name, _objective in OBJECTIVES.items():
     add(_name, _objective)
+
+# Other cuts of Common Crawl, in the folders that Hugging Face's copy has.
+for _name, _folder in (("noclean", "en.noclean"), ("realnewslike", "realnewslike"), ("webtextlike", "webtextlike")):
+    add(
+        f"c4_{_name}_v020_unsupervised",
+        objectives.span_corruption,
+        documents(f"c4/{_folder}", _FILES, f"c4/en.{_name}:2.2.0"),
+    )
+
+# Sequences of the model itself, and not of text to text: each step of the architecture is written out.
+for _name, _pack, _features in (
+    ("encoder_decoder", prefix_lm.pack_encoder_decoder, prefix_lm.ENCODER_DECODER),
+    ("decoder", prefix_lm.pack_decoder_only, prefix_lm.DECODER),
+):
+    add_documents(
+        f"c4_prefix_lm_objective_{_name}_architecture",
+        [prefix_lm.full_targets, _pack],
+        {
+            **{name: seqio.Feature(vocabulary=vocabulary.SHARED, add_eos=False) for name in _features},
+            "targets": seqio.Feature(vocabulary=vocabulary.SHARED, required=False),  # until they are packed
+        },
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import data_sources, metrics, preprocessors, readers, vocabulary
+from tasks import data_sources, metrics, preprocessors, readers, text_to_text
 
 FEATURES = ("id", "article", "highlights")
 _SPLITS = ("train", "validation", "test")
@@ -36,22 +36,15 @@ def summarize(x: preprocessors.Example) -> preprocessors.Example:
     return {"inputs": tf.strings.join(["summarize:", x["article"]], " "), "targets": x["highlights"]}
 
 
-seqio.TaskRegistry.add(
+text_to_text.add(
     "cnn_dailymail_v002",
-    source=data_sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
+    data_sources.CorpusSource(
         folder="cnn_dailymail",
         files={split: f"{split}.csv" for split in _SPLITS},
         build=functools.partial(data_sources.MemorySource, read=read),
         tfds_name="cnn_dailymail:3.4.0",
         tfds_splits=_SPLITS,
     ),
-    preprocessors=[
-        summarize,
-        seqio.preprocessors.tokenize,
-        seqio.CacheDatasetPlaceholder(),
-        seqio.preprocessors.append_eos_after_trim,
-    ],
-    metric_fns=[metrics.rouge],
-    output_features=vocabulary.output_features(),
-    task_cls=data_sources.CorpusTask,
+    [summarize],
+    [metrics.rouge],
 )

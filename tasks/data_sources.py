@@ -30,6 +30,20 @@ from tasks.errors import MissingFileError, UserError
 
 # A column has one value per example: an array, or a ragged tensor for lists; columns are nested like the features.
 Columns = dict[str, Any]
+
+
+def texts_column(texts: Sequence[str]) -> np.ndarray:
+    """Return a column of texts."""
+    return np.array([text.encode() for text in texts], object)
+
+
+def lists_column(lists: Sequence[Sequence[str]]) -> tf.RaggedTensor:
+    """Return a column of lists of texts."""
+    values = texts_column([text for texts in lists for text in texts])
+    splits = np.cumsum([0] + [len(texts) for texts in lists])
+    return tf.RaggedTensor.from_row_splits(tf.constant(values, tf.string), splits)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 _LINES_PER_CALL = 64  # lines per Python call: 3 times as fast as one line per call
 _OPEN_READERS = 64
 
@@ -281,7 +295,8 @@ class CorpusSource(seqio.DataSource):
       files: split name -> file pattern in that folder.
       build: split name -> paths to the source that reads them.
       tfds_name: name and version of the corpus in TFDS.
-      tfds_splits: splits in TFDS, listed here so that `splits` needs no TFDS data.
+      tfds_splits: splits in TFDS, listed here so that `splits` needs no TFDS data; or a mapping from the splits to
+        TFDS's, such as {"validation": "train[90%:]"}.
     """
 
     def __init__(
@@ -290,14 +305,14 @@ class CorpusSource(seqio.DataSource):
         files: Mapping[str, str],
         build: Callable[[dict[str, list[str]]], seqio.DataSource],
         tfds_name: str,
-        tfds_splits: Sequence[str],
+        tfds_splits: Sequence[str] | Mapping[str, str],
     ):
         super().__init__(splits=files.keys())
         self._folder = folder
         self._files = dict(files)
         self._build = build
         self._tfds_name = tfds_name
-        self._tfds_splits = tuple(tfds_splits)
+        self._tfds_splits = dict(tfds_splits) if isinstance(tfds_splits, Mapping) else tuple(tfds_splits)
         self._choices: dict[tuple[str | None, str | None], _Choice] = {}
 
     def _choice(self) -> _Choice:

@@ -14,11 +14,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import data_sources, metrics, preprocessors, readers, vocabulary
+from tasks import data_sources, metrics, preprocessors, readers, text_to_text
 
 _TSV = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
 _NLI = ("entailment", "neutral", "contradiction")
@@ -183,8 +182,9 @@ def _label(value: str, config: Glue, path: str, line: int) -> float:
 def _text_preprocessor(config: Glue) -> Callable:
     if not config.labels:
         return preprocessors.stsb
+    names = tuple(sorted(config.text))
     return functools.partial(
-        preprocessors.glue, prefix=config.prefix or config.name, text_features=tuple(config.text), labels=config.labels
+        preprocessors.glue, prefix=config.prefix or config.name, text_features=names, labels=config.labels
     )
 
 
@@ -194,24 +194,23 @@ def _postprocessor(config: Glue) -> Callable:
     return functools.partial(metrics.string_to_class, labels=config.labels)
 
 
+def source(config: Glue, splits: Sequence[str] | None = None) -> data_sources.CorpusSource:
+    """Return the source of one task, of some of its splits or of all."""
+    splits = tuple(config.files) if splits is None else tuple(splits)
+    return data_sources.CorpusSource(
+        folder=f"glue/{config.folder}",
+        files={split: config.files[split] for split in splits},
+        build=functools.partial(data_sources.MemorySource, read=functools.partial(read, config=config)),
+        tfds_name=f"glue/{config.name}:2.0.0",
+        tfds_splits=splits,
+    )
+
+
 for _config in CONFIGS:
-    seqio.TaskRegistry.add(
+    text_to_text.add(
         f"glue_{_config.name}_v002",
-        source=data_sources.CorpusSource(  # pyright: ignore[reportArgumentType]  as in c4.py
-            folder=f"glue/{_config.folder}",
-            files=_config.files,
-            build=functools.partial(data_sources.MemorySource, read=functools.partial(read, config=_config)),
-            tfds_name=f"glue/{_config.name}:2.0.0",
-            tfds_splits=tuple(_config.files),
-        ),
-        preprocessors=[
-            _text_preprocessor(_config),
-            seqio.preprocessors.tokenize,
-            seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        postprocess_fn=_postprocessor(_config),
-        metric_fns=_config.metric_fns,
-        output_features=vocabulary.output_features(),
-        task_cls=data_sources.CorpusTask,
+        source(_config),
+        [_text_preprocessor(_config)],
+        _config.metric_fns,
+        _postprocessor(_config),
     )

@@ -1,4 +1,4 @@
-"""Text preprocessors of GLUE and SQuAD: from raw examples to the strings `inputs` and `targets`.
+"""Text preprocessors that several corpora share: from raw examples to the strings `inputs` and `targets`.
 
 All agree with the t5 package (0.9.4) byte for byte. Must not import: files, TFDS, task names, vocabularies.
 """
@@ -16,15 +16,14 @@ Example = dict[str, Any]  # feature -> tensor; `answers` may be nested
 
 
 def glue(dataset: tf.data.Dataset, prefix: str, text_features: Sequence[str], labels: Sequence[str]) -> tf.data.Dataset:
-    """Make inputs `prefix first: ... second: ...`, with features sorted by name; the target is the label word.
+    """Make inputs `prefix first: ... second: ...`, with the features in this order; the target is the label word.
 
     A label of -1 (GLUE's test sets) gives the target "<unk>".
     """
-    names = sorted(text_features)
 
     def to_text(x: Example) -> Example:
         pieces = [prefix]
-        for name in names:
+        for name in text_features:
             pieces += [f"{name}:", x[name]]
         target = tf.where(x["label"] < 0, "<unk>", tf.gather(tf.constant(labels), tf.maximum(x["label"], 0)))
         return {"inputs": tf.strings.join(pieces, " "), "targets": target, "idx": x["idx"]}
@@ -46,10 +45,11 @@ def stsb(x: Example) -> Example:
 
 def pad_punctuation(text: tf.Tensor) -> tf.Tensor:
     """Put spaces around ASCII punctuation and collapse white space. Other punctuation stays."""
-    return _one_space(tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 "))
+    return one_space(tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 "))
 
 
-def _one_space(text: tf.Tensor) -> tf.Tensor:
+def one_space(text: tf.Tensor) -> tf.Tensor:
+    """Collapse white space."""
     return tf.strings.regex_replace(text, r"\s+", " ")
 
 
@@ -70,7 +70,7 @@ def _squad_example(
 def squad(x: Example) -> Example:
     """Make t5's SQuAD: `question: ... context: ...` -> first answer, with padded punctuation."""
     context, question = pad_punctuation(x["context"]), pad_punctuation(x["question"])
-    inputs = _one_space(tf.strings.join(["question:", question, "context:", context], " "))
+    inputs = one_space(tf.strings.join(["question:", question, "context:", context], " "))
     return _squad_example(x, inputs, context, question, pad_punctuation(x["answers"]["text"]))
 
 
@@ -78,7 +78,7 @@ def squad(x: Example) -> Example:
 def squad_context_free(x: Example) -> Example:
     """Make closed-book SQuAD: `squad trivia question: ...` without the context."""
     context, question = pad_punctuation(x["context"]), pad_punctuation(x["question"])
-    inputs = _one_space(tf.strings.join(["squad trivia question:", question], " "))
+    inputs = one_space(tf.strings.join(["squad trivia question:", question], " "))
     return _squad_example(x, inputs, context, question, pad_punctuation(x["answers"]["text"]))
 
 

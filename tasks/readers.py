@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -426,6 +426,56 @@ def as_text(where: str, column: str, value: Any) -> str:
     except UnicodeEncodeError as error:  # valid in JSON
         raise BadRow(f"{where}: column {column} has half of a surrogate pair: correct or remove the row") from error
     return text
+
+
+def field(where: str, row: Any, name: str, kind: type = str) -> Any:
+    """Return a field of a JSON object from this module's readers. Raises BadRow, with the prefix `where`, without it.
+
+    Args:
+      kind: str for a text or number, as text; int for a whole number of 32 bits; list, or dict.
+    """
+    if not isinstance(row, dict) or name not in row:
+        has = ", ".join(row) or "nothing" if isinstance(row, dict) else f"{type(row).__name__} {str(row)[:40]!r}"
+        raise BadRow(f"{where}: no {name} where it belongs; there is: {has}")
+    value = row[name]
+    if kind is str:
+        return as_text(where, name, value)
+    if kind is int:
+        try:
+            number = int(as_text(where, name, value))
+        except ValueError:  # so is BadRow
+            number = 2**31
+        if not -(2**31) <= number < 2**31:
+            raise BadRow(f"{where}: {name} is {str(value)[:40]!r}; a whole number is needed")
+        return number
+    if not isinstance(value, kind):
+        raise BadRow(f"{where}: {name} is {type(value).__name__} {str(value)[:40]!r}; {kind.__name__} is needed")
+    return value
+
+
+def json_file(path: str, keep: Callable[[dict], Any] = dict) -> Any:
+    """Return the value of a whole .json file; numbers are numbers.
+
+    Args:
+      keep: what of each object to keep, called from the innermost on, so that a large file need not be in memory whole.
+    """
+    text = decode(path, _content(path, Skipped(path, "refuse")), 1)
+    try:
+        return json.loads(text, object_hook=keep)
+    except json.JSONDecodeError as error:
+        raise bad_row(path, error.lineno, f"not JSON ({error.msg}); is the file truncated?") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{path}: JSON that Python cannot read ({error})") from error
+
+
+def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
+    """Yield the objects of a file with one on each line, each with "file:line" for messages about it.
+
+    The caller reads an object `with skipped:`.
+    """
+    for number, line in lines(path, skipped):
+        with skipped:
+            yield f"{path}:{number}", json_object(path, number, line)
 
 
 def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:

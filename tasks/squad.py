@@ -2,6 +2,7 @@
 
   squad_v010_allanswers   t5's text, byte for byte: spaces around punctuation in question, context and answers. Use it
                           with t5's checkpoints and published scores; exact match compares padded answers.
+  squad_v010              the same under an older name. t5's compares predictions with the letters of one answer.
   squad_v110              the dataset's text unchanged, scored like the official v1.1 script.
   squad_v010_context_free t5's closed-book task: the question only.
   squad_v010_allanswers_span
@@ -15,20 +16,19 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import data_sources, metrics, preprocessors, readers, vocabulary
+from tasks import data_sources, metrics, preprocessors, readers, text_to_text
 
 
 def read(paths: list[str], split: str) -> data_sources.Columns:
     """Return all questions of the files, with TFDS's features; `answers` are ragged."""
     rows = [row for path in paths for row in readers.squad_rows(path, readers.Skipped(path))]
     texts = {
-        name: np.array([row[name].encode() for row in rows], object) for name in ("id", "title", "context", "question")
+        name: data_sources.texts_column([row[name] for row in rows]) for name in ("id", "title", "context", "question")
     }
     ends = np.cumsum([0] + [len(row["answers"]["text"]) for row in rows])
-    text = np.array([a.encode() for row in rows for a in row["answers"]["text"]], object)
     start = np.array([s for row in rows for s in row["answers"]["answer_start"]], np.int32)
     answers = {
-        "text": tf.RaggedTensor.from_row_splits(text, ends),  # pyright: ignore[reportAttributeAccessIssue]
+        "text": data_sources.lists_column([row["answers"]["text"] for row in rows]),
         "answer_start": tf.RaggedTensor.from_row_splits(start, ends),  # pyright: ignore[reportAttributeAccessIssue]
     }
     return {**texts, "answers": answers}
@@ -75,6 +75,7 @@ def leave_out_without_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
 _ANSWERS = (metrics.qa_answers, metrics.squad)
 _TASKS = {
     "squad_v010_allanswers": ([preprocessors.squad], *_ANSWERS),
+    "squad_v010": ([preprocessors.squad], *_ANSWERS),
     "squad_v110": ([preprocessors.squad_unpadded], *_ANSWERS),
     "squad_v010_context_free": ([preprocessors.squad_context_free], *_ANSWERS),
     "squad_v010_allanswers_span": (
@@ -85,17 +86,4 @@ _TASKS = {
 }
 
 for _name, (_to_text, _answers, _metric) in _TASKS.items():
-    seqio.TaskRegistry.add(
-        _name,
-        source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
-        preprocessors=[
-            *_to_text,
-            seqio.preprocessors.tokenize,
-            seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        postprocess_fn=_answers,
-        metric_fns=[_metric],
-        output_features=vocabulary.output_features(),
-        task_cls=data_sources.CorpusTask,
-    )
+    text_to_text.add(_name, source, _to_text, [_metric], _answers)

@@ -1,7 +1,7 @@
 """The metrics that `METRICS` names, for texts of any task: from decoded targets and predictions to percentages.
 
-A prediction that is not one of the classes, or not a number, counts as wrong and raises no error. Must not import: models,
-datasets, TensorFlow.
+A prediction that is not one of the classes, or not a number, counts as wrong and raises no error. Must not import:
+models, datasets, TensorFlow.
 """
 
 import collections

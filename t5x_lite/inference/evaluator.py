@@ -19,7 +19,7 @@ from etils import epath
 from t5x_lite.data import packing, pipeline
 from t5x_lite.errors import UserError
 from t5x_lite.inference.jsonl import write_whole
-from tasks.metrics import glue_average, glue_missing
+from tasks import metrics as task_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +139,18 @@ class Evaluation:
 
 
 def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return {"glue": {"average": ...}} as in the T5 paper, or {} if `scores`, {task: {metric: score}}, lack a task."""
-    missing = glue_missing(scores)
-    if not missing:
-        return {"glue": {"average": glue_average(scores)}}
-    if sum(task.startswith("glue_") for task in scores) > 1:
-        logger.info("No GLUE average: %s missing.", ", ".join(missing))
-    return {}
+    """Return {"glue": {"average": ...}}, and so for each benchmark all of whose tasks are in {task: {metric: score}}.
+
+    The averages are those of the T5 paper, `tasks.metrics.AVERAGES`.
+    """
+    complete = {}
+    for benchmark in task_metrics.AVERAGES:
+        missing = task_metrics.average_missing(benchmark, scores)
+        if not missing:
+            complete[benchmark] = {"average": task_metrics.average(benchmark, scores)}
+        elif sum(task.startswith(f"{benchmark}_") for task in scores) > 1:
+            logger.info("No average of %s: %s missing.", benchmark, ", ".join(missing))
+    return complete
 
 
 def _used(tokens_NS: np.ndarray) -> np.ndarray:

@@ -36,7 +36,8 @@ MULTI_TASK_LIMIT = 2**19
 TEMPERATURE_LIMIT = 2**21
 
 # Published numbers of training examples. Other tasks on the same source, such as other objectives on C4, have the same
-# count (`train_examples`). QQP's count is that of the release used by t5 (the current one has three fewer).
+# count (`train_examples`). WSC's are its true examples, and ReCoRD has one for each answer. QQP's count is that of the
+# release used by t5 (the current one has three fewer).
 TRAIN_EXAMPLES: dict[str, int] = {
     "c4_v220_span_corruption": 364_868_892,
     "c4_v020_unsupervised": 364_868_892,
@@ -59,6 +60,25 @@ TRAIN_EXAMPLES: dict[str, int] = {
     "wmt_t2t_ende_v003": 4_592_289,
     "wmt15_enfr_v003": 40_853_298,
     "wmt16_enro_v003": 610_320,
+    "dpr_v001_simple": 1_322,
+    "super_glue_boolq_v102": 9_427,
+    "super_glue_cb_v102": 250,
+    "super_glue_copa_v102": 400,
+    "super_glue_multirc_v102": 27_243,
+    "super_glue_record_v102": 138_854,
+    "super_glue_rte_v102": 2_490,
+    "super_glue_wic_v102": 5_428,
+    "super_glue_wsc_v102_simple_train": 259,
+    "super_glue_wsc_v102_simple_eval": 0,
+    "super_glue_axb_v102": 0,
+    "super_glue_axg_v102": 0,
+    "trivia_qa_v010": 138_384,
+    "trivia_qa_open": 78_785,
+    "trivia_qa_open_test": 98_935,
+    "natural_questions_open": 79_168,
+    "natural_questions_open_test": 87_925,
+    "web_questions_open": 3_417,
+    "web_questions_open_test": 3_778,
 }
 
 GLUE = tuple(f"glue_{name}_v002" for name in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"))
@@ -153,10 +173,10 @@ def _unimax(counts: Mapping[str, float], budget: float | None, max_epochs: float
         raise UserError(f"strategy 'unimax' needs a budget of examples above 0, not {budget}")
     if not max_epochs > 0:
         raise UserError(f"max_epochs {max_epochs}: it must be above 0")
-    shares = {}
+    shares, left = {}, budget
     for k, name in enumerate(sorted(counts, key=lambda name: counts[name])):
-        shares[name] = min(counts[name] * max_epochs, budget / (len(counts) - k))
-        budget -= shares[name]
+        shares[name] = min(counts[name] * max_epochs, left / (len(counts) - k))
+        left -= shares[name]
     return {name: shares[name] for name in counts}
 
 

@@ -171,13 +171,16 @@ def test_short_rows_share_narrow_batches_and_every_answer_finds_its_example(tmp_
     assert scores == [-len(word) - 1 for word in LONG_WORDS]
 
 
-def test_the_glue_average_stands_beside_its_tasks_or_the_log_says_what_it_lacks(caplog):
-    scores = {task: dict.fromkeys(names, 50.0) for part in metrics.GLUE_AVERAGE for task, names in part.items()}
-    assert evaluator.averages(scores) == {"glue": {"average": 50.0}}
-    del scores["glue_rte_v002"]
+@pytest.mark.parametrize("benchmark", ["glue", "super_glue"])
+def test_a_benchmarks_average_stands_beside_its_tasks_or_the_log_says_what_it_lacks(benchmark, caplog):
+    parts = metrics.AVERAGES[benchmark]
+    scores = {task: dict.fromkeys(names, 50.0) for part in parts for task, names in part.items()}
+    assert evaluator.averages(scores) == {benchmark: {"average": 50.0}}
+    (task, (metric, *_)), *_ = parts[0].items()
+    lacking = {name: values for name, values in scores.items() if name != task}
     caplog.set_level("INFO")
-    assert evaluator.averages(scores) == {}
-    assert "No GLUE average: glue_rte_v002/accuracy missing." in caplog.text
+    assert evaluator.averages(lacking) == {}
+    assert f"No average of {benchmark}: {task}/{metric} missing." in caplog.text
     caplog.clear()
-    assert evaluator.averages({"glue_cola_v002": {"matthews_corrcoef": 1.0}}) == {}
+    assert evaluator.averages({task: scores[task]}) == {}
     assert not caplog.text

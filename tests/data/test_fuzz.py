@@ -1,6 +1,7 @@
 """Whatever the files of a task hold, reading them gives examples, or says what is wrong in which file."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -10,7 +11,20 @@ import pyarrow.parquet
 import pytest
 import seqio
 
-from tasks import c4, cnn_dailymail, glue, readers, squad, tables, user_files
+from tasks import (
+    c4,
+    closed_book,
+    cnn_dailymail,
+    glue,
+    readers,
+    squad,
+    super_glue,
+    tables,
+    trivia_qa,
+    user_files,
+    winograd,
+    wmt,
+)
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -197,3 +211,129 @@ def test_cnn_dailymail(tmp_path, content, action):
     path = tmp_path / "train.csv"
     path.write_bytes(content)
     answers_or_says(path, action, lambda: cnn_dailymail.read([str(path)], "train"))
+
+
+numbers = st.integers(-2, 9) | values
+booleans = st.booleans() | st.sampled_from([0, 1, "entailment", "choice1"]) | values
+
+
+def objects(**fields):
+    """Objects that have the fields, or some of them."""
+    return st.fixed_dictionaries(fields) | st.fixed_dictionaries({}, optional=fields) | values
+
+
+def lists(items):
+    return st.lists(items, max_size=2) | values
+
+
+words = texts | values
+answer_objects = lists(objects(text=words, idx=numbers, label=booleans))
+passages = objects(text=words, questions=lists(objects(question=words, idx=numbers, answers=answer_objects)))
+records = objects(text=words, entities=lists(objects(start=numbers, end=numbers)))
+spans = objects(span1_text=words, span1_index=numbers, span2_text=words, span2_index=numbers)
+SUPER_GLUE = {
+    "CB": objects(premise=words, hypothesis=words, label=booleans, idx=numbers),
+    "AX-b": objects(sentence1=words, sentence2=words, label=booleans, idx=numbers),
+    "MultiRC": objects(idx=numbers, passage=passages),
+    "ReCoRD": objects(
+        idx=numbers, passage=records, qas=lists(objects(query=words, idx=numbers, answers=answer_objects))
+    ),
+    "WSC": objects(text=words, target=spans, label=booleans, idx=numbers),
+}
+READERS = {config.folder: functools.partial(super_glue.read, config=config) for config in super_glue.CONFIGS}
+READERS |= {"ReCoRD": super_glue.read_record, "WSC": winograd.read_wsc}
+
+
+def reads_columns(read, path, split):
+    """A split is read into columns of one length, for which an error names the file."""
+
+    def sizes(columns):
+        for column in columns.values():
+            yield from sizes(column) if isinstance(column, dict) else [int(column.shape[0])]
+
+    assert len(set(sizes(read([str(path)], split)))) == 1
+
+
+@pytest.mark.parametrize("name", SUPER_GLUE)
+@settings
+@hypothesis.given(st.data())
+def test_super_glue(tmp_path, name, data):
+    path = tmp_path / "train.jsonl"
+    lines = st.lists(SUPER_GLUE[name].map(as_json) | st.binary(max_size=9), max_size=3).map(b"\n".join)
+    path.write_bytes(data.draw(damaged(lines)))
+    split = data.draw(st.sampled_from(["train", "test"]))
+    answers_or_says(path, data.draw(actions), lambda: reads_columns(READERS[name], path, split))
+
+
+@settings
+@hypothesis.given(damaged(st.lists(texts | st.sampled_from(["a", "a,b", "b", ""]), max_size=11).map("\n".join).map(
+    lambda text: text.encode("utf-8", "surrogatepass"))), actions)  # fmt: skip
+def test_dpr(tmp_path, content, action):
+    path = tmp_path / "train.c.txt"
+    path.write_bytes(content)
+    answers_or_says(path, action, lambda: reads_columns(winograd.read_dpr, path, "train"))
+
+
+documents = lists(objects(Filename=words))
+answer = objects(Value=words, Aliases=lists(words), NormalizedAliases=lists(words))
+trivia = objects(Question=words, QuestionId=words, Answer=answer, EntityPages=documents, SearchResults=documents)
+web = objects(
+    utterance=words, targetValue=words | st.sampled_from(["(list (description a))", '(list (description "b c"))'])
+)
+CLOSED_BOOK = {
+    "nq": (
+        closed_book.nq_rows,
+        st.lists(objects(question=words, answer=lists(words)).map(as_json), max_size=3).map(b"\n".join),
+    ),
+    "wq": (closed_book.wq_rows, lists(web).map(as_json)),
+    "trivia_qa": (closed_book.tqa_rows, objects(Data=lists(trivia)).map(as_json)),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_BOOK)
+@settings
+@hypothesis.given(st.data())
+def test_closed_book(tmp_path, name, data):
+    path, (rows, contents) = tmp_path / "a-train.json", CLOSED_BOOK[name]
+    path.write_bytes(data.draw(damaged(contents)))
+    slices = data.draw(st.sampled_from([{}, {"train": ("train", slice(1, None))}]))
+    read = functools.partial(closed_book.read, rows=rows, slices=slices)
+    answers_or_says(path, data.draw(actions), lambda: reads_columns(read, path, "train"))
+
+
+@settings
+@hypothesis.given(damaged(objects(Data=lists(trivia)).map(as_json)), actions)
+def test_trivia_qa(tmp_path, content, action):
+    path = tmp_path / "qa-train.json"
+    path.write_bytes(content)
+
+    def read():
+        index = trivia_qa._Questions([str(path)], "train")
+        for block in range(index.size):
+            (row,) = index.read(block)
+            assert set(row) == {*trivia_qa.FEATURES, *trivia_qa._CONTEXTS}
+
+    answers_or_says(path, action, read)
+
+
+sentences = st.lists(texts | st.sampled_from(["a\tb", '<seg id="1">x</seg>', "a\r"]), max_size=4).map("\n".join).map(
+    lambda text: text.encode("utf-8", "surrogatepass")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", [".{}", ".{}.sgm", ".tsv"])
+@settings
+@hypothesis.given(damaged(sentences), damaged(sentences), st.booleans(), actions)
+def test_wmt(tmp_path, ending, first, second, same, action):
+    files = [tmp_path / f"train{ending.format(language)}" for language in ("de", "en")]
+    for file, content in zip(files, (first, first if same else second), strict=True):
+        file.write_bytes(content)
+
+    def read():
+        paths = sorted({str(file) for file in files})
+        pairs = wmt.Pairs(paths, "train", ("de", "en"))
+        rows = [row for block in range(pairs.size) for row in pairs.read(block)]
+        assert len(rows) <= pairs.examples
+        assert all(row["de"] and row["en"] for row in rows)
+
+    answers_or_says(tmp_path, action, read)

@@ -97,7 +97,7 @@ BASELINE = {  # the T5 paper's, Table 16
 def test_glue_average_is_the_papers():
     others = {"glue_wnli_v002": {"accuracy": 0.0}, "squad_v010_allanswers": {"em": 0.0}}
     assert metrics.glue_average(BASELINE | others) == pytest.approx(83.28, abs=0.005)
-    assert metrics.glue_missing(BASELINE | others) == []
+    assert metrics.average_missing("glue", BASELINE | others) == []
 
 
 def test_no_glue_average_of_fewer_tasks():

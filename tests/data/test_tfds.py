@@ -15,7 +15,7 @@ import pytest
 import seqio
 import tensorflow_datasets as tfds
 
-from tasks import data_sources, glue
+from tasks import data_sources, glue, super_glue
 
 pytest.importorskip("importlib_resources", reason="TFDS's builders use it without asking for it")
 
@@ -72,7 +72,11 @@ def prepare(tmp_path, monkeypatch):
 
     def run(name, downloaded):
         for method in ("download", "download_and_extract"):
-            monkeypatch.setattr(tfds.download.DownloadManager, method, lambda manager, urls: downloaded)
+            monkeypatch.setattr(
+                tfds.download.DownloadManager,
+                method,
+                lambda manager, urls: downloaded(urls) if callable(downloaded) else downloaded,
+            )
         builder = tfds.builder(name, data_dir=str(tmp_path / "tfds"))
         builder.download_and_prepare()
         return builder
@@ -209,6 +213,235 @@ def test_cnn_dailymail(tmp_path, monkeypatch, prepare, bytes_vocabulary):
         if split == "train":
             assert list(from_files) == ['summarize: (CNN) Rain fell, in Köln. It "stopped" later.'.encode()]
             assert [row["targets_pretokenized"] for row in from_files.values()] == [b"Rain fell.\nIt stopped ."]
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def inference(first, second, labels):
+    return [{first: "Ana  naps.", second: "é", "label": label, "idx": i, "more": 1} for i, label in enumerate(labels)]
+
+
+TARGET = {"span1_text": "Ann.", "span1_index": 0, "span2_text": "She", "span2_index": 3}
+SUPER_GLUE_ROWS = {
+    "BoolQ": [{"question": "is it", "passage": "It <b>is", "idx": k, "label": bool(k)} for k in (0, 1)],
+    "CB": inference("premise", "hypothesis", ("entailment", "contradiction", "neutral")),
+    "COPA": [
+        {"premise": "p", "choice1": "a", "choice2": "b", "question": q, "label": k, "idx": k}
+        for k, q in enumerate(("cause", "effect"))
+    ],
+    "MultiRC": [
+        {
+            "idx": 4,
+            "passage": {
+                "text": "<b>Sent 1: </b>x<br>",
+                "questions": [
+                    {"question": "q", "idx": i, "answers": [{"text": "a", "idx": i + j, "label": j} for j in (0, 1)]}
+                    for i in (6, 8)
+                ],
+            },
+        }
+    ],
+    "ReCoRD": [
+        {
+            "idx": 2,
+            "source": "x",
+            "passage": {
+                "text": "Köln is old.\n@highlight\nBonn too",
+                "entities": [{"start": 0, "end": 3}, {"start": 24, "end": 27}, {"start": 0, "end": 3}],
+            },
+            "qas": [
+                {"query": "@placeholder is", "idx": 5, "answers": [{"text": "Köln"}, {"text": "Bonn"}]},
+                {"query": "is @placeholder", "idx": 6, "answers": [{"text": "Bonn"}]},
+            ],
+        }
+    ],
+    "RTE": inference("premise", "hypothesis", ("entailment", "not_entailment")),
+    "WiC": [
+        {"word": "w", "sentence1": "s", "sentence2": "t", "idx": k, "label": bool(k)}
+        | {"start1": 0, "start2": 0, "end1": 1, "end2": 1}
+        for k in (0, 1)
+    ],
+    "WSC": [{"text": "Ann said that she left", "target": TARGET, "label": bool(k), "idx": k} for k in (0, 1)],
+    "AX-b": inference("sentence1", "sentence2", ("entailment", "not_entailment")),
+    "AX-g": inference("premise", "hypothesis", ("entailment", "not_entailment")),
+}  # fmt: skip
+UNLABELLED = ("label", "answers")
+
+
+def unlabelled(value):
+    if isinstance(value, list):
+        return [unlabelled(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    texts = isinstance(value.get("answers"), list) and "question" in value  # MultiRC's answers are what is asked
+    return {k: unlabelled(v) for k, v in value.items() if k not in UNLABELLED or (k == "answers" and texts)}
+
+
+SUPER_GLUE = {config.folder: (config.name, f"super_glue_{config.name}_v102") for config in super_glue.CONFIGS}
+SUPER_GLUE |= {
+    "ReCoRD": ("record", "super_glue_record_v102"),
+    "WSC": ("wsc.fixed", "super_glue_wsc_v102_simple_eval"),
+}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(folder, marks=[] if folder in ("MultiRC", "ReCoRD") else pytest.mark.slow)
+        for folder in sorted(SUPER_GLUE)
+    ],
+)
+def test_super_glue(folder, tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    name, task = SUPER_GLUE[folder]
+    rows = SUPER_GLUE_ROWS[folder]
+    files = tmp_path / "files/super_glue" / folder
+    if folder.startswith("AX"):
+        write_lines(files / f"{folder}.jsonl", rows)
+    else:
+        for split, content in (("train", rows), ("val", rows), ("test", unlabelled(rows))):
+            write_lines(files / f"{split}.jsonl", content)
+    builder = prepare(f"super_glue/{name}:1.0.2", str(tmp_path / "files/super_glue"))
+    for split in set(builder.info.splits) & set(seqio.TaskRegistry.get(task).source._splits):
+        same_examples(task, split, tmp_path, monkeypatch)
+
+
+def same_examples(task, split, tmp_path, monkeypatch, size=None):
+    """Compares examples in any order."""
+    from_files, from_tfds = read_both(task, split, None, tmp_path, monkeypatch)
+    assert len(from_files) == size if size is not None else len(from_files) >= 2
+    assert sorted(str(sorted(row.items())) for row in from_files) == sorted(str(sorted(x.items())) for x in from_tfds)
+
+
+@pytest.mark.slow
+def test_dpr(tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    folder = tmp_path / "files/dpr"
+    folder.mkdir(parents=True)
+    records = [f"Ann told Bo {k}, that he left. \nhe\n Ann, Bo\n{'Bo' if k else 'Ann'}\n\n" for k in range(3)]
+    for split, content in (("train", records), ("test", records[:2])):
+        (folder / f"{split}.c.txt").write_text("".join(content))
+    prepare("definite_pronoun_resolution:1.1.0", {s: str(folder / f"{s}.c.txt") for s in ("train", "test")})
+    same_examples("dpr_v001_simple", "train", tmp_path, monkeypatch, 3)
+    same_examples("dpr_v001_simple", "test", tmp_path, monkeypatch, 2)
+
+
+@pytest.mark.slow
+def test_closed_book_holds_out_what_tfds_does(tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    files = tmp_path / "files"
+    sizes = {"train": 79_170, "dev": 5}
+    for split, size in sizes.items():
+        write_lines(
+            files / f"nq_open/NQ-open.{split}.jsonl",
+            ({"question": f"q{i}", "answer": [f"a{i}", "b"]} for i in range(size)),
+        )
+    prepare(
+        "natural_questions_open:1.0.0",
+        {
+            tfds_split: str(files / f"nq_open/NQ-open.{s}.jsonl")
+            for tfds_split, s in (("train", "train"), ("validation", "dev"))
+        },
+    )
+    same_examples("natural_questions_open", "validation", tmp_path, monkeypatch, 2)
+    same_examples("natural_questions_open", "test", tmp_path, monkeypatch, 5)
+    rows = [
+        {"url": "u", "utterance": f"who {i}", "targetValue": f'(list (description "Köln {i}") (description Bonn))'}
+        for i in range(3_420)
+    ]
+    (files / "web_questions").mkdir()
+    for split, content in (("train", rows), ("test", rows[:4])):
+        (files / f"web_questions/webquestions.examples.{split}.json").write_text(json.dumps(content))
+    prepare(
+        "web_questions:1.0.0",
+        {s: str(files / f"web_questions/webquestions.examples.{s}.json") for s in ("train", "test")},
+    )
+    same_examples("web_questions_open", "validation", tmp_path, monkeypatch, 3)
+    same_examples("web_questions_open_test", "validation", tmp_path, monkeypatch, 4)
+
+
+def trivia(number, evidence):
+    names = [f"{number % 2}.txt", "missing.txt"]
+    return {
+        "Answer": {
+            "Aliases": [f"The Köln {number} ", "Bonn"],
+            "NormalizedAliases": [f"köln {number}", "bonn"],
+            "NormalizedValue": "x",
+            "Type": "WikipediaEntity",
+            "Value": f" Köln {number}",
+        },
+        "EntityPages": [{"DocSource": "Search", "Filename": name, "Title": "t"} for name in names] * evidence,
+        "Question": f" Which town, {number}? ",
+        "QuestionId": f"id_{number}",
+        "QuestionSource": "s",
+        "SearchResults": [
+            {"Description": "d", "Filename": "0.txt", "Rank": 1, "Title": "t", "Url": "u"},
+            {"Description": "no file", "Rank": 2, "Title": "t", "Url": "u"},
+        ]
+        * evidence,
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("rc", marks=pytest.mark.slow), pytest.param("unfiltered", marks=pytest.mark.exhaustive)]
+)
+def test_trivia_qa(kind, tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    root = tmp_path / "files/trivia_qa"
+    questions = root / {"rc": "qa", "unfiltered": "triviaqa-unfiltered"}[kind]
+    for folder, text in (("wikipedia", "\nIn Köln 1, or Bonn!\n"), ("web", "BONN; köln 0")):
+        (root / "evidence" / folder).mkdir(parents=True)
+        for number in range(2):
+            (root / f"evidence/{folder}/{number}.txt").write_text(f"{text} {number}", encoding="utf-8")
+    questions.mkdir()
+    size = {"rc": 4, "unfiltered": 78_788}[kind]
+    for split, count in (("train", size), ("dev", 3), ("test-without-answers", 2)):
+        rows = [trivia(number, kind == "rc") for number in range(count)]
+        for row in rows if split.startswith("test") else []:
+            del row["Answer"]
+        # TFDS reads the official files' indentation.
+        (questions / f"unfiltered-web-{split}.json").write_text(json.dumps({"Data": rows}, indent=4))
+    name = {"rc": "rc", "unfiltered": "unfiltered.nocontext"}[kind]
+    prepare(f"trivia_qa/{name}:1.1.0", {key: str(root) for key in ("rc", "unfiltered")})
+    if kind == "rc":
+        for split in ("train", "validation"):
+            same_examples("trivia_qa_v010", split, tmp_path, monkeypatch)
+    else:
+        same_examples("trivia_qa_open", "validation", tmp_path, monkeypatch, 3)
+        same_examples("trivia_qa_open", "test", tmp_path, monkeypatch, 3)
+        same_examples("trivia_qa_open_test", "test", tmp_path, monkeypatch, 2)
+
+
+def test_wmt(tmp_path, monkeypatch, prepare, bytes_vocabulary):
+    """TFDS finds WMT's downloads at their own places; here each lies under its own name in its split's folder."""
+    train, test = tmp_path / "files/wmt_t2t_de-en/train", tmp_path / "files/wmt_t2t_de-en/test"
+    places = {
+        "training/europarl-v7.de-en": train / "europarl-v7.de-en",
+        "commoncrawl.de-en": train / "commoncrawl.de-en",
+        "training-parallel-nc-v13/news-commentary-v13.de-en": train / "news-commentary-v13.de-en",
+        "dev/newstest2013": tmp_path / "files/wmt_t2t_de-en/validation",
+    }
+    sides = {"de": b"Stra\xc3\x9fe\n\nein\rs\r\nzwei\nletzte\n", "en": b"street\nempty\none\n\nlast\n"}
+    test.mkdir(parents=True)
+    train.mkdir()
+    for place, copy in places.items():
+        for language, content in sides.items():
+            for path in (tmp_path / "down" / f"{place}.{language}", copy.parent / f"{copy.name}.{language}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    for name in ("newstest2014-deen-src.de.sgm", "newstest2014-deen-ref.en.sgm"):
+        content = f'<doc>\n<seg id="1">a &amp; {name}</seg>\n<p>\n<seg id="2">b</seg>\n</doc>\n'
+        for path in (tmp_path / "down/dev" / name, test / name):
+            path.write_text(content)
+    root = str(tmp_path / "down")
+
+    def downloaded(urls):
+        if isinstance(urls, dict):
+            return {key: downloaded(value) for key, value in urls.items()}
+        return [root for _ in urls] if isinstance(urls, list | tuple) else root
+
+    prepare("wmt_t2t_translate/de-en:1.0.0", downloaded)
+    for split, size in (("train", 9), ("validation", 3), ("test", 2)):
+        same_examples("wmt_t2t_ende_v003", split, tmp_path, monkeypatch, size)
 
 
 def test_c4(data_dir, tmp_path, monkeypatch, bytes_vocabulary):

@@ -20,9 +20,9 @@ import tempfile
 import numpy as np
 import sentencepiece
 import seqio
-import t5.data.mixtures  # noqa: F401  registers the tasks
+import t5.data.mixtures  # registers the tasks
 import tensorflow as tf
-from t5.data import preprocessors
+from t5.data import postprocessors, preprocessors
 from t5.evaluation import metrics, qa_utils
 from transformers.data.metrics import squad_metrics
 
@@ -40,11 +40,18 @@ def plain(value):
     return value.decode() if isinstance(value, bytes) else value
 
 
+def tensors(value):
+    if isinstance(value, dict):
+        return {key: tensors(item) for key, item in value.items()}
+    no_texts = isinstance(value, list) and not value
+    return tf.constant(value, tf.string if no_texts else None)
+
+
 def preprocess(task, example):
     """Return what a registered task makes of a raw example before it is tokenized."""
     if "stsb" in task:
         example = example | {"label": np.float32(example["label"])}
-    dataset = tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.constant, example))
+    dataset = tf.data.Dataset.from_tensors(tensors(example))
     for step in seqio.TaskRegistry.get(task).preprocessors:
         if step is seqio.preprocessors.tokenize:
             break
@@ -63,6 +70,31 @@ def text_preprocessors(data):
         case["output"] = preprocess(case["task"], case["example"])
     for case in data["pad_punctuation"]:
         case["output"] = plain(preprocessors._pad_punctuation(tf.constant(case["text"])).numpy())
+
+
+def catalogue(data):
+    """T5's other tasks: texts, metrics, and the mixtures' rates ("examples" where t5 asks TFDS for their number)."""
+    for task, cases in data["text"].items():
+        for case in cases:
+            case["output"] = preprocess(task, case["example"])
+    made = {
+        "mean_3class_f1": metrics.mean_multiclass_f1(num_classes=3),
+        "mean_group_all_match": metrics.mean_group_metric(metrics.all_match),
+        "deduplicated_squad": metrics.deduplicate_metric(metrics.squad),
+    }
+    for case in data["metrics"]:
+        metric = made.get(case["metric"]) or getattr(metrics, case["metric"])
+        case["result"] = plain(metric(case["targets"], case["predictions"]))
+    for case in data["wsc_simple"]:
+        case["result"] = postprocessors.wsc_simple(
+            case["prediction"], example={"targets_pretokenized": case["candidate"]}
+        )
+    names = {"rate_num_examples": "examples", "rate_unsupervised": t5.data.rate_unsupervised(None)}
+    for name in sorted(seqio.MixtureRegistry.names()):
+        rates = seqio.MixtureRegistry.get(name)._task_to_rate
+        data["mixtures"][name] = {
+            task: names[rates[task].__name__] if callable(rates[task]) else rates[task] for task in sorted(rates)
+        }
 
 
 def squad(data):
@@ -128,7 +160,7 @@ def models(data):
 
 def main():
     check, changed = "--check" in sys.argv[1:], []
-    makers = {"text_preprocessors": text_preprocessors, "metrics": squad}
+    makers = {"text_preprocessors": text_preprocessors, "catalogue": catalogue, "metrics": squad}
     makers |= {"pretraining_objectives": table_3, "sentencepiece": models}
     for name, make in makers.items():
         data = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
