@@ -68,13 +68,6 @@ class RunConfig(
                 "EVAL_FILES is set without TRAIN_FILES: to evaluate on them beside registered tasks, set "
                 f"MIXTURE_OR_TASK_NAME = [{self.mixture_or_task_name!r}]"
             )
-        if not self.mixes:
-            for name in ("mixing", "mixing_limit", "mixing_temperature", "mixing_max_epochs"):
-                if getattr(self, name) != getattr(MixingOptions, name):
-                    raise UserError(
-                        f"{name.upper()} is set, but nothing is mixed by it: set MIXTURE_OR_TASK_NAME to a list of "
-                        "tasks, or TRAIN_FILES to a dict of corpora (a registered mixture has its rates)"
-                    )
         if self.mixing == "temperature" and self.mixing_temperature == 1:
             raise UserError("MIXING = 'temperature' needs MIXING_TEMPERATURE, such as 2.0 (1.0 is 'proportional')")
         if self.keep_best_metric and (self.eval_period == 0 or self.checkpoint_period % self.eval_period):

@@ -54,7 +54,8 @@ def register(
     several = len(names) + len(tasks) > 1
     for name in names:
         _check_name(name)
-    by_corpus = {key: _by_corpus(key, value, names) for key, value in {"metrics": metrics, **options}.items()}
+    by_corpus = {key: _by_corpus(f"FILES_{key.upper()}", value, names) for key, value in options.items()}
+    by_corpus["metrics"] = _by_corpus("METRICS", metrics, names)
     own: dict[str, seqio.Task] = {}
     for name in names:
         settings = {key: values[name] for key, values in by_corpus.items() if name in values}

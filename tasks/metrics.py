@@ -300,7 +300,7 @@ def bleu(targets: Sequence[str] | Sequence[Sequence[str]], predictions: Sequence
     """
     import sacrebleu  # slow to import
 
-    references = [targets] if isinstance(targets[0], str) else [list(references) for references in targets]
+    references: Any = [targets] if isinstance(targets[0], str) else [list(references) for references in targets]
     score = sacrebleu.corpus_bleu(
         predictions, references, smooth_method="exp", smooth_value=0.0, lowercase=False, tokenize="intl",
         use_effective_order=False,

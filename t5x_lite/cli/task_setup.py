@@ -233,6 +233,13 @@ def _register_corpora(run: RunConfig) -> str:
     """Registers the user's files and mixture. Returns the name of the run's task or mixture."""
     from tasks import corpora
 
+    for field in options.options(options.MixingOptions):
+        if not run.mixes and getattr(run, field.name) != field.metadata["default"]:
+            log.warning(
+                "%s has no effect: nothing is mixed by it. It is for a list of tasks in MIXTURE_OR_TASK_NAME and a "
+                "dict of corpora in TRAIN_FILES; a registered mixture has its own rates.",
+                field.name.upper(),
+            )
     names = run.mixture_or_task_name
     if isinstance(names, str):
         if not run.train_files:
