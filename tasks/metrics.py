@@ -300,7 +300,7 @@ def bleu(targets: Sequence[str] | Sequence[Sequence[str]], predictions: Sequence
     """
     import sacrebleu  # slow to import
 
-    references: Any = [targets] if isinstance(targets[0], str) else [list(references) for references in targets]
+    references: list[Any] = [targets] if isinstance(targets[0], str) else [*targets]
     score = sacrebleu.corpus_bleu(
         predictions, references, smooth_method="exp", smooth_value=0.0, lowercase=False, tokenize="intl",
         use_effective_order=False,
@@ -351,6 +351,7 @@ AVERAGES: Mapping[str, Average] = {"glue": GLUE_AVERAGE, "super_glue": SUPER_GLU
 
 def average_missing(benchmark: str, scores: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the scores that {task: {metric: score}} lacks for a benchmark's average, as "task/metric"."""
+    scores = _without_sentinels(scores)
     needed = [(task, name) for part in AVERAGES[benchmark] for task, names in part.items() for name in names]
     return [f"{task}/{name}" for task, name in needed if name not in scores.get(task, {})]
 
@@ -362,8 +363,14 @@ def average(benchmark: str, scores: Mapping[str, Mapping[str, float]]) -> float:
     """
     if missing := average_missing(benchmark, scores):
         raise ValueError(f"no average of {benchmark} without {', '.join(missing)}")
+    scores = _without_sentinels(scores)
     parts = ([scores[task][name] for task in part for name in part[task]] for part in AVERAGES[benchmark])
     return float(np.mean([np.mean(part) for part in parts]))
+
+
+def _without_sentinels(scores: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    """Return scores in which a twin with a sentinel (see tasks.sentinels) stands for its task, if that is not there."""
+    return {task.replace("_1_sentinel", ""): values for task, values in scores.items()} | dict(scores)
 
 
 glue_average = functools.partial(average, "glue")

@@ -1,5 +1,6 @@
 """The t5 package's catalogue: names, features, splits, metrics, text and rates against its own."""
 
+import gzip
 import json
 
 import numpy as np
@@ -123,6 +124,8 @@ def test_super_glue_average_is_of_eight_tasks():
     scores["super_glue_cb_v102"] = {"mean_3class_f1": 80.0, "accuracy": 100.0}
     assert len(metrics.SUPER_GLUE_AVERAGE) == 8
     assert metrics.super_glue_average(scores | {"super_glue_axb_v102": {}}) == pytest.approx(60 + 30 / 8)
+    twins = {sentinels.twin_name(task): values for task, values in scores.items()}
+    assert metrics.super_glue_average(twins) == metrics.super_glue_average(scores)
     del scores["super_glue_record_v102"]["em"]
     with pytest.raises(ValueError, match="no average of super_glue without super_glue_record_v102/em"):
         metrics.super_glue_average(scores)
@@ -190,6 +193,30 @@ def test_prefix_lm_of_a_decoder_has_its_loss_behind_the_prefix():
     for lengths in ({"targets": 15}, {"targets": 16, "inputs": 8}):
         with pytest.raises(ValueError, match="one even length"):
             prefix_lm.pack_decoder_only(dataset, lengths)
+
+
+DOCUMENTS = {
+    "c4_noclean_v020_unsupervised": "c4/en.noclean/c4-train.00000-of-00002.json.gz",
+    "c4_webtextlike_v020_unsupervised": "c4/webtextlike/c4-train.00000-of-00002.json.gz",
+    "mc4.zh_Latn": "c4/multilingual/c4-zh-Latn.tfrecord-00000-of-00008.json.gz",
+    "wikipedia_20190301.en_v003_unsupervised": "wikipedia/20190301.en/train-1.json",
+    "c4_prefix_lm_objective_encoder_decoder_architecture": "c4/c4-train.00000-of-00001.json.gz",
+    "c4_prefix_lm_objective_decoder_architecture": "c4/c4-train.00000-of-00001.json.gz",
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_tasks_of_documents_read_files(name, corpus, bytes_vocabulary):
+    path = corpus / DOCUMENTS[name]
+    path.parent.mkdir(parents=True)
+    content = json.dumps({"text": "The house is wonderful, and so is the garden behind it."}).encode() + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    task = seqio.TaskRegistry.get(name)
+    lengths = dict.fromkeys(("inputs", "targets"), 16)
+    assert [*task.splits] == ["train"]
+    (x, *_) = task.get_dataset(lengths, "train", shuffle=False, seed=0)
+    assert set(x) == {feature for feature in task.output_features if feature != "targets" or "prefix_lm" not in name}
+    assert all(0 < len(tokens) <= 16 for tokens in x.values())
 
 
 def test_trivia_qas_long_inputs_keep_their_answer():
