@@ -38,7 +38,7 @@ def at_least(least: int) -> Check:
     return Check(lambda value: value >= least, f"must be at least {least}")
 
 
-def above(bound: float) -> Check:
+def above(bound: int) -> Check:
     return Check(lambda value: value > bound, f"must be above {bound}")
 
 

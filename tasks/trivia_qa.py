@@ -13,7 +13,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import blocks, data_sources, objectives, preprocessors, readers, text_to_text
+from tasks import block_source, data_sources, objectives, preprocessors, readers, text_to_text
 
 # --------------------------------------------------------------------------------------------------------------- files
 
@@ -68,14 +68,14 @@ def _documents(where: str, item: Mapping[str, Any], name: str) -> list[str]:
 
 
 class _Questions:
-    """The questions of a split, for `blocks.BlockSource`."""
+    """The questions of a split, for `block_source.BlockSource`."""
 
     def __init__(self, paths: Sequence[str], split: str):
         self._rows = [(path, *row) for path in paths for row in questions(path)]
         self.size = self.examples = len(self._rows)
         self._missing = 0
 
-    def read(self, block: int) -> list[blocks.Row]:
+    def read(self, block: int) -> list[block_source.Row]:
         path, row, documents = self._rows[block]
         evidence = os.path.join(os.path.dirname(os.path.dirname(path)), "evidence")
         pages = self._contexts(os.path.join(evidence, "wikipedia"), documents["EntityPages"])
@@ -97,7 +97,7 @@ class _Questions:
 
 
 def _read_files(files: dict[str, list[str]]) -> seqio.DataSource:
-    return blocks.BlockSource(files, _Questions, FEATURES | _CONTEXTS)
+    return block_source.BlockSource(files, _Questions, FEATURES | _CONTEXTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

@@ -24,7 +24,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tasks import blocks, data_sources, metrics, preprocessors, readers, text_to_text
+from tasks import block_source, data_sources, metrics, preprocessors, readers, text_to_text
 from tasks.errors import UserError
 
 LANGUAGES = {"de": "German", "en": "English", "fr": "French", "ro": "Romanian"}
@@ -45,7 +45,7 @@ class _Block(NamedTuple):
 
 
 class Pairs:
-    """The sentence pairs of a split's files, for `blocks.BlockSource`.
+    """The sentence pairs of a split's files, for `block_source.BlockSource`.
 
     Raises UserError for files without a partner, of other kinds, or of different numbers of lines.
     """
@@ -69,7 +69,7 @@ class Pairs:
         self.size = len(self._blocks)
         self._logged: set[tuple[str, ...]] = set()  # files with a pair that was left out
 
-    def read(self, block: int) -> list[blocks.Row]:
+    def read(self, block: int) -> list[block_source.Row]:
         paths, line, starts, stops = self._blocks[block]
         if paths[0].endswith(".sgm"):
             pairs = self._segments(paths)
@@ -198,7 +198,7 @@ def source(corpus: str, languages: tuple[str, str], splits: Sequence[str]) -> da
 
     def build(files: Mapping[str, list[str]]) -> seqio.DataSource:
         index = functools.partial(Pairs, languages=languages)
-        return blocks.BlockSource(files, index, dict.fromkeys(languages, str))
+        return block_source.BlockSource(files, index, dict.fromkeys(languages, str))
 
     return data_sources.CorpusSource(
         folder=f"{corpus}_{pair}",
