@@ -12,8 +12,7 @@ the t5 package (0.9.4). Examples are identical to t5's for the same dataset seed
   prefix_lm                 inputs are a prefix of random length; the target is the rest
   lm, full_lm               targets only; EOS ends each piece (lm) or each document (full_lm)
 
-Examples are processed in blocks of 128, because a TensorFlow call per example would dominate the time. Must not import:
-files, TFDS, task names.
+Examples are processed in blocks (`tasks.blocks`). Must not import: files, TFDS, task names.
 """
 
 import functools
@@ -24,14 +23,13 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import noise
+from tasks import blocks, noise
 from tasks import vocabulary as vocabularies
 from tasks.errors import UserError
 
 Features = Mapping[str, seqio.utils.Feature]
 Lengths = Mapping[str, int]
 
-_BLOCK = 128  # examples processed at once; also the number of documents that t5 concatenates
 _CHUNK = 65536  # maximum number of tokens used of a document
 
 
@@ -186,37 +184,42 @@ def text_as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
-    """Tokenise the strings `targets`, and drop empty ones.
-
-    Uses tf-text instead of the faster sentencepiece package, which from 0.2.2 on breaks ties between equally good
-    pieces differently: "???!" would get other tokens than in T5's training.
-    """
+    """Tokenise the strings `targets`, and drop empty ones."""
     vocabulary = vocabularies.resolved(output_features["targets"].vocabulary)
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):  # other vocabularies encode one text at a time
         tokens = dataset.map(lambda x: {"targets": vocabulary.encode_tf(x["targets"])}, tf.data.AUTOTUNE)
         return tokens.filter(lambda x: tf.size(x["targets"]) > 0)
 
-    def encode(block: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def encode(block: dict[str, tf.Tensor]) -> dict[str, tf.RaggedTensor]:
         tokens = vocabulary.encode_tf(block["targets"])
         return {"targets": tf.ragged.boolean_mask(tokens, tokens.row_lengths() > 0)}
 
-    return _each(dataset.batch(_BLOCK).map(encode, tf.data.AUTOTUNE))
+    return blocks.examples(dataset.batch(blocks.SIZE).map(encode, tf.data.AUTOTUNE))
 
 
 def append_eos_after_trim(
     dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features
 ) -> tf.data.Dataset:
-    """seqio.preprocessors.append_eos_after_trim for token features only, at a fifth of its cost."""
+    """seqio.preprocessors.append_eos_after_trim for token features only, at a small part of its cost."""
     ends = {name: feature.vocabulary.eos_id for name, feature in output_features.items() if feature.add_eos}
 
-    def append(name: str, tokens: tf.Tensor) -> tf.Tensor:
+    def append(name: str, tokens: Any) -> Any:
         if name not in ends:
             return tokens
         length = (sequence_length or {}).get(name)
-        trimmed = tokens if length is None else tokens[: length - 1]
-        return tf.concat([trimmed, tf.constant([ends[name]])], axis=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        eos = tf.constant([ends[name]])
+        if not isinstance(tokens, tf.RaggedTensor):
+            return tf.concat([tokens if length is None else tokens[: length - 1], eos], axis=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        trimmed = tokens if length is None else tokens[:, : length - 1]
+        return tf.concat([trimmed, tf.repeat(eos[None], tokens.nrows(), axis=0)], axis=1)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
-    return dataset.map(lambda x: {name: append(name, tokens) for name, tokens in x.items()})
+    def of_all(x: dict[str, Any]) -> dict[str, Any]:
+        return {name: append(name, tokens) for name, tokens in x.items()}
+
+    remembered = blocks.remembered(dataset)
+    if remembered is None:
+        return blocks.inline_map(dataset, of_all)
+    return blocks.examples(remembered.map(of_all, tf.data.AUTOTUNE))
 
 
 def split_documents(
@@ -229,10 +232,10 @@ def split_documents(
     select_random_chunk, append_eos, reduce_concat_tokens and split_tokens.
     """
 
-    def cut(documents: np.ndarray, seeds: np.ndarray) -> list[list[np.ndarray]]:
+    def cut(documents: list[np.ndarray], seeds: np.ndarray) -> list[list[np.ndarray]]:
         texts = []
-        for document, size, seed in zip(documents, _sizes(documents), seeds, strict=True):
-            start = 0
+        for document, seed in zip(documents, seeds, strict=True):
+            start, size = 0, len(document)
             if size > _CHUNK:
                 chunk = noise.integers(noise.split(seed[None], 2)[:, 1], 1, 0, -(-size // _CHUNK))[0, 0]
                 start, size = _CHUNK * chunk, min(size, _CHUNK * (chunk + 1))
@@ -263,12 +266,12 @@ def denoise(
     if "inputs" in output_features and output_features["inputs"].vocabulary != vocabulary:
         raise UserError("denoising makes inputs from tokenised targets: both features need the same vocabulary")
 
-    def corrupt(texts: np.ndarray, seeds: np.ndarray) -> list[list[np.ndarray]]:
-        sizes = _sizes(texts)
+    def corrupt(texts: list[np.ndarray], seeds: np.ndarray) -> list[list[np.ndarray]]:
+        sizes = np.array([len(text) for text in texts])
         columns: list[list] = [[None] * len(texts), [None] * len(texts)]
         for size in np.unique(sizes):
             rows = np.flatnonzero(sizes == size)
-            tokens, keys = texts[rows, :size], noise.split(seeds[rows], 6)
+            tokens, keys = np.stack([texts[row] for row in rows]), noise.split(seeds[rows], 6)
             mask = noise_mask(int(size), noise_density, keys[:, :2])
             for encode, keys_used, out in ((inputs, keys[:, 2:4], columns[0]), (targets, keys[:, 4:6], columns[1])):
                 values, keeps = encode(tokens, mask, vocabulary, keys_used) if encode else (tokens, np.ones_like(mask))
@@ -285,42 +288,17 @@ def map_blocks(
     outputs: Sequence[str],
     features: Sequence[str] = ("targets",),
 ) -> tf.data.Dataset:
-    """Call `fn` on the `features` of each block of 128 examples: (int32 [n, longest], ..., seeds int64 [n, 2]).
+    """Call `fn` on the `features` of each block of 128 examples: (n int32 arrays, ..., seeds int64 [n, 2]).
 
     `fn` returns, for each name in `outputs`, a list of token arrays; all lists have the same length. These become the
     examples.
     """
 
-    def flat(*block: np.ndarray) -> list[np.ndarray]:
-        arrays = []
-        for column in fn(*block[:-1], block[-1][: len(block[0])]):
-            arrays.append(np.concatenate([*column, np.zeros(0, np.int32)], dtype=np.int32))
-            arrays.append(np.array([len(x) for x in column], np.int64))
-        return arrays
+    def with_seeds(*block: Any) -> list[list[np.ndarray]]:
+        return fn(*block[:-1], block[-1][: len(block[0])])
 
-    def examples(block: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.RaggedTensor]:
-        arguments = [tf.cast(block[name], tf.int32) for name in features] + [seeds]
-        arrays = tf.numpy_function(flat, arguments, [tf.int32, tf.int64] * len(outputs), stateful=False)
-        return dict(zip(outputs, _ragged(arrays), strict=True))
-
-    spec: Any = dataset.element_spec
-    if set(spec) != set(features):
-        dataset = dataset.map(lambda x: {name: x[name] for name in features})
-    blocks = tf.data.Dataset.zip((dataset.padded_batch(_BLOCK), _draw_seeds()))
-    return _each(blocks.map(examples, num_parallel_calls=tf.data.AUTOTUNE))
-
-
-def _ragged(arrays: list[tf.Tensor]) -> list[tf.RaggedTensor]:
-    """Make ragged tensors from alternating values and row lengths."""
-    arrays = [tf.ensure_shape(x, [None]) for x in arrays]
-    make = functools.partial(tf.RaggedTensor.from_row_lengths, validate=False)  # pyright: ignore
-    return [make(values, sizes) for values, sizes in zip(arrays[::2], arrays[1::2], strict=True)]
-
-
-def _each(blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Unbatch blocks into examples of plain tensors."""
-    rows = blocks.flat_map(tf.data.Dataset.from_tensor_slices)
-    return rows.map(lambda x: {name: tf.ensure_shape(tokens, [None]) for name, tokens in x.items()})
+    pairs = tf.data.Dataset.zip((blocks.in_blocks(dataset, features), _draw_seeds()))
+    return blocks.examples(blocks.numpy_map(pairs, with_seeds, outputs))
 
 
 def _draw_seeds() -> tf.data.Dataset:
@@ -332,10 +310,5 @@ def _draw_seeds() -> tf.data.Dataset:
     if first is not None:
         seqio.utils._NEXT_MAP_SEED += 2
     halves = [tf.data.Dataset.random(seed=None if first is None else first + i) for i in range(2)]
-    pairs = tf.data.Dataset.zip(tuple(half.batch(_BLOCK) for half in halves))
+    pairs = tf.data.Dataset.zip(tuple(half.batch(blocks.SIZE) for half in halves))
     return pairs.map(lambda a, b: tf.stack([a, b], axis=1))
-
-
-def _sizes(tokens: np.ndarray) -> np.ndarray:
-    """Return the lengths of rows that are padded with trailing 0."""
-    return (tokens != 0).sum(axis=1)

@@ -29,6 +29,7 @@ from t5x_lite.data.feature_converters import EncDecFeatureConverter
 from t5x_lite.errors import UserError
 from t5x_lite.model.feature_converter import FeatureConverter
 from tasks import vocabulary as vocabularies
+from tasks.blocks import inline_map
 from tasks.vocabulary import sentencepieces
 
 logger = logging.getLogger(__name__)
@@ -373,7 +374,7 @@ def _rows(
         widths = converter.widths(lengths, set(spec))
     except UserError as error:
         raise UserError(f"the examples of {name} {error}") from None
-    cut = examples.map(lambda x: {k: tf.cast(x[k][:width], converter.dtype(k)) for k, width in widths.items()})
+    cut = inline_map(examples, lambda x: {k: tf.cast(x[k][:n], converter.dtype(k)) for k, n in widths.items()})
     blocks = cut.padded_batch(converter.block(widths), converter.padded_to(widths))
     if type(converter).convert is FeatureConverter.convert:
         return blocks  # unchanged, without a Python call for each block
