@@ -20,7 +20,20 @@ Names = str | list[str]
 Files = Names | Mapping[str, Names]  # a mapping has the files of several corpora, by name
 
 
-Objective = Literal["text_to_text", "span_corruption"]
+Objective = Literal[
+    "text_to_text",
+    "span_corruption",
+    "iid_denoising",
+    "iid_drop_tokens",
+    "bert_style_denoising",
+    "mass_style_denoising",
+    "deshuffling",
+    "prefix_lm",
+    "lm",
+    "full_lm",
+    "ul2",
+    "ul2r",
+]  # as tasks.user_files has them
 Strategy = Literal["proportional", "temperature", "equal", "unimax"]  # as tasks.mixtures has them
 
 
@@ -124,13 +137,25 @@ class FilesOptions:
     )
     files_objective: Objective | Mapping[str, Objective] = option(
         "text_to_text",
-        'rows become inputs and targets by the templates; or "span_corruption" of their text. This and the next four '
-        "may be a dict by the names of the corpora",
+        "rows become inputs and targets by the templates; or an objective of pre-training on their text: "
+        '"span_corruption", "ul2", "prefix_lm" ... This and the next options may be a dict by the names of the corpora',
     )
     files_inputs_template: str | Mapping[str, str] = option("{inputs}", "{column} stands for a column")
     files_targets_template: str | Mapping[str, str] = option("{targets}", "likewise")
     files_text_template: str | Mapping[str, str] = option(
         "{text}", "for span corruption; a line of a .txt file is {text}"
+    )
+    noise_density: float | Mapping[str, float] | None = option(
+        None, "part of the tokens that an objective corrupts; None: its own, 0.15 of span corruption"
+    )
+    mean_noise_span_length: float | Mapping[str, float] | None = option(None, "of span corruption, in tokens; None: 3")
+    join_texts: bool | Mapping[str, bool] | None = option(
+        None,
+        "whether an objective joins short texts to fill the inputs; None: its own choice, True of span corruption, UL2 "
+        "and lm",
+    )
+    ul2_mode_tokens: Mapping[str, str] | None = option(
+        None, 'texts that begin the inputs of UL2\'s modes: {"R": "[R]", "S": "[S]", "X": "[X]"}; None: none'
     )
     metrics: Names | Mapping[str, Names] | None = option(
         None,

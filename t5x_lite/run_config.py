@@ -63,10 +63,10 @@ class RunConfig(
         if self.infer_output and "://" in self.infer_output:
             raise UserError(f"INFER_OUTPUT = {self.infer_output!r} must be a local file, to be added to line by line")
         _ = self.decoding  # checks settings that depend on one another
-        if self.eval_files and not self.train_files and isinstance(self.mixture_or_task_name, str):
+        if self.eval_files and not self.train_files and not isinstance(self.mixture_or_task_name, list):
             raise UserError(
-                "EVAL_FILES is set without TRAIN_FILES: to evaluate on them beside registered tasks, set "
-                f"MIXTURE_OR_TASK_NAME = [{self.mixture_or_task_name!r}]"
+                "EVAL_FILES is set without TRAIN_FILES: name files to train on; or to evaluate on these beside "
+                f"registered tasks, set MIXTURE_OR_TASK_NAME = [{self.mixture_or_task_name or 'a task'!r}]"
             )
         if self.mixing == "temperature" and self.mixing_temperature == 1:
             raise UserError("MIXING = 'temperature' needs MIXING_TEMPERATURE, such as 2.0 (1.0 is 'proportional')")

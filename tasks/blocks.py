@@ -22,7 +22,7 @@ def inline_map(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
 
     The public method passes each example to a pool of threads. It has no argument for this.
     """
-    return map_op._MapDataset(dataset, fn, use_inter_op_parallelism=False)
+    return map_op._MapDataset(dataset, fn, use_inter_op_parallelism=False)  # pyright: ignore[reportReturnType]
 
 
 def examples(blocks: tf.data.Dataset) -> tf.data.Dataset:
@@ -45,7 +45,7 @@ def in_blocks(dataset: tf.data.Dataset, features: Sequence[str]) -> tf.data.Data
     blocks = remembered(dataset)
     if blocks is None:
         rows = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in features})
-        ragged = tf.RaggedTensor.from_tensor
+        ragged = tf.RaggedTensor.from_tensor  # pyright: ignore[reportAttributeAccessIssue]
         return rows.padded_batch(SIZE).map(lambda x: {name: ragged(x[name], padding=0) for name in features})
     return _regroup(blocks.map(lambda x: {name: x[name] for name in features}))
 
@@ -53,7 +53,7 @@ def in_blocks(dataset: tf.data.Dataset, features: Sequence[str]) -> tf.data.Data
 def _regroup(blocks: tf.data.Dataset) -> tf.data.Dataset:
     """Regroup blocks of any size into blocks of `SIZE`. The incomplete block is part of the saved position."""
     spec: Any = blocks.element_spec
-    names, make = list(spec), tf.RaggedTensor.from_row_lengths
+    names, make = list(spec), tf.RaggedTensor.from_row_lengths  # pyright: ignore[reportAttributeAccessIssue]
 
     def flat(block: dict[str, tf.RaggedTensor], is_end: bool) -> tuple[Any, bool]:
         return {name: (block[name].values, block[name].row_lengths()) for name in names}, is_end
@@ -74,7 +74,7 @@ def _regroup(blocks: tf.data.Dataset) -> tf.data.Dataset:
         starts = tf.data.Dataset.range(0, block[names[0]].nrows(), SIZE)
         return starts.map(lambda i: {k: rows[i : i + SIZE] for k, rows in block.items()})
 
-    return parts.scan(nothing, step).flat_map(cut)
+    return parts.scan(nothing, step).flat_map(cut)  # pyright: ignore[reportArgumentType]
 
 
 def numpy_map(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import seqio
 
-from tasks import data_sources, objectives, prefix_lm, readers, vocabulary
+from tasks import data_sources, objectives, prefix_lm, readers, ul2, vocabulary
 
 _FEATURES = ("text", "timestamp", "url")
 
@@ -92,6 +92,8 @@ OBJECTIVES = {
     "c4_v220_mass_style_denoising": objectives.mass_style_denoising,
     "c4_v220_deshuffling": objectives.deshuffling,
     "c4_v220_prefix_lm": objectives.prefix_lm,
+    "c4_v220_ul2": ul2.ul2,
+    "c4_v220_ul2r": functools.partial(ul2.ul2, denoisers=ul2.UL2R),
     "c4_v220_lm": objectives.lm,
     "c4_v220_full_lm": objectives.full_lm,
     # In t5 gin sets its objective; here it has that of the final T5.

@@ -33,6 +33,7 @@ def register(
     budget: float | None = None,
     max_epochs: float | None = None,
     metrics: Names | Mapping[str, Names] | None = None,
+    mode_tokens: Mapping[str, str] | None = None,
     **options: Any,
 ) -> str:
     """Register the tasks and, if there are several, their mixture; return its name, or that of the only task.
@@ -44,7 +45,8 @@ def register(
       mixing: a strategy of `mixtures.rates`, or the rate of each corpus and task that is trained on.
       limit, temperature, budget, max_epochs: of the strategy; the budget is a number of examples.
       metrics: names in text_metrics.METRICS, for all corpora or by corpus; None: exact match and F1.
-      options: objective and templates of `user_files.register_files`, for all corpora or as mappings by corpus.
+      mode_tokens: of the corpora whose objective is UL2's.
+      options: objective, its settings, and templates of `user_files.register_files`, for all corpora or by corpus.
 
     Raises:
       UserError: a name is not valid or taken, a mapping has an unknown corpus, or the rates cannot be computed.
@@ -54,7 +56,13 @@ def register(
     several = len(names) + len(tasks) > 1
     for name in names:
         _check_name(name)
-    by_corpus = {key: _by_corpus(f"FILES_{key.upper()}", value, names) for key, value in options.items()}
+    by_corpus = {
+        key: _by_corpus(user_files.SETTINGS.get(key, f"FILES_{key.upper()}"), value, names)
+        for key, value in options.items()
+    }
+    if mode_tokens is not None:  # for those that use them, or all, which is an error
+        denoised = [name for name in names if by_corpus.get("objective", {}).get(name) in user_files.WITH_MODES]
+        by_corpus["mode_tokens"] = dict.fromkeys(denoised or names, mode_tokens)
     by_corpus["metrics"] = _by_corpus("METRICS", metrics, names)
     own: dict[str, seqio.Task] = {}
     for name in names:

@@ -137,6 +137,19 @@ def random_prefix_noise_mask(length: int, noise_density: float, seeds: np.ndarra
     return np.arange(length) < integers(seeds[:, 0], 1, shortest, max(length, shortest + 1))
 
 
+def random_end_noise_mask(length: int, noise_density: float, seeds: np.ndarray) -> np.ndarray:
+    """The end is noise; its length is uniform from 1 to `longest_end`, so its mean is that of the density."""
+    longest = longest_end(length, noise_density)
+    if not longest:
+        return np.zeros((len(seeds), length), bool)
+    return np.arange(length) >= length - integers(seeds[:, 0], 1, 1, longest + 1)
+
+
+def longest_end(length: int, noise_density: float) -> int:
+    """Return the most noise tokens that `random_end_noise_mask` has, less than `length`."""
+    return min(max(round(2 * noise_density * length) - 1, 1), length - 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ encodings
 
 

@@ -39,10 +39,12 @@ def span_corruption(
     output_features: Features,
     mean_noise_span_length: float = 3.0,
     noise_density: float = 0.15,
+    concatenate: bool = True,
 ) -> tf.data.Dataset:
     """T5's pre-training objective: noise spans become sentinels in the inputs and are written out in the targets.
 
     Documents are concatenated and split so that the inputs fill `sequence_length["inputs"]` exactly, EOS included.
+    Without `concatenate` each document is split on its own, and its last piece is shorter.
 
     Raises UserError if the targets do not fit or the vocabulary has too few sentinels.
     """
@@ -55,14 +57,18 @@ def span_corruption(
         )
     _, spans = noise.noise_counts(raw_length, noise_density, mean_noise_span_length)
     vocabularies.require_sentinels(output_features["targets"].vocabulary, spans)
-    return denoise(
-        split_documents(dataset, raw_length),
-        output_features,
-        noise_density=noise_density,
-        noise_mask=functools.partial(noise.random_spans_noise_mask, mean_noise_span_length=mean_noise_span_length),
-        inputs=noise.noise_span_to_unique_sentinel,
-        targets=noise.nonnoise_span_to_unique_sentinel,
-    )
+    pieces = split_documents(dataset, raw_length, concatenate=concatenate)
+    return denoise(pieces, output_features, **spans_to_sentinels(noise_density, mean_noise_span_length))
+
+
+def spans_to_sentinels(noise_density: float, mean_noise_span_length: float) -> dict[str, Any]:
+    """Return the arguments of `denoise` and `corrupted` for span corruption."""
+    return {
+        "noise_density": noise_density,
+        "noise_mask": functools.partial(noise.random_spans_noise_mask, mean_noise_span_length=mean_noise_span_length),
+        "inputs": noise.noise_span_to_unique_sentinel,
+        "targets": noise.nonnoise_span_to_unique_sentinel,
+    }
 
 
 def _objective(
@@ -79,13 +85,14 @@ def _objective(
 
     If the inputs need more sentinels than there are, the last pieces of the vocabulary are used, as in t5.
     """
-    density = noise_density
+    density, joined = noise_density, concatenate
 
     def objective(
         dataset: tf.data.Dataset,
         sequence_length: Lengths | None,
         output_features: Features,
         noise_density: float = density,
+        concatenate: bool = joined,
     ) -> tf.data.Dataset:
         length = _without_eos(needed_lengths(sequence_length, "inputs"), "inputs", output_features)
         vocabularies.require_sentinels(output_features["targets"].vocabulary, sentinels)
@@ -121,10 +128,12 @@ prefix_lm = _objective(
 )
 
 
-def lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
+def lm(
+    dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features, concatenate: bool = True
+) -> tf.data.Dataset:
     """Language modelling: text concatenated and split so that each piece and its EOS fill the targets."""
     length = _without_eos(needed_lengths(sequence_length, "targets"), "targets", output_features)
-    return split_documents(dataset, length)
+    return split_documents(dataset, length, concatenate=concatenate)
 
 
 def full_lm(dataset: tf.data.Dataset, sequence_length: Lengths | None, output_features: Features) -> tf.data.Dataset:
@@ -207,7 +216,7 @@ def append_eos_after_trim(
         if name not in ends:
             return tokens
         length = (sequence_length or {}).get(name)
-        eos = tf.constant([ends[name]])
+        eos = tf.constant([ends[name]])  # pyright: ignore[reportArgumentType]
         if not isinstance(tokens, tf.RaggedTensor):
             return tf.concat([tokens if length is None else tokens[: length - 1], eos], axis=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
         trimmed = tokens if length is None else tokens[:, : length - 1]
@@ -233,13 +242,9 @@ def split_documents(
     """
 
     def cut(documents: list[np.ndarray], seeds: np.ndarray) -> list[list[np.ndarray]]:
-        texts = []
-        for document, seed in zip(documents, seeds, strict=True):
-            start, size = 0, len(document)
-            if size > _CHUNK:
-                chunk = noise.integers(noise.split(seed[None], 2)[:, 1], 1, 0, -(-size // _CHUNK))[0, 0]
-                start, size = _CHUNK * chunk, min(size, _CHUNK * (chunk + 1))
-            texts.append(document[start:size] if eos is None else np.append(document[start:size], np.int32(eos)))
+        texts = chunks(documents, seeds)
+        if eos is not None:
+            texts = [np.append(text, np.int32(eos)) for text in texts]
         if concatenate:
             texts = [np.concatenate(texts)]
         return [[text[i : i + length] for text in texts for i in range(0, len(text), length)]]
@@ -247,6 +252,16 @@ def split_documents(
     pieces = map_blocks(dataset, cut, ["targets"])
     _draw_seeds()  # t5's split_tokens also draws a seed, so the seeds of later steps depend on it
     return pieces
+
+
+def chunks(documents: Sequence[np.ndarray], seeds: np.ndarray) -> list[np.ndarray]:
+    """Return the documents; of those longer than 65,536 tokens a random chunk of that length, drawn by their seeds."""
+    texts = list(documents)
+    for k, document in enumerate(texts):
+        if len(document) > _CHUNK:
+            chunk = noise.integers(noise.split(seeds[k][None], 2)[:, 1], 1, 0, -(-len(document) // _CHUNK))[0, 0]
+            texts[k] = document[_CHUNK * chunk : _CHUNK * (chunk + 1)]
+    return texts
 
 
 def denoise(
@@ -267,19 +282,41 @@ def denoise(
         raise UserError("denoising makes inputs from tokenised targets: both features need the same vocabulary")
 
     def corrupt(texts: list[np.ndarray], seeds: np.ndarray) -> list[list[np.ndarray]]:
-        sizes = np.array([len(text) for text in texts])
-        columns: list[list] = [[None] * len(texts), [None] * len(texts)]
-        for size in np.unique(sizes):
-            rows = np.flatnonzero(sizes == size)
-            tokens, keys = np.stack([texts[row] for row in rows]), noise.split(seeds[rows], 6)
-            mask = noise_mask(int(size), noise_density, keys[:, :2])
-            for encode, keys_used, out in ((inputs, keys[:, 2:4], columns[0]), (targets, keys[:, 4:6], columns[1])):
-                values, keeps = encode(tokens, mask, vocabulary, keys_used) if encode else (tokens, np.ones_like(mask))
-                for row, value, keep in zip(rows, values, keeps, strict=True):
-                    out[row] = value[keep]
-        return columns
+        return corrupted(
+            texts,
+            seeds,
+            vocabulary,
+            noise_density=noise_density,
+            noise_mask=noise_mask,
+            inputs=inputs,
+            targets=targets,
+        )
 
     return map_blocks(dataset, corrupt, ["inputs", "targets"])
+
+
+def corrupted(
+    texts: Sequence[np.ndarray],
+    seeds: np.ndarray,
+    vocabulary: seqio.Vocabulary,
+    *,
+    noise_density: float,
+    noise_mask: Callable[..., np.ndarray],
+    inputs: Callable,
+    targets: Callable | None,
+) -> list[list[np.ndarray]]:
+    """Return the inputs and targets of texts; the seeds are int64 [n, 2], the other arguments those of `denoise`."""
+    sizes = np.array([len(text) for text in texts])
+    columns: list[list] = [[None] * len(texts), [None] * len(texts)]
+    for size in np.unique(sizes):
+        rows = np.flatnonzero(sizes == size)
+        tokens, keys = np.stack([texts[int(row)] for row in rows]), noise.split(seeds[rows], 6)
+        mask = noise_mask(int(size), noise_density, keys[:, :2])
+        for encode, keys_used, out in ((inputs, keys[:, 2:4], columns[0]), (targets, keys[:, 4:6], columns[1])):
+            values, keeps = encode(tokens, mask, vocabulary, keys_used) if encode else (tokens, np.ones_like(mask))
+            for row, value, keep in zip(rows, values, keeps, strict=True):
+                out[row] = value[keep]
+    return columns
 
 
 def map_blocks(

@@ -9,10 +9,11 @@ shuffled; larger data are streamed and shuffled in a buffer. Must not import: th
 
 import difflib
 import functools
+import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
@@ -27,6 +28,7 @@ from tasks import (
     templates,
     text_checks,
     text_metrics,
+    ul2,
     vocabulary,
 )
 from tasks.errors import UserError
@@ -35,7 +37,27 @@ from tasks.templates import Templates
 MEMORY_LIMIT = 256 * 2**20
 _SHUFFLE_WINDOW = 10_000  # buffer for streamed data
 
-Objective = Literal["text_to_text", "span_corruption"]
+TEXT_TO_TEXT = "text_to_text"
+# The objectives that pre-train on text, by the names of FILES_OBJECTIVE.
+OBJECTIVES: Mapping[str, Callable] = {
+    **{
+        objective.__name__: objective
+        for objective in (
+            *(objectives.span_corruption, objectives.iid_denoising, objectives.iid_drop_tokens),
+            *(objectives.bert_style_denoising, objectives.mass_style_denoising, objectives.deshuffling),
+            *(objectives.prefix_lm, objectives.lm, objectives.full_lm, ul2.ul2),
+        )
+    },
+    "ul2r": functools.partial(ul2.ul2, denoisers=ul2.UL2R),
+}
+WITH_MODES = ("ul2", "ul2r")
+# The settings of objectives, by the options that give them.
+SETTINGS = {
+    "noise_density": "NOISE_DENSITY",
+    "mean_noise_span_length": "MEAN_NOISE_SPAN_LENGTH",
+    "concatenate": "JOIN_TEXTS",
+    "mode_tokens": "UL2_MODE_TOKENS",
+}
 
 
 def register_files(
@@ -43,11 +65,12 @@ def register_files(
     train_files: str | Sequence[str] | None,
     eval_files: str | Sequence[str] | None = None,
     *,
-    objective: Objective = "text_to_text",
+    objective: str = TEXT_TO_TEXT,
     inputs_template: str = "{inputs}",
     targets_template: str = "{targets}",
     text_template: str = "{text}",
     metrics: Sequence[text_metrics.Metric] = (text_metrics.text_match,),
+    **settings: Any,
 ) -> seqio.Task:
     """Register a SeqIO task that reads the given files; an earlier task of the same name made here is replaced.
 
@@ -56,10 +79,11 @@ def register_files(
       train_files: one or more paths or patterns for the split `train`; None: the task is only evaluated.
       eval_files: the same for `validation`; without it the task has no such split and is not evaluated.
       objective: "text_to_text" makes inputs and targets from each row by the two templates, and is scored by exact
-        match and F1 of words; "span_corruption" pre-trains on the text of each row.
+        match and F1 of words; the names of OBJECTIVES pre-train on the text of each row.
       inputs_template, targets_template: text with {column} for the values of a row; "{{" is a brace. For text_to_text.
-      text_template: the same for span_corruption of files with columns. In a .txt file the line is the column `text`.
+      text_template: the same for the objectives on text. In a .txt file the line is the column `text`.
       metrics: of decoded targets and predictions, for text_to_text.
+      settings: of the objective, by the names of its parameters (`SETTINGS`); None: the objective's own.
 
     Raises:
       MissingFileError: no file matches.
@@ -67,12 +91,11 @@ def register_files(
         are checked when they are read (for data in memory, when the dataset is built). Bad rows can be skipped instead,
         see readers.set_bad_rows.
     """
-    if objective == "text_to_text":
+    if objective == TEXT_TO_TEXT:
         wanted = {"inputs": inputs_template, "targets": targets_template}
-    elif objective == "span_corruption":
-        wanted = {"targets": text_template}
     else:
-        raise UserError(f"objective {objective!r}: use 'text_to_text' or 'span_corruption'")
+        wanted = {"targets": text_template}
+    steps = _steps(objective, settings)
     columns = templates.in_file(wanted)  # raises an error if a template has no columns
     paths = {}
     if train_files:
@@ -101,24 +124,43 @@ def register_files(
     if isinstance(seqio.TaskRegistry._REGISTRY.get(name), FilesTask):
         seqio.TaskRegistry.remove(name)
     logging.info("%s: %d files, %s", name, len(all_files), ", ".join(f"{s} {len(p)}" for s, p in paths.items()))
-    text_to_text = objective == "text_to_text"
     task: Any = seqio.TaskRegistry.add(
         name,
         source=source,  # pyright: ignore[reportArgumentType]  SeqIO declares int, but its own sources return None
         preprocessors=[
-            seqio.preprocessors.tokenize if text_to_text else objectives.tokenize,
+            objectives.tokenize if steps else seqio.preprocessors.tokenize,
             seqio.CacheDatasetPlaceholder(),
-            *([] if text_to_text else [objectives.span_corruption]),
-            seqio.preprocessors.append_eos_after_trim,
+            *(steps or [seqio.preprocessors.append_eos_after_trim]),
         ],
         output_features=vocabulary.output_features(),
-        postprocess_fn=_given_back if text_to_text else None,
-        metric_fns=list(metrics) if text_to_text else [],
+        postprocess_fn=None if steps else _given_back,
+        metric_fns=[] if steps else list(metrics),
         shuffle_buffer_size=window,
         task_cls=FilesTask,
     )
     task.paths, task.templates, task._notes = paths, wanted, {}
     return task
+
+
+def _steps(objective: str, settings: Mapping[str, Any]) -> list[Callable]:
+    """Return the preprocessors of an objective after tokenising, [] for text to text.
+
+    Raises UserError for an unknown objective, or a setting that it does not have.
+    """
+    if objective != TEXT_TO_TEXT and objective not in OBJECTIVES:
+        near = difflib.get_close_matches(objective, [TEXT_TO_TEXT, *OBJECTIVES], n=1)
+        cure = f"did you mean {near[0]!r}?" if near else f"use {TEXT_TO_TEXT!r}, {', '.join(map(repr, OBJECTIVES))}"
+        raise UserError(f"FILES_OBJECTIVE = {objective!r}: {cure}")
+    function = OBJECTIVES.get(objective)
+    known = inspect.signature(function).parameters if function else {}
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"{SETTINGS[name]} = {value!r}: the objective {objective!r} has no such setting")
+    if function is None:
+        return []
+    chosen = functools.partial(function, **given) if given else function
+    return [chosen] if objective == "full_lm" else [chosen, objectives.append_eos_after_trim]
 
 
 class FilesTask(data_sources.CorpusTask):
@@ -186,12 +228,12 @@ def _stream(path: str, wanted: Templates) -> Iterator[list[str]]:
     return (list(text.values()) for text in _filled(path, wanted, readers.Skipped(path)))
 
 
-def _check_first_row(path: str, wanted: Templates, objective: Objective) -> bool:
+def _check_first_row(path: str, wanted: Templates, objective: str) -> bool:
     """Raise an error if the first row is bad; if bad rows are skipped, return whether there is a good one."""
-    if objective == "text_to_text" and not file_formats.has_columns(path):
+    if objective == TEXT_TO_TEXT and not file_formats.has_columns(path):
         raise UserError(
-            f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or the objective "
-            "'span_corruption'"
+            f"{path}: plain text has no columns for inputs and targets: use .jsonl, .csv or .tsv, or an objective "
+            "on text, such as 'span_corruption'"
         )
     skipped = readers.Skipped(path, log_rows="none")  # the reader logs them again
     with skipped:

@@ -254,6 +254,10 @@ def _register_corpora(run: RunConfig) -> str:
         inputs_template=run.files_inputs_template,
         targets_template=run.files_targets_template,
         text_template=run.files_text_template,
+        noise_density=run.noise_density,
+        mean_noise_span_length=run.mean_noise_span_length,
+        concatenate=run.join_texts,
+        mode_tokens=run.ul2_mode_tokens,
         metrics=run.metrics,
         mixing=run.mixing,
         limit=run.mixing_limit,
@@ -268,7 +272,8 @@ def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None 
 
     facts = fingerprint.data_facts(pipeline.find_provider(name), ("train", run.eval_split), run.use_cached_tasks)
     if run.train_files:
-        fields = (field for field in options.options(options.FilesOptions) if field.name.startswith("files_"))
+        said_otherwise = ("train_files", "eval_files", "metrics")
+        fields = (field for field in options.options(options.FilesOptions) if field.name not in said_otherwise)
         facts |= {field.name.upper(): getattr(run, field.name) for field in fields}
     return pipeline.TrainBatches(
         name,

@@ -78,7 +78,7 @@ def test_large_files_are_streamed_with_the_same_examples(folder, monkeypatch):
         ({"train_files": "{folder}/d.txt"}, ValueError, "plain text has no columns"),
         ({"train_files": "{folder}/a.jsonl", "inputs_template": "none"}, ValueError, "at least one {column}"),
         ({"train_files": "{folder}/a.jsonl", "inputs_template": "{question"}, ValueError, "expected '}'"),
-        ({"train_files": "{folder}/a.jsonl", "objective": "lm"}, ValueError, "use 'text_to_text' or 'span_corruption'"),
+        ({"train_files": "{folder}/a.jsonl", "objective": "xyz"}, ValueError, "use 'text_to_text', 'span_corruption'"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(folder, arguments, error, says):
