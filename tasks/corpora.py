@@ -51,7 +51,7 @@ def register(
     Raises:
       UserError: a name is not valid or taken, a mapping has an unknown corpus, or the rates cannot be computed.
     """
-    train, evaluated = _by_name(train_files), _by_name(eval_files)
+    train, evaluated = _by_name("TRAIN_FILES", train_files), _by_name("EVAL_FILES", eval_files)
     names = list(dict.fromkeys([*train, *evaluated]))
     several = len(names) + len(tasks) > 1
     for name in names:
@@ -64,11 +64,14 @@ def register(
         denoised = [name for name in names if by_corpus.get("objective", {}).get(name) in user_files.WITH_MODES]
         by_corpus["mode_tokens"] = dict.fromkeys(denoised or names, mode_tokens)
     by_corpus["metrics"] = _by_corpus("METRICS", metrics, names)
-    own: dict[str, seqio.Task] = {}
+    own: dict[str, user_files.FilesTask] = {}
     for name in names:
         settings = {key: values[name] for key, values in by_corpus.items() if name in values}
-        settings["metrics"] = text_metrics.named(settings.get("metrics"))
-        own[name] = user_files.register_files(name, train.get(name), evaluated.get(name), **settings)
+        chosen = settings["metrics"] = text_metrics.named(settings.get("metrics"))
+        own[name] = task = user_files.register_files(name, train.get(name), evaluated.get(name), **settings)
+        if name in evaluated and (of_numbers := [m.__name__ for m in chosen if m.__name__ in text_metrics.OF_NUMBERS]):
+            for text in task.texts("validation"):
+                text_metrics.check_number(f"{name}: {of_numbers[0]}", text["targets"])
     if not several:
         return next(iter([*own, *tasks]))
     trained = {name: task for name, task in own.items() if "train" in task.splits} | _registered(tasks)
@@ -87,14 +90,17 @@ def num_examples(task: seqio.Task) -> int | None:
     return task.source.num_input_examples("train") if published is None else published
 
 
-def _by_name(files: Names | Mapping[str, Names] | None) -> dict[str, Names]:
+def _by_name(option: str, files: Names | Mapping[str, Names] | None) -> dict[str, Names]:
     if files is None:
         return {}
-    return dict(files) if isinstance(files, Mapping) else {FILES: files}
+    by_name = dict(files) if isinstance(files, Mapping) else {FILES: files}
+    if empty := [name for name, patterns in by_name.items() if not patterns] or not by_name:
+        raise UserError(f"{option} = {files!r} names no files{f' for {empty[0]!r}' if isinstance(empty, list) else ''}")
+    return by_name
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w.:-]+", name):
+    if not (isinstance(name, str) and re.fullmatch(r"[\w.:-]+", name)):
         raise UserError(f"{name!r} cannot be the name of a corpus: use letters, digits, '_', '-', '.' and ':'")
     if name == MIXTURE:
         raise UserError(f"{name!r} is the name of all corpora together: give this one another")
@@ -147,6 +153,9 @@ def _rates(
             raise UserError(f"the rates have {unknown[0]!r}, but {_there_are(unknown[0], tasks)}")
         if missing := [name for name in tasks if name not in mixing]:
             raise UserError(f"the rates have none for {', '.join(missing)}: give it one, or 0 to evaluate it alone")
+        for name, rate in mixing.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                raise UserError(f"the rate of {name} is {rate!r}: it must be a number")
         mixtures.rates(mixing)  # checks the numbers
         return {name: float(mixing[name]) for name in tasks}
     counts = {}

@@ -80,5 +80,6 @@ def value(where: str, row: Mapping[str, Any], column: str) -> Any:
         elif isinstance(found, list):
             raise readers.BadRow(f"{where}: no column {column}; {inside} is a list of {len(found)}, from {inside}.0 on")
         else:
-            raise readers.BadRow(f"{where}: no column {column}; {inside} is {str(found)[:40]!r}")
+            is_what = "null" if found is None else repr(str(found)[:40])
+            raise readers.BadRow(f"{where}: no column {column}; {inside} is {is_what}")
     return found

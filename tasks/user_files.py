@@ -71,7 +71,7 @@ def register_files(
     text_template: str = "{text}",
     metrics: Sequence[text_metrics.Metric] = (text_metrics.text_match,),
     **settings: Any,
-) -> seqio.Task:
+) -> "FilesTask":
     """Register a SeqIO task that reads the given files; an earlier task of the same name made here is replaced.
 
     Args:
@@ -157,6 +157,10 @@ def _steps(objective: str, settings: Mapping[str, Any]) -> list[Callable]:
     for name, value in given.items():
         if name not in known:
             raise UserError(f"{SETTINGS[name]} = {value!r}: the objective {objective!r} has no such setting")
+    if not 0 < given.get("noise_density", 0.5) <= 1:
+        raise UserError(f"NOISE_DENSITY = {given['noise_density']}: it must be above 0, and at most 1")
+    if not given.get("mean_noise_span_length", 1.0) >= 1:
+        raise UserError(f"MEAN_NOISE_SPAN_LENGTH = {given['mean_noise_span_length']}: it must be at least 1")
     if function is None:
         return []
     chosen = functools.partial(function, **given) if given else function
@@ -174,6 +178,11 @@ class FilesTask(data_sources.CorpusTask):
     paths: Mapping[str, Sequence[str]]
     templates: Templates
     _notes: dict[tuple, list[str]]  # by lengths
+
+    def texts(self, split: str) -> Iterator[dict[str, str]]:
+        """Yield the text of each feature of a split's rows."""
+        for path in self.paths[split]:
+            yield from _filled(path, self.templates, readers.Skipped(path, log_rows="none"))
 
     def num_rows(self, split: str) -> int:
         """Return the number of rows of a split; of streamed files they are counted, bad ones included."""

@@ -104,6 +104,8 @@ def test_the_same_names_may_be_registered_again(folder):
         ({"mixing": {"news": 1.0}}, "the rates have none for chat"),
         ({"mixing": {"news": 1, "chat": 1, "talk": 1}}, "the rates have 'talk', but the corpora are news, chat"),
         ({"mixing": {"news": -1, "chat": 1}}, "-1"),
+        ({"mixing": {"news": "much", "chat": 1}}, "the rate of news is 'much': it must be a number"),
+        ({"train": [7]}, "7 cannot be the name of a corpus"),
         ({"mixing": "unimax"}, "needs a budget"),
         ({"mixing": "even"}, "use 'proportional', 'temperature', 'equal' or 'unimax'"),
         ({"temperature": 2.0}, "needs strategy='temperature'"),
@@ -116,6 +118,18 @@ def test_mistakes_are_named(folder, arguments, says):
     train = dict.fromkeys(names, f"{folder}/news.jsonl") or None
     with pytest.raises(UserError, match=says):
         corpora.register(train, **arguments)
+
+
+@pytest.mark.parametrize("files", [{}, {"a": None}, {"a": []}, []])
+def test_files_that_are_none_are_an_error(files):
+    with pytest.raises(UserError, match="TRAIN_FILES = .* names no files"):
+        corpora.register(files)
+
+
+def test_targets_that_are_no_numbers_are_said_before_training(folder):
+    (folder / "words.jsonl").write_text('{"inputs": "a", "targets": "1"}\n{"inputs": "a", "targets": "much"}\n')
+    with pytest.raises(UserError, match="words: pearson needs targets that are numbers, not 'much'"):
+        corpora.register(files(folder, "news"), files(folder, "words"), metrics={"words": ["rouge", "pearson"]})
 
 
 # Metrics by name.

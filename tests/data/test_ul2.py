@@ -165,6 +165,8 @@ def test_settings_reach_the_objective(text):
         ({"objective": "lm", "noise_density": 0.5}, "NOISE_DENSITY = 0.5: the objective 'lm' has no such setting"),
         ({"objective": "prefix_lm", "mean_noise_span_length": 3.0}, "MEAN_NOISE_SPAN_LENGTH = 3.0: the objective"),
         ({"noise_density": 0.5}, "the objective 'text_to_text' has no such setting"),
+        ({"objective": "iid_denoising", "noise_density": 1.5}, "NOISE_DENSITY = 1.5: it must be above 0"),
+        ({"objective": "span_corruption", "mean_noise_span_length": 0.0}, "it must be at least 1"),
     ],
 )
 def test_a_setting_that_the_objective_lacks_is_an_error(text, settings, says):
