@@ -17,7 +17,7 @@ from tensorflow.python.data.ops import map_op  # pyright: ignore[reportMissingIm
 SIZE = 128  # examples processed at once; also the number of documents that t5 concatenates
 
 
-def inline_map(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
+def inline_map(dataset: tf.data.Dataset, fn: Callable) -> Any:
     """Map a small function in the thread that asks for the example, at a seventh of the time of `Dataset.map`.
 
     The public method passes each example to a pool of threads. It has no argument for this.
@@ -45,7 +45,7 @@ def in_blocks(dataset: tf.data.Dataset, features: Sequence[str]) -> tf.data.Data
     blocks = remembered(dataset)
     if blocks is None:
         rows = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in features})
-        ragged = tf.RaggedTensor.from_tensor
+        ragged = tf.RaggedTensor.from_tensor  # pyright: ignore[reportAttributeAccessIssue]
         return rows.padded_batch(SIZE).map(lambda x: {name: ragged(x[name], padding=0) for name in features})
     return _regroup(blocks.map(lambda x: {name: x[name] for name in features}))
 
@@ -53,7 +53,7 @@ def in_blocks(dataset: tf.data.Dataset, features: Sequence[str]) -> tf.data.Data
 def _regroup(blocks: tf.data.Dataset) -> tf.data.Dataset:
     """Regroup blocks of any size into blocks of `SIZE`. The incomplete block is part of the saved position."""
     spec: Any = blocks.element_spec
-    names, make = list(spec), tf.RaggedTensor.from_row_lengths
+    names, make = list(spec), tf.RaggedTensor.from_row_lengths  # pyright: ignore[reportAttributeAccessIssue]
 
     def flat(block: dict[str, tf.RaggedTensor], is_end: bool) -> tuple[Any, bool]:
         return {name: (block[name].values, block[name].row_lengths()) for name in names}, is_end
@@ -61,7 +61,7 @@ def _regroup(blocks: tf.data.Dataset) -> tf.data.Dataset:
     nothing = {name: (tf.zeros([0], tf.int32), tf.zeros([0], tf.int64)) for name in names}
     parts = blocks.map(lambda x: flat(x, False)).concatenate(tf.data.Dataset.from_tensors((nothing, True)))
 
-    def step(rest: Any, part: tuple[Any, tf.Tensor]) -> tuple[Any, dict[str, tf.RaggedTensor]]:
+    def step(rest: Any, part: Any) -> Any:
         block, is_end = part
         block = {k: [tf.concat(pair, 0) for pair in zip(rest[k], block[k], strict=True)] for k in names}
         count = tf.size(block[names[0]][1])

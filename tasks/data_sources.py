@@ -12,6 +12,7 @@ reading keep no Python state. Must not import: text formats of tasks, vocabulari
 import contextlib
 import copy
 import dataclasses
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import tensorflow as tf
 from absl import logging
 from seqio import dataset_providers
 
-from tasks import cache, readers
+from tasks import blocks, cache, readers
 from tasks.errors import MissingFileError, UserError
 
 # A column has one value per example: an array, or a ragged tensor for lists; columns are nested like the features.
@@ -353,10 +354,27 @@ class _Repeated(seqio.DataSource):
 
 
 class _CachedSource(_FilesSource, dataset_providers._CachedDataSource):
-    """SeqIO's source of an offline cache, with the epochs of `_passes`."""
+    """SeqIO's source of an offline cache, with the epochs of `_passes`; token features are parsed in blocks."""
 
     def __init__(self, folder: str, split: str):
         dataset_providers._CachedDataSource.__init__(self, folder, split)
+        with tf.io.gfile.GFile(seqio.get_cached_info_path(folder, split)) as file:
+            features = json.load(file)["features"]
+        self._tokens = sorted(features)
+        self._in_blocks = all(feature == {"shape": [None], "dtype": "int32"} for feature in features.values())
+        if self._in_blocks:
+            self._reader = tf.data.TFRecordDataset
+
+    def get_dataset(self, split: str = "train", **settings) -> tf.data.Dataset:
+        dataset = super().get_dataset(split, **settings)
+        if not self._in_blocks:
+            return dataset
+        description = {name: tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64) for name in self._tokens}
+
+        def parse(records: tf.Tensor) -> dict[str, Any]:
+            return {k: tf.cast(v, tf.int32) for k, v in tf.io.parse_example(records, description).items()}
+
+        return blocks.examples(dataset.batch(blocks.SIZE).map(parse, tf.data.AUTOTUNE))
 
 
 class CorpusTask(seqio.Task):
