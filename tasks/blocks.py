@@ -17,7 +17,7 @@ from tensorflow.python.data.ops import map_op  # pyright: ignore[reportMissingIm
 SIZE = 128  # examples processed at once; also the number of documents that t5 concatenates
 
 
-def inline_map(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
+def inline_map(dataset: tf.data.Dataset, fn: Callable) -> Any:
     """Map a small function in the thread that asks for the example, at a seventh of the time of `Dataset.map`.
 
     The public method passes each example to a pool of threads. It has no argument for this.
@@ -61,7 +61,7 @@ def _regroup(blocks: tf.data.Dataset) -> tf.data.Dataset:
     nothing = {name: (tf.zeros([0], tf.int32), tf.zeros([0], tf.int64)) for name in names}
     parts = blocks.map(lambda x: flat(x, False)).concatenate(tf.data.Dataset.from_tensors((nothing, True)))
 
-    def step(rest: Any, part: tuple[Any, tf.Tensor]) -> tuple[Any, dict[str, tf.RaggedTensor]]:
+    def step(rest: Any, part: Any) -> Any:
         block, is_end = part
         block = {k: [tf.concat(pair, 0) for pair in zip(rest[k], block[k], strict=True)] for k in names}
         count = tf.size(block[names[0]][1])

@@ -122,7 +122,7 @@ def test_mistakes_are_named(folder, arguments, says):
 
 @pytest.mark.parametrize("files", [{}, {"a": None}, {"a": []}, []])
 def test_files_that_are_none_are_an_error(files):
-    with pytest.raises(UserError, match="TRAIN_FILES = .* names no files"):
+    with pytest.raises(UserError, match="names no files"):
         corpora.register(files)
 
 

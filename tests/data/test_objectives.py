@@ -8,7 +8,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from tasks import c4, noise, objectives
+from tasks import blocks, c4, noise, objectives
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)  # 359 ids: sentinels 358, 357, ...
 SEEDS = np.array([[1, 2], [3, -4], [2**32 - 1, 7], [123_456_789, 987_654_321]], np.int64)
@@ -129,6 +129,18 @@ def test_documents_are_joined_and_cut_without_loss():
         *(4, 3),
     ]
     assert pieces(objectives.split_documents(documents([2, 3]), 4, eos=1)) == [[3, 4, 1, 5], [6, 7, 1]]
+
+
+def test_blocks_of_any_size_are_regrouped():
+    """As many examples as fit, in order; the same as those of a dataset that remembers no blocks."""
+    sizes = [0, 3, 200, 0, 127, 300, 1]
+    parts = np.split(np.arange(3, 3 + sum(sizes), dtype=np.int32), np.cumsum(sizes)[:-1])
+    signature = {"targets": tf.RaggedTensorSpec([None, None], tf.int32, 1)}
+    ragged = ({"targets": blocks.ragged(tf.constant(x), tf.ones(len(x), tf.int64))} for x in parts)
+    examples = blocks.examples(tf.data.Dataset.from_generator(lambda: ragged, output_signature=signature))
+    regrouped = [x["targets"] for x in blocks.in_blocks(examples, ["targets"])]
+    assert [int(x.nrows()) for x in regrouped] == [128, 128, 128, 128, 119]
+    assert np.concatenate([x.values for x in regrouped]).tolist() == np.concatenate(parts).tolist()
 
 
 def test_long_documents_give_one_chunk(monkeypatch):
