@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=_number, metavar="K", help="artificial limit on a task's examples, such as 65536 or 2^16"
     )
+    parser.add_argument(
+        "--max_epochs", type=float, metavar="N", help="for --strategy=unimax: passes over a task at most (1)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="for --strategy=temperature")
     parser.add_argument(
         "--steps", type=_number, default=table.STEPS, metavar="N", help="(%(default)s, T5's fine-tuning)"
@@ -114,8 +117,12 @@ def _chosen(flags: argparse.Namespace) -> tuple[dict[str, float], dict[str, int 
         raise UserError(f"no number of examples is known for {', '.join(unknown)}: give TASK=COUNT in a list")
     strategy = flags.strategy or "proportional"
     examples = {task: float(count) for task, count in counts.items() if count is not None}
-    rates = mixtures.raw_rates(examples, strategy, flags.limit, flags.temperature)
-    mixtures.rates(examples, strategy, flags.limit, flags.temperature)  # raises an error if all counts are 0
+    budget = flags.steps * flags.batch if strategy == "unimax" else None
+    settings = {"budget": budget, "max_epochs": flags.max_epochs}
+    rates = mixtures.raw_rates(examples, strategy, flags.limit, flags.temperature, **settings)
+    mixtures.rates(
+        examples, strategy, flags.limit, flags.temperature, **settings
+    )  # raises an error if all counts are 0
     limit = f", K = {flags.limit:,}" if flags.limit else ""
     return rates, counts, f"{strategy}{limit}" + (f", T = {flags.temperature:g}" if strategy == "temperature" else "")
 

@@ -23,6 +23,13 @@ def test_rates_of_glue_and_squad_from_the_published_counts():
     assert mixtures.rates(tasks) == mixtures.rates(tasks, limit=2**19) != capped
 
 
+def test_the_command_shows_unimax(capsys):
+    command.main(["small=10,large=1000", "--strategy=unimax", "--steps=10", "--batch=10", "--max_epochs=2"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shares = {line[0]: line[3:5] for line in lines if line and line[0] in ("small", "large")}
+    assert shares == {"large": ["80.00%", "0.08"], "small": ["20.00%", "2.0"]}
+
+
 def test_rates_agree_with_t5(golden_json):
     reference = golden_json("mixing_rates")
     for name, expected in reference["sets"]["glue8"].items():
