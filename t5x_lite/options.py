@@ -17,6 +17,7 @@ from t5x_lite.model.config import Dtype, Implementation, Remat, T5Config
 from t5x_lite.training.loss_config import LossConfig, NamedFactor
 
 Names = str | list[str]
+Number = int | float
 Files = Names | Mapping[str, Names]  # a mapping has the files of several corpora, by name
 
 
@@ -145,10 +146,12 @@ class FilesOptions:
     files_text_template: str | Mapping[str, str] = option(
         "{text}", "for span corruption; a line of a .txt file is {text}"
     )
-    noise_density: float | Mapping[str, float] | None = option(
+    noise_density: Number | Mapping[str, Number] | None = option(
         None, "part of the tokens that an objective corrupts; None: its own, 0.15 of span corruption"
     )
-    mean_noise_span_length: float | Mapping[str, float] | None = option(None, "of span corruption, in tokens; None: 3")
+    mean_noise_span_length: Number | Mapping[str, Number] | None = option(
+        None, "of span corruption, in tokens; None: 3"
+    )
     join_texts: bool | Mapping[str, bool] | None = option(
         None,
         "whether an objective joins short texts to fill the inputs; None: its own choice, True of span corruption, UL2 "
@@ -168,16 +171,16 @@ class FilesOptions:
 class MixingOptions:
     """Mixing several corpora and tasks: TRAIN_FILES with names, a list in MIXTURE_OR_TASK_NAME, or both"""
 
-    mixing: Strategy | Mapping[str, float] = option(
+    mixing: Strategy | Mapping[str, Number] = option(
         "proportional",
         'to the number of examples; "temperature"; "equal"; "unimax": equal, but nothing is seen more than '
         'MIXING_MAX_EPOCHS times; or the rate of each, {"news": 0.7, "chat": 0.3}',
     )
-    mixing_limit: float | None = option(
+    mixing_limit: Number | None = option(
         None, "examples that a corpus counts for at most, T5's K; None: no limit", above(0)
     )
-    mixing_temperature: float = option(1.0, '"temperature": rates are examples^(1 / T)', above(0))
-    mixing_max_epochs: float | None = option(
+    mixing_temperature: Number = option(1.0, '"temperature": rates are examples^(1 / T)', above(0))
+    mixing_max_epochs: Number | None = option(
         None, '"unimax": passes over a corpus at most, in TRAIN_STEPS; None: 1', above(0)
     )
 

@@ -122,18 +122,28 @@ def test_pre_training_from_raw_text(tmp_path):
 
 @pytest.mark.slow
 def test_own_data(tmp_path):
-    make, train, make_questions, look = commands(GUIDES / "own-data.md")
+    make, train, make_questions, look, make_text, pretrain = commands(GUIDES / "own-data.md")
     small = SMALL | TINY | {"VOCABULARY": "'bytes'", "T5Config.vocab_size": 384}
     carried_out(make, tmp_path, {})
     carried_out(train, tmp_path, small)
     carried_out(make_questions, tmp_path, {})
     assert "question: Who wrote the notes? context: Ada" in carried_out(look, tmp_path, small)
+    carried_out(make_text, tmp_path, {})
+    lengths = {"TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 64}", "VOCABULARY_EXTRA_IDS": 100}
+    assert "[X]" in carried_out(pretrain, tmp_path, small | lengths)
 
 
 @pytest.mark.slow
 def test_mixtures_and_vocabularies(tmp_path):
-    for command in commands(GUIDES / "mixtures.md"):
+    *shown, make_news, make_chat, mix = commands(GUIDES / "mixtures.md")
+    for command in shown:
         assert "passes over the data" in carried_out(command, tmp_path, {})
+    for command in (make_news, make_chat):
+        carried_out(command, tmp_path, {})
+    small = SMALL | TINY | {"VOCABULARY": "'bytes'", "T5Config.vocab_size": 384}
+    assert "title: Rain" in carried_out(
+        mix, tmp_path, small | {"TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 32}"}
+    )
     (tmp_path / "data").mkdir()
     rows = (json.dumps({"text": line}) + "\n" for line in lines_of_text())
     (tmp_path / "data" / "a.jsonl").write_text("".join(rows))
