@@ -239,9 +239,10 @@ def sentinel_count(vocabulary: seqio.Vocabulary) -> int:
 def require_sentinels(vocabulary: seqio.Vocabulary, count: int) -> None:
     """Raise UserError if the vocabulary has fewer than `count` sentinels, which mark spans."""
     if (available := sentinel_count(vocabulary)) < count:
+        kind, others = type(vocabulary).__name__, vocabulary.vocab_size - vocabulary.extra_ids
         raise UserError(
-            f"this objective marks up to {count} spans with sentinels, but the vocabulary, {type(vocabulary).__name__} "
-            f"of {vocabulary.vocab_size} ids, has {available}: real pieces would be overwritten. Set VOCABULARY_EXTRA_IDS "
-            f"= {count} (and the model's vocab_size to at least {vocabulary.vocab_size - vocabulary.extra_ids + count}), "
-            "use longer spans (mean_noise_span_length), or shorter inputs"
+            f"this objective marks up to {count} spans with sentinels, but the vocabulary ({kind} of "
+            f"{vocabulary.vocab_size} ids) has {available}: real pieces would be overwritten. Set VOCABULARY_EXTRA_IDS = "
+            f"{count} (and the model's vocab_size to at least {others + count}), use longer spans "
+            "(mean_noise_span_length), or shorter inputs"
         )
