@@ -66,20 +66,20 @@ def value(where: str, row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or inside of one. Raises BadRow, with what there is instead, if it is missing."""
     if column in row:
         return row[column]
-    found: Any = row
+    inner: Any = row
     path = column.split(".")
     for depth, part in enumerate(path):
         inside = ".".join(path[:depth])
-        if isinstance(found, Mapping) and part in found:
-            found = found[part]
-        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
-            found = found[int(part)]
-        elif isinstance(found, Mapping):
-            names = ", ".join(map(str, found)) or "none"
+        if isinstance(inner, Mapping) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and part.isdecimal() and int(part) < len(inner):
+            inner = inner[int(part)]
+        elif isinstance(inner, Mapping):
+            names = ", ".join(map(str, inner)) or "none"
             raise readers.BadRow(f"{where}: no column {column}; {inside or 'it'} has: {names}")
-        elif isinstance(found, list):
-            raise readers.BadRow(f"{where}: no column {column}; {inside} is a list of {len(found)}, from {inside}.0 on")
+        elif isinstance(inner, list):
+            raise readers.BadRow(f"{where}: no column {column}; {inside} is a list of {len(inner)}, from {inside}.0 on")
         else:
-            is_what = "null" if found is None else repr(str(found)[:40])
+            is_what = "null" if inner is None else repr(str(inner)[:40])
             raise readers.BadRow(f"{where}: no column {column}; {inside} is {is_what}")
-    return found
+    return inner

@@ -242,7 +242,7 @@ def require_sentinels(vocabulary: seqio.Vocabulary, count: int) -> None:
         kind, others = type(vocabulary).__name__, vocabulary.vocab_size - vocabulary.extra_ids
         raise UserError(
             f"this objective marks up to {count} spans with sentinels, but the vocabulary ({kind} of "
-            f"{vocabulary.vocab_size} ids) has {available}: real pieces would be overwritten. Set VOCABULARY_EXTRA_IDS = "
-            f"{count} (and the model's vocab_size to at least {others + count}), use longer spans "
+            f"{vocabulary.vocab_size} ids) has {available}: real pieces would be overwritten. Set VOCABULARY_EXTRA_IDS "
+            f"= {count} (and the model's vocab_size to at least {others + count}), use longer spans "
             "(mean_noise_span_length), or shorter inputs"
         )
