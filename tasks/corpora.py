@@ -94,8 +94,8 @@ def _by_name(option: str, files: Names | Mapping[str, Names] | None) -> dict[str
     if files is None:
         return {}
     by_name = dict(files) if isinstance(files, Mapping) else {FILES: files}
-    if empty := [name for name, patterns in by_name.items() if not patterns] or not by_name:
-        raise UserError(f"{option} = {files!r} names no files{f' for {empty[0]!r}' if isinstance(empty, list) else ''}")
+    if not by_name or not all(by_name.values()):
+        raise UserError(f"{option} = {files!r} names no files")
     return by_name
 
 

@@ -39,13 +39,8 @@ def has_columns(path: str) -> bool:
 
 
 def column_names(path: str) -> list[str] | None:
-    """Return the columns that all rows of a file have; None if each row has its own, or its first row says it."""
+    """Return the columns that all rows of a file have; None if its rows say it (of .csv and .tsv the first does)."""
     return tables.column_names(path) if ending(path) in tables.ENDINGS else None
-
-
-def has_header(path: str) -> bool:
-    """Return whether all rows of a file have the same columns."""
-    return ending(path) in (*DELIMITERS, *tables.ENDINGS)
 
 
 def rows(path: str, skipped: readers.Skipped, columns: Collection[str] | None = None) -> Iterator[tuple[int, dict]]:

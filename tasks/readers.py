@@ -480,15 +480,11 @@ def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
 
 def squad_rows(path: str, skipped: Skipped) -> Iterator[dict]:
     """Yield the questions of a SQuAD v1.1 file with TFDS's features: id, title, context, question, answers."""
-    text = decode(path, _content(path, Skipped(path, "refuse")), 1)
+    value = json_file(path)
     try:
-        articles = json.loads(text)["data"]
+        articles = value["data"]
         paragraphs = [(article.get("title", ""), p) for article in articles for p in article["paragraphs"]]
         questions = [(title, p["context"], question) for title, p in paragraphs for question in p["qas"]]
-    except json.JSONDecodeError as error:
-        raise bad_row(path, error.lineno, f"not JSON ({error.msg}); is the file truncated?") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{path}: JSON that Python cannot read ({error})") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not in SQuAD v1.1's format: {error!r} in an article or paragraph") from error
     for title, context, question in questions:

@@ -48,19 +48,19 @@ def f1_macro(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
 
 
 def matthews(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
-    """Matthews correlation of any number of classes; predictions that are no target are a class together."""
+    """Matthews correlation of any number of classes; predictions that are not targets are one class together."""
     classes = {label: k for k, label in enumerate(dict.fromkeys(_stripped(targets)))}
     t, p = ([classes.get(text, -1) for text in _stripped(texts)] for texts in (targets, predictions))
     return metrics.matthews_corrcoef(t, p)
 
 
 def pearson(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
-    """Pearson correlation of numbers; a prediction that is no number counts as -1, as in t5."""
+    """Pearson correlation of numbers; a prediction that is not a number counts as -1, as in t5."""
     return metrics.pearson_corrcoef(_numbers(targets), [metrics.string_to_float(text) for text in predictions])
 
 
 def spearman(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
-    """Spearman rank correlation of numbers; a prediction that is no number counts as -1, as in t5."""
+    """Spearman rank correlation of numbers; a prediction that is not a number counts as -1, as in t5."""
     return metrics.spearman_corrcoef(_numbers(targets), [metrics.string_to_float(text) for text in predictions])
 
 

@@ -109,8 +109,9 @@ def ul2(
             rows = [row for row, (chosen, _) in enumerate(cut) if chosen == which]
             if not rows:
                 continue
-            found = objectives.corrupted([cut[row][1] for row in rows], keys[rows], vocabulary, **_steps(denoiser))
-            for row, text, target in zip(rows, *found, strict=True):
+            own = [cut[row][1] for row in rows]
+            pairs = objectives.corrupted(own, keys[rows], vocabulary, **_steps(denoiser))
+            for row, text, target in zip(rows, *pairs, strict=True):
                 columns[0][row] = np.concatenate([prefixes[denoiser.mode], text])
                 columns[1][row] = target
         return columns

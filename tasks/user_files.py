@@ -250,7 +250,7 @@ def _check_first_row(path: str, wanted: Templates, objective: str) -> bool:
             _check_columns(path, names, wanted)
         for number, row in file_formats.rows(path, skipped, templates.in_file(wanted)):
             with skipped:
-                if file_formats.has_header(path) and names is None:
+                if file_formats.ending(path) in file_formats.DELIMITERS:
                     _check_columns(path, list(row), wanted)
                 templates.fill(f"{path}:{number}", row, wanted)
                 return True

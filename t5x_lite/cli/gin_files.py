@@ -246,14 +246,14 @@ def _check_parameters(
                 bound |= values
         hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
         for parameter, value in bound.items():
-            said = f"{name}.{parameter}"
+            option = f"{name}.{parameter}"
             while _refers_to(value, "gin.macro"):
-                said = value.config_key[0]
-                value = macros[said]
+                option = value.config_key[0]
+                value = macros[option]
             if _refers_to(value, "gin.constant") and value.config_key[0] == "gin.REQUIRED":
-                raise UserError(f"{said} is required: set it with --gin.{said}=VALUE")
+                raise UserError(f"{option} is required: set it with --gin.{option}=VALUE")
             if parameter in hints and not _fits(value, hints[parameter]):
-                raise UserError(f"{said} = {value!r} is not of its type: {_type_name(hints[parameter])}")
+                raise UserError(f"{option} = {value!r} is not of its type: {_type_name(hints[parameter])}")
         needed = {p.name for p in inspect.signature(part).parameters.values() if p.default is p.empty}
         if unset := sorted(needed - bound.keys()):
             of_model = name in families.config_types()

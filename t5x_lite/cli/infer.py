@@ -35,7 +35,7 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     has_task = run.infer_input is None or (run.mixture_or_task_name and not run.train_files)
     name = task_setup.register_tasks(run) if has_task else task_setup.import_tasks(run)
     from t5x_lite.data import pipeline
-    from tasks import vocabulary
+    from tasks import readers, vocabulary
 
     lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
     features = pipeline.find_provider(name).output_features if name else vocabulary.output_features()
@@ -50,7 +50,7 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
         source = predictor.file_source(
             run.infer_input, features, lengths, mode, num_examples=count, templates=templates
         )
-        file = Path(run.infer_input.removesuffix(".gz"))
+        file = Path(run.infer_input.removesuffix(readers.compression(run.infer_input)))
         sources = {file.stem if file.suffix in (".txt", ".jsonl") else file.name: source}
     else:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
