@@ -58,7 +58,6 @@ def full(is_full: bool) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore, left alone by Orbax
 @pytest.mark.parametrize("where", fast(["begin", "write", "commit"], "write"))
 def test_a_failed_save_is_logged_and_harms_nothing(tmp_path, monkeypatch, caplog, where):
     bad_disk(monkeypatch, {20, 30, 50}, where)
@@ -133,7 +132,6 @@ def test_what_must_be_there_before_a_checkpoint_is_or_the_save_has_failed(tmp_pa
     assert "Step 20 could not be saved" in caplog.text and "No space left" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_files_that_the_system_refuses_to_write(tmp_path, caplog):
     """The kernel's own refusal, in TensorStore's words. By a limit, which stands for a full disk."""
     state = State(jnp.int32(1), {"w": jax.random.normal(jax.random.key(0), (100_000,))}, {})

@@ -276,7 +276,6 @@ def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_
     assert curves[0] == curves[1]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore, left alone by Orbax
 @pytest.mark.slow
 def test_a_full_disk_ends_training_in_one_line_and_loses_nothing(command):
     """By a limit on the size of files, which stands for a full disk: the kernel refuses in the middle of them."""
