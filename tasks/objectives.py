@@ -189,22 +189,20 @@ def text_as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
     This is a separate step, as in t5, because SeqIO's seeds for the steps after the cache depend on the number of steps
     before it.
     """
-    return dataset.map(lambda x: {"targets": x["text"]})
+    return blocks.inline_map(dataset, lambda x: {"targets": x["text"]})
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
-    """Tokenise the strings `targets`, and drop empty ones.
-
-    Uses tf-text instead of the faster sentencepiece package, which from 0.2.2 on breaks ties between equally good
-    pieces differently: "???!" would get other tokens than in T5's training.
-    """
+    """Tokenise the strings `targets`, and drop empty ones."""
     vocabulary = vocabularies.resolved(output_features["targets"].vocabulary)
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):  # other vocabularies encode one text at a time
         tokens = dataset.map(lambda x: {"targets": vocabulary.encode_tf(x["targets"])}, tf.data.AUTOTUNE)
         return tokens.filter(lambda x: tf.size(x["targets"]) > 0)
 
+    encode_block = vocabularies.block_encoder(vocabulary)
+
     def encode(block: dict[str, tf.Tensor]) -> dict[str, tf.RaggedTensor]:
-        tokens = vocabulary.encode_tf(block["targets"])
+        tokens = encode_block(block["targets"])
         return {"targets": tf.ragged.boolean_mask(tokens, tokens.row_lengths() > 0)}
 
     return blocks.examples(dataset.batch(blocks.SIZE).map(encode, tf.data.AUTOTUNE))
