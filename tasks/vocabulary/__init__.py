@@ -214,7 +214,7 @@ def resolved(which: seqio.Vocabulary) -> seqio.Vocabulary:
     return default_vocabulary() if which is SHARED else which
 
 
-_encoders: dict[tuple[type, bytes], WordEncoder] = {}
+_encoders: dict[tuple[type, bytes | None], WordEncoder] = {}
 
 
 def block_encoder(which: seqio.SentencePieceVocabulary) -> Callable[[tf.Tensor], tf.RaggedTensor]:

@@ -105,6 +105,7 @@ def test_a_dataset_encodes_many_blocks_at_once(small):
 def test_t5s_own_vocabulary(data_dir):
     """Near ties too, which rounding decides far inside of long texts: "ravine" after 30,000 of score has other ids."""
     model = vocabulary.default_vocabulary()
+    assert isinstance(model, seqio.SentencePieceVocabulary)
     _, encode = encoder_of(model)
     texts = odd_texts(800) + [b"word ravine ravine), YUMSSSSS zzz's " * n for n in (1, 30, 300, 2000)]
     for start in range(0, len(texts), 128):
