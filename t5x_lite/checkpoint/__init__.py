@@ -304,6 +304,11 @@ def parameter_names(path: str | os.PathLike[str]) -> set[str]:
     return set(_saved(_require_checkpoint(path), "params"))
 
 
+def own_parameter_names(path: str | os.PathLike[str]) -> set[str]:
+    """Return the names of the parameters that a checkpoint itself holds, without those of its base."""
+    return set(_saved_here(_require_checkpoint(path), "params"))
+
+
 def base_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the entry that identifies `path` as a base in another checkpoint's `info`: its path and a checksum."""
     folder = _require_checkpoint(path)

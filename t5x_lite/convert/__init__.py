@@ -1,14 +1,15 @@
 """Convert checkpoints from Hugging Face and T5X to t5x_lite, and back to Hugging Face.
 
-    python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite
+    python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite|peft
 
-SOURCE is a Hugging Face directory (T5 1.0 and 1.1, Flan, mT5, ByT5, UMT5; BERT), a T5X checkpoint (one msgpack file, a
-folder of msgpack and zarr, or Orbax), a MODEL_DIR, or one of its checkpoints. DEST is a new Hugging Face directory, or
-a folder for INITIAL_CHECKPOINT_PATH. Tokenizer files in SOURCE are copied.
+SOURCE is a Hugging Face directory (T5 1.0 and 1.1, Flan, mT5, ByT5, UMT5; BERT), a LoRA folder of PEFT, a T5X
+checkpoint (one msgpack file, a folder of msgpack and zarr, or Orbax), a MODEL_DIR, or one of its checkpoints. DEST is a
+new Hugging Face directory, a folder for INITIAL_CHECKPOINT_PATH, or a PEFT folder for the LoRA of a run. Tokenizer
+files in SOURCE are copied.
 
 Every tensor of a source must be used exactly once, with the shape of the model's parameter; otherwise a UserError names
 it. Parameters are read one by one directly onto the mesh, so the host holds one parameter plus the shards on its
-devices. Names and formats of other systems are in huggingface.py and t5x.py.
+devices. Names and formats of other systems are in huggingface.py, peft.py and t5x.py.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from flax import traverse_util
 
 from t5x_lite import checkpoint, sharding
 from t5x_lite.checkpoint import saving
-from t5x_lite.convert import huggingface, t5x, tensors, tokenizer
+from t5x_lite.convert import huggingface, peft, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
 from t5x_lite.model import families
@@ -34,7 +35,7 @@ from t5x_lite.training import step
 
 log = logging.getLogger(__name__)
 
-Format = Literal["huggingface", "t5x_lite"]
+Format = Literal["huggingface", "t5x_lite", "peft"]
 
 # Fields of a model's config that belong to a run: they change neither the parameters nor what a model is.
 RUN_SETTINGS = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
@@ -71,7 +72,9 @@ def read(
       UserError: a tensor is unknown, missing or of the wrong shape, or the model type is unknown.
     """
     path = Path(path).expanduser()
-    if (path / "config.json").exists():
+    if peft.is_adapter(path):
+        source = peft.read(path)
+    elif (path / "config.json").exists():
         source = huggingface.read(path)
     elif checkpoint.find_checkpoint(path) is not None:
         config = dataclasses.replace(_own_config(path), **changes)
@@ -81,8 +84,9 @@ def read(
     else:
         content = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
         raise MissingFileError(
-            f"{path} is not a model: expected a Hugging Face directory (config.json), a MODEL_DIR or one of its "
-            f"checkpoints, or a T5X checkpoint; found: {content or 'an empty folder'}"
+            f"{path} is not a model: expected a Hugging Face directory (config.json), a PEFT folder "
+            f"({peft.CONFIG}), a MODEL_DIR or one of its checkpoints, or a T5X checkpoint; found: "
+            f"{content or 'an empty folder'}"
         )
     config = dataclasses.replace(source.config, **changes)
     return config, _placed(_claim(path, source), abstract_params(config, mesh, rules))
@@ -170,6 +174,8 @@ def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
 def tokenizer_folders(path: str | Path) -> tuple[Path, ...]:
     """Return the folders in which a model's tokenizer may be: its own, and its run's."""
     path = Path(path).expanduser()
+    if peft.is_adapter(path):
+        return path, peft.base_of(path)
     newest = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
     run = Path(newest).parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
     return (path,) if run == path else (path, run)
@@ -199,8 +205,11 @@ def vocabulary(path: str | Path) -> tokenizer.AnyVocabulary | None:
     return next((vocabulary for vocabulary in vocabularies if vocabulary is not None), None)
 
 
-def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
+def convert(source: str | Path, dest: str | Path, to: Format, base: str | None = None) -> ModelConfig:
     """Write the model in `source` to the folder `dest` and return its config.
+
+    Args:
+      base: the Hugging Face name or folder of the model that a PEFT folder belongs to.
 
     Raises ExistingFileError if `dest` exists and is not empty, and the errors of `read`.
     """
@@ -212,6 +221,9 @@ def convert(source: str | Path, dest: str | Path, to: Format) -> ModelConfig:
     if to == "t5x_lite":
         saving.save_params(dest, params, info=info(config))
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
+    elif to == "peft":
+        _check_only_lora_was_trained(source)
+        peft.write(dest, config, params, base)
     else:
         huggingface.write(dest, *_lora_merged(config, params))
     copy_tokenizer(source, dest, config)
@@ -243,6 +255,17 @@ def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelC
         layer = name.removesuffix("_lora/a/kernel")
         leaves[f"{layer}/kernel"] = leaves[f"{layer}/kernel"] + leaves.pop(name) @ leaves.pop(f"{layer}_lora/b/kernel")
     return dataclasses.replace(config, lora_rank=0), traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _check_only_lora_was_trained(source: Path) -> None:
+    if checkpoint.find_checkpoint(source) is None:
+        return
+    others = sorted(name for name in checkpoint.own_parameter_names(source) if "_lora/" not in name)
+    if others:
+        raise UserError(
+            f"{source} holds {len(others)} parameters beside LoRA's ({others[0]} ...), which a PEFT folder would lose: "
+            "convert it --to=huggingface, which adds LoRA to the weights"
+        )
 
 
 def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:

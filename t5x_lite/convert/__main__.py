@@ -1,4 +1,4 @@
-"""The command: python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite."""
+"""The command: python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite|peft."""
 
 import argparse
 import sys
@@ -12,12 +12,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m t5x_lite.convert", description=(convert.__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("source", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
+    parser.add_argument("source", help="Hugging Face directory, PEFT folder, T5X checkpoint, MODEL_DIR or checkpoint")
     parser.add_argument("dest", help="folder to create")
     parser.add_argument("--to", required=True, choices=get_args(convert.Format))
+    parser.add_argument(
+        "--base", help="of --to=peft: Hugging Face name or folder of the model that LoRA was trained on"
+    )
     args = parser.parse_args(arguments)
     try:
-        config = convert.convert(args.source, args.dest, args.to)
+        config = convert.convert(args.source, args.dest, args.to, args.base)
     except (UserError, OSError) as error:
         print(f"t5x_lite.convert: {error}", file=sys.stderr)
         return 2

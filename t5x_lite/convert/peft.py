@@ -1,0 +1,163 @@
+"""Read and write LoRA folders of the PEFT library: adapter_config.json and adapter_model.safetensors.
+
+A folder is read as the base model with its updates added to the weights: W + scale x B A. Names of tensors are those of
+the base with PEFT's prefix.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_lite.convert import huggingface, tensors
+from t5x_lite.convert.tensors import Index, Source, Tensor
+from t5x_lite.errors import MissingFileError, UserError
+from t5x_lite.model import families
+from t5x_lite.model.config import ModelConfig
+
+CONFIG, TENSORS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+# Keys of adapter_config.json that do not change what the weights are.
+_HARMLESS = """peft_version peft_type base_model_name_or_path revision task_type inference_mode auto_mapping
+    r lora_alpha use_rslora lora_dropout target_modules exclude_modules rank_pattern alpha_pattern modules_to_save
+    layers_pattern layers_to_transform bias fan_in_fan_out init_lora_weights loftq_config eva_config corda_config
+    megatron_core
+    runtime_config ensure_weight_tying qalora_group_size""".split()
+_ONLY = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
+# These change the base's weights before training: the update does not belong to the weights as published.
+_OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def is_adapter(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """Return the folder of the base model. Raises MissingFileError if it is not on this machine."""
+    name = str(_config(folder).get("base_model_name_or_path") or "")
+    for place in (Path(name).expanduser(), folder / name):
+        if name and (place / "config.json").is_file():
+            return place
+    raise MissingFileError(
+        f"{folder / CONFIG}: its base model {name!r} is not a folder here. Download it, and set "
+        "base_model_name_or_path in this file to its folder"
+    )
+
+
+def read(folder: Path) -> Source:
+    """Return the base model with the folder's updates in its weights.
+
+    Raises:
+      UserError: a key of adapter_config.json has a value, or a tensor a place, that is not supported.
+    """
+    config, base = _config(folder), base_of(folder)
+    if not (folder / TENSORS).is_file():
+        raise MissingFileError(f"{folder} has {CONFIG}, but no {TENSORS}")
+    stored, source = tensors.read_safetensors(folder / TENSORS), huggingface.read(base)
+    weights = dict(source.tensors)
+    while stored:
+        name = next(iter(stored))
+        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", name)
+        if match is None:  # of modules_to_save: as a whole
+            theirs = name.removeprefix(_PREFIX)
+            if theirs not in weights or stored[name].shape != weights[theirs].shape:
+                raise UserError(f"{folder / TENSORS}: {name} {list(stored[name].shape)} is not a tensor of {base}")
+            weights[theirs] = stored.pop(name)
+            continue
+        module = match[1]
+        a, b = (stored.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None) for letter in "AB")
+        weight = weights.get(f"{module}.weight")
+        if a is None or b is None or weight is None or weight.shape != (b.shape[0], a.shape[1]):
+            shapes = [None if x is None else list(x.shape) for x in (a, b, weight)]
+            raise UserError(
+                f"{folder / TENSORS}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, the base's weight is "
+                f"{shapes[2]}"
+            )
+        weights[f"{module}.weight"] = _updated(weight, np.asarray(a), np.asarray(b), _scale(config, module, a.shape[0]))
+    return dataclasses.replace(source, tensors=weights)
+
+
+def _updated(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float) -> Tensor:
+    a, b = a.astype(np.float32), b.astype(np.float32)
+
+    def part(index: Index) -> np.ndarray:
+        return weight.read(index).astype(np.float32) + scale * (b[index[0]] @ a[:, index[1]])
+
+    return Tensor(weight.shape, part)
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return alpha / r of a module, or alpha / sqrt(r) of rslora; the first pattern that its name ends with counts."""
+
+    def of_pattern(name: str, default: Any) -> Any:
+        patterns = config.get(name) or {}
+        return next((v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
+
+    if of_pattern("rank_pattern", config.get("r", 8)) != rank:
+        raise UserError(f"{module} has rank {rank}, but {CONFIG} says otherwise (r, rank_pattern)")
+    return of_pattern("alpha_pattern", config.get("lora_alpha", 8)) / (
+        math.sqrt(rank) if config.get("use_rslora") else rank
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object")
+    for key, value in config.items():
+        if key in _ONLY and value != _ONLY[key]:
+            raise UserError(f"{file}: {key} is {value!r}; only {_ONLY[key]!r} is supported")
+        if key not in _HARMLESS and value not in (None, False, [], {}):
+            raise UserError(
+                f"{file}: the key {key!r} ({str(value)[:60]!r}) is not supported, and may change the weights"
+            )
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_OTHER_BASE):
+        raise UserError(
+            f"{file}: init_lora_weights is {initial!r}, which also changes the base's weights: merge the model with "
+            "PEFT (merge_and_unload), and convert the result"
+        )
+    return config
+
+
+def write(folder: Path, config: ModelConfig, params: Mapping[str, Any], base: str | None) -> None:
+    """Write the LoRA parameters of a model as a PEFT folder for `base`, a Hugging Face name or folder.
+
+    Raises UserError if the model has no LoRA.
+    """
+    rank = getattr(config, "lora_rank", 0)
+    if not rank:
+        raise UserError("this model has no LoRA parameters (T5Config.lora_rank is 0): convert it --to=huggingface")
+    family, by_name, modules = families.hub_module(config), {}, set()
+    for name, leaf in tensors.flat(params).items():
+        if (match := re.fullmatch(r"(.+)_lora/([ab])/kernel", name)) is None:
+            continue
+        for layer in range(leaf.shape[0]):
+            module = family.name_of(config, f"{match[1]}/kernel").format(layer).removesuffix(".weight")
+            modules.add(module.rpartition(".")[2])
+            matrix = tensors.in_memory(np.ascontiguousarray(np.asarray(leaf[layer]).T))
+            by_name[f"{_PREFIX}{module}.lora_{match[2].upper()}.weight"] = matrix
+    described = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,  # the update is B A, unscaled
+        "target_modules": sorted(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    tensors.write_safetensors(folder / TENSORS, dict(sorted(by_name.items())))
