@@ -8,11 +8,13 @@ not import: models, datasets.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import seqio
+from absl import logging
 
 from tasks import mixtures, text_metrics, user_files
 from tasks.errors import UserError
@@ -100,8 +102,11 @@ def _by_name(option: str, files: Names | Mapping[str, Names] | None) -> dict[str
 
 
 def _check_name(name: str) -> None:
-    if not (isinstance(name, str) and re.fullmatch(r"[\w.:-]+", name)):
-        raise UserError(f"{name!r} cannot be the name of a corpus: use letters, digits, '_', '-', '.' and ':'")
+    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.:-]*", name)):
+        raise UserError(
+            f"{name!r} cannot be the name of a corpus: use letters, digits, '_', '-', '.' and ':', and begin "
+            "with one of the first three"
+        )
     if name == MIXTURE:
         raise UserError(f"{name!r} is the name of all corpora together: give this one another")
     taken = seqio.TaskRegistry._REGISTRY.get(name)
@@ -129,6 +134,8 @@ def _there_are(name: str, names: Iterable[str]) -> str:
 def _registered(names: Sequence[str]) -> dict[str, seqio.Task]:
     tasks = {}
     for name in names:
+        if name in tasks:
+            raise UserError(f"MIXTURE_OR_TASK_NAME names {name} twice: to see it more often, give rates in MIXING")
         if name in seqio.MixtureRegistry.names():
             members = [task.name for task in seqio.MixtureRegistry.get(name).tasks]
             raise UserError(f"{name} is a mixture: to mix it with others, list its tasks: {', '.join(members)}")
@@ -154,9 +161,10 @@ def _rates(
         if missing := [name for name in tasks if name not in mixing]:
             raise UserError(f"the rates have none for {', '.join(missing)}: give it one, or 0 to evaluate it alone")
         for name, rate in mixing.items():
-            if isinstance(rate, bool) or not isinstance(rate, int | float):
-                raise UserError(f"the rate of {name} is {rate!r}: it must be a number")
-        mixtures.rates(mixing)  # checks the numbers
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+                raise UserError(f"MIXING: the rate of {name} is {rate!r}: it must be a finite number, at least 0")
+        if not any(mixing.values()):
+            raise UserError("MIXING: all rates are 0, so there is nothing to train on")
         return {name: float(mixing[name]) for name in tasks}
     counts = {}
     for name, task in tasks.items():
@@ -164,4 +172,14 @@ def _rates(
         if count is None:
             raise UserError(f"the number of examples of {name} is not known: give rates as numbers, or mix equally")
         counts[name] = count
-    return mixtures.raw_rates(counts, mixing, limit, temperature, budget=budget, max_epochs=max_epochs)  # pyright: ignore[reportArgumentType]
+    rates = mixtures.raw_rates(counts, mixing, limit, temperature, budget=budget, max_epochs=max_epochs)  # pyright: ignore[reportArgumentType]
+    if mixing == "unimax" and budget is not None and (used := math.fsum(rates.values())) < 0.999 * budget:
+        logging.warning(
+            "The corpora hold %.4g examples within MIXING_MAX_EPOCHS = %s, the run takes %.4g: each is read %.3g times "
+            "as often as that allows.",
+            used,
+            max_epochs or 1,
+            budget,
+            budget / used,
+        )
+    return rates

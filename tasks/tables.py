@@ -4,7 +4,9 @@ Only the needed columns are read, one piece at a time: a Parquet row group or an
 row, counted from 1. Must not import: tasks, templates, SeqIO.
 """
 
+import collections
 import io
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +16,10 @@ import pyarrow.parquet
 import tensorflow as tf
 
 from tasks import readers
+from tasks.errors import UserError
 
 ENDINGS = (".parquet", ".arrow", ".feather")
+_FEATHER_1 = b"FEA1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _ROWS = 1024  # rows that are made into Python values at a time
 
@@ -90,22 +94,45 @@ def rows(path: str, skipped: readers.Skipped, columns: Collection[str] | None = 
             end = None if table.sizes is None else number + table.sizes[piece]
             with skipped:
                 batches = iter(table.read(piece, names))
-                while (batch := _next(path, number + 1, batches)) is not None:
+                while (batch := _next(path, number + 1, end, batches)) is not None:
                     for start in range(0, batch.num_rows, _ROWS):
-                        part = batch.slice(start, _ROWS)
-                        for row in zip(*map(_values, part.columns), strict=True) if names else [()] * part.num_rows:
+                        for row in _python_rows(path, number + 1, batch.slice(start, _ROWS)):
                             number += 1
-                            yield number, dict(zip(names, row, strict=True))
+                            with skipped:
+                                if isinstance(row, readers.BadRow):
+                                    raise row
+                                yield number, dict(zip(names, row, strict=True))
             number = number if end is None else end
     skipped.log()
 
 
-def _next(path: str, number: int, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+def _next(path: str, number: int, end: int | None, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
     try:
-        return next(batches, None)
+        if (batch := next(batches, None)) is not None:
+            batch.validate()
+            try:
+                batch.validate(full=True)
+            except pa.ArrowInvalid as error:
+                if "UTF8" not in str(error):  # which is told by row
+                    raise
+        return batch
     except (pa.ArrowException, OSError) as error:
-        problem = f"damaged data ({_first_line(error)}): get the file again"
+        rest = f" in the row group that ends with row {end}" if end is not None else ""
+        problem = f"damaged data{rest} ({_first_line(error)}): get the file again"
         raise readers.bad_row(path, number, problem) from error
+
+
+def _python_rows(path: str, first: int, batch: pa.RecordBatch) -> Iterable[tuple | readers.BadRow]:
+    """Return the rows of a batch, or a BadRow where one holds text that is not UTF-8."""
+    if not batch.num_columns:
+        return [()] * batch.num_rows
+    try:
+        return list(zip(*map(_values, batch.columns), strict=True))
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [readers.bad_row(path, first, f"not UTF-8 ({error})")]
+        rows = ((first + i, batch.slice(i, 1)) for i in range(batch.num_rows))
+        return itertools.chain.from_iterable(_python_rows(path, number, row) for number, row in rows)
 
 
 def _values(column: pa.Array) -> Sequence[Any]:
@@ -121,12 +148,15 @@ def _first_line(error: Exception) -> str:
 
 def _open(path: str) -> _Table:
     try:
-        return _open_parquet(path) if path.lower().endswith(".parquet") else _open_arrow(path)
+        table = _open_parquet(path) if path.lower().endswith(".parquet") else _open_arrow(path)
     except (pa.ArrowException, OSError) as error:
         kind = "Parquet" if path.lower().endswith(".parquet") else "Arrow"
         raise readers.BadRow(
             f"{path}: not a whole {kind} file ({_first_line(error)}): if it was cut short, get it again"
         ) from error
+    if repeated := [name for name, times in collections.Counter(table.names).items() if times > 1]:
+        raise UserError(f"{path} has the column {repeated[0]!r} more than once")
+    return table
 
 
 def _open_parquet(path: str) -> _Table:
@@ -147,6 +177,8 @@ def _open_parquet(path: str) -> _Table:
 def _open_arrow(path: str) -> _Table:
     """Open Arrow's file format, or its stream format, which `datasets` writes."""
     total = tf.io.gfile.stat(path).length
+    if _File(path).read(len(_FEATHER_1)) == _FEATHER_1:
+        raise pa.ArrowInvalid("Feather of version 1: write it with version=2")
     try:
         schema, is_stream = pa.ipc.open_file(_File(path)).schema, False
     except pa.ArrowInvalid:

@@ -98,4 +98,12 @@ def named(names: str | Sequence[str] | None) -> list[Metric]:
             near = difflib.get_close_matches(name, METRICS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}."
             raise UserError(f"METRICS: no metric {name!r}; {hint}")
-    return [METRICS[name] for name in names]
+    chosen = [METRICS[name] for name in names]
+    if len(chosen) > 1:
+        keys: dict[str, str] = {}
+        for name, metric in zip(names, chosen, strict=True):
+            for key in metric(["0", "1"], ["0", "1"]):
+                if key in keys:
+                    raise UserError(f"METRICS: {keys[key]!r} and {name!r} both give {key!r}: leave one out")
+                keys[key] = name
+    return chosen

@@ -172,6 +172,9 @@ def _prefixes(
     """Return the ids that begin the inputs of each mode. Raises UserError if a mode has none, or an unknown token."""
     if mode_tokens is None:
         return {d.mode: np.zeros(0, np.int32) for d in denoisers}
+    modes = list(dict.fromkeys(d.mode for d in denoisers))
+    if unknown := [mode for mode in mode_tokens if mode not in modes]:
+        raise UserError(f"mode tokens {dict(mode_tokens)} have {unknown[0]!r}; the modes are {', '.join(modes)}")
     prefixes = {}
     for mode in (d.mode for d in denoisers):
         if mode not in mode_tokens:

@@ -2,7 +2,7 @@
 
     python -m t5x_lite.convert SOURCE DEST --to=huggingface|t5x_lite|peft
 
-SOURCE is a Hugging Face directory (T5 1.0 and 1.1, Flan, mT5, ByT5, UMT5; BERT), a LoRA folder of PEFT, a T5X
+SOURCE is a Hugging Face directory or name (T5 1.0 and 1.1, Flan, mT5, ByT5, UMT5; BERT), a LoRA folder of PEFT, a T5X
 checkpoint (one msgpack file, a folder of msgpack and zarr, or Orbax), a MODEL_DIR, or one of its checkpoints. DEST is a
 new Hugging Face directory, a folder for INITIAL_CHECKPOINT_PATH, or a PEFT folder for the LoRA of a run. Tokenizer
 files in SOURCE are copied.
@@ -26,7 +26,7 @@ from flax import traverse_util
 
 from t5x_lite import checkpoint, sharding
 from t5x_lite.checkpoint import saving
-from t5x_lite.convert import huggingface, peft, t5x, tensors, tokenizer
+from t5x_lite.convert import hub, huggingface, peft, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
 from t5x_lite.model import families
@@ -213,9 +213,10 @@ def convert(source: str | Path, dest: str | Path, to: Format, base: str | None =
 
     Raises ExistingFileError if `dest` exists and is not empty, and the errors of `read`.
     """
-    source, dest = Path(source).expanduser(), Path(dest).expanduser()
+    dest = Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
+    source = hub.located(source)
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     config, params = read(source, host)
     if to == "t5x_lite":

@@ -12,7 +12,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m t5x_lite.convert", description=(convert.__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("source", help="Hugging Face directory, PEFT folder, T5X checkpoint, MODEL_DIR or checkpoint")
+    parser.add_argument(
+        "source", help="Hugging Face directory or name, PEFT folder, T5X checkpoint, MODEL_DIR or checkpoint"
+    )
     parser.add_argument("dest", help="folder to create")
     parser.add_argument("--to", required=True, choices=get_args(convert.Format))
     parser.add_argument(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite.convert import huggingface, tensors
+from t5x_lite.convert import hub, huggingface, tensors
 from t5x_lite.convert.tensors import Index, Source, Tensor
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.model import families
@@ -38,15 +38,16 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(folder: Path) -> Path:
-    """Return the folder of the base model. Raises MissingFileError if it is not on this machine."""
+    """Return the folder of the base model. Raises MissingFileError if it is neither here nor on the hub."""
     name = str(_config(folder).get("base_model_name_or_path") or "")
-    for place in (Path(name).expanduser(), folder / name):
-        if name and (place / "config.json").is_file():
-            return place
-    raise MissingFileError(
-        f"{folder / CONFIG}: its base model {name!r} is not a folder here. Download it, and set "
-        "base_model_name_or_path in this file to its folder"
-    )
+    if name and (folder / name / "config.json").is_file():
+        return folder / name
+    place = hub.located(name) if name else Path()
+    if not (name and (place / "config.json").is_file()):
+        raise MissingFileError(
+            f"{folder / CONFIG}: its base model {name!r} is not a folder here: set base_model_name_or_path in this file"
+        )
+    return place
 
 
 def read(folder: Path) -> Source:

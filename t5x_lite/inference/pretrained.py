@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from t5x_lite import convert, sharding
-from t5x_lite.convert import tokenizer
+from t5x_lite.convert import hub, tokenizer
 from t5x_lite.data import packing
 from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
@@ -206,7 +206,7 @@ def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
 
 
 def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> Any:
-    """Load a model from a Hugging Face directory (T5, BERT), a MODEL_DIR, one of its checkpoints, or a T5X checkpoint.
+    """Load a model: a Hugging Face directory or name (T5, BERT), a MODEL_DIR or one of its checkpoints, or T5X's.
 
     Returns a LoadedModel, or a `bert.pretrained.LoadedBert` for BERT.
 
@@ -218,13 +218,14 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | No
     Raises:
       FileNotFoundError, ValueError: see `convert.read`.
     """
-    config, params = convert.read(path, mesh, dtype=dtype)
-    return families.model_of(config).pretrained(params, Path(path).expanduser(), mesh)
+    folder = hub.located(path)
+    config, params = convert.read(folder, mesh, dtype=dtype)
+    return families.model_of(config).pretrained(params, folder, mesh)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m t5x_lite.load", description="Answers each line of its input.")
-    parser.add_argument("path", help="Hugging Face directory, T5X checkpoint, MODEL_DIR or checkpoint")
+    parser.add_argument("path", help="Hugging Face directory or name, T5X checkpoint, MODEL_DIR or checkpoint")
     parser.add_argument("--method", default="greedy", choices=("greedy", "sample", "beam"))
     parser.add_argument("--max_length", type=int, default=128)
     options = parser.parse_args(arguments)

@@ -161,7 +161,10 @@ def raw_rates(
         if limit is not None or scale != 1:
             raise UserError("strategy 'equal' gives each task the same rate: it takes no limit and no scale")
         return dict.fromkeys(counts, 1.0)
-    return {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
+    try:
+        return {name: min(count * scale, limit or math.inf) ** (1 / temperature) for name, count in counts.items()}
+    except OverflowError:
+        raise UserError(f"temperature T = {temperature} is too small for these counts") from None
 
 
 def _unimax(counts: Mapping[str, float], budget: float | None, max_epochs: float) -> dict[str, float]:

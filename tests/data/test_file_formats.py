@@ -1,16 +1,13 @@
 """The formats and places of one's own files: Parquet, Arrow, JSON, compressed, saved folders, the Hugging Face hub."""
 
 import gzip
-import hashlib
-import http.server
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import threading
-import urllib.parse
 
+import hub_server
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -242,41 +239,7 @@ def test_another_folder_is_answered_with_a_pattern(mine):
 
 # The hub.
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
 ON_HUB = {"data/train-0.jsonl": b'{"inputs": "a"}\n', "data/test-0.jsonl": b"{}\n", "README.md": b"x"}
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's API that a download uses, for one dataset."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, body, code=200, **headers):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        hashes = {name: hashlib.sha1(content).hexdigest() for name, content in ON_HUB.items()}
-        resolved = path.removeprefix(f"/datasets/me/mine/resolve/{SHA}/")
-        if path.startswith("/api/datasets/me/mine/revision/"):
-            siblings = [{"rfilename": name} for name in ON_HUB]
-            self.reply(json.dumps({"id": "me/mine", "sha": SHA, "siblings": siblings}).encode())
-        elif path.startswith("/api/datasets/me/mine/tree/"):
-            files = [{"type": "file", "path": n, "size": len(x), "oid": hashes[n]} for n, x in ON_HUB.items()]
-            self.reply(json.dumps(files).encode())
-        elif resolved in ON_HUB:
-            self.reply(ON_HUB[resolved], ETag=f'"{hashes[resolved]}"', X_Repo_Commit=SHA)
-        else:
-            self.reply(b"", 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-
-    do_HEAD = do_GET
 
 
 FIND = """
@@ -292,9 +255,7 @@ for pattern in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_files_on_the_hub_are_downloaded_and_later_found_in_its_cache(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    settings = {"HF_HOME": str(tmp_path), "NO_PROXY": "*"}
 
     def find(*patterns):
         command = [sys.executable, "-c", FIND, *patterns]
@@ -303,14 +264,13 @@ def test_files_on_the_hub_are_downloaded_and_later_found_in_its_cache(tmp_path):
         )
         return done.stdout.splitlines()
 
-    place, train = "hf://datasets/me/mine", f"snapshots/{SHA}/data/train-0.jsonl']"
+    place, train = "hf://datasets/me/mine", f"snapshots/{hub_server.SHA}/data/train-0.jsonl']"
     several = [f"{place}/data/train-*.jsonl", f"{place}@v1/data/*.jsonl", f"{place}/x*", "hf://datasets/me/other/x"]
-    first, versioned, nothing, unknown = find(*several)
+    with hub_server.serving("datasets", "me/mine", ON_HUB) as settings["HF_ENDPOINT"]:
+        first, versioned, nothing, unknown = find(*several)
     assert first.endswith(train) and "test-0" in versioned and versioned.endswith(train)
     assert nothing.startswith("MissingFileError no file of the dataset me/mine")
     assert unknown.startswith("UserFileError 'hf://datasets/me/other/x' cannot be read from the hub")
-    server.shutdown()
-    server.server_close()
     again, new = find(f"{place}/data/train-*.jsonl", "hf://datasets/me/new/*.jsonl")
     assert again == first
     assert new.startswith("UserFileError") and "Check the name and the network" in new
