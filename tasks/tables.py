@@ -96,7 +96,8 @@ def rows(path: str, skipped: readers.Skipped, columns: Collection[str] | None = 
                 batches = iter(table.read(piece, names))
                 while (batch := _next(path, number + 1, end, batches)) is not None:
                     for start in range(0, batch.num_rows, _ROWS):
-                        for row in _python_rows(path, number + 1, batch.slice(start, _ROWS)):
+                        part = batch.slice(start, _ROWS)
+                        for row in _python_rows(path, number + 1, part) if names else [()] * part.num_rows:
                             number += 1
                             with skipped:
                                 if isinstance(row, readers.BadRow):
@@ -124,8 +125,6 @@ def _next(path: str, number: int, end: int | None, batches: Iterator[pa.RecordBa
 
 def _python_rows(path: str, first: int, batch: pa.RecordBatch) -> Iterable[tuple | readers.BadRow]:
     """Return the rows of a batch, or a BadRow where one holds text that is not UTF-8."""
-    if not batch.num_columns:
-        return [()] * batch.num_rows
     try:
         return list(zip(*map(_values, batch.columns), strict=True))
     except UnicodeDecodeError as error:

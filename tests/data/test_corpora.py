@@ -103,8 +103,12 @@ def test_the_same_names_may_be_registered_again(folder):
         ({"metrics": {"chat": "acuracy"}}, "no metric 'acuracy'; did you mean 'accuracy'"),
         ({"mixing": {"news": 1.0}}, "the rates have none for chat"),
         ({"mixing": {"news": 1, "chat": 1, "talk": 1}}, "the rates have 'talk', but the corpora are news, chat"),
-        ({"mixing": {"news": -1, "chat": 1}}, "-1"),
-        ({"mixing": {"news": "much", "chat": 1}}, "the rate of news is 'much': it must be a number"),
+        ({"mixing": {"news": "much", "chat": 1}}, "the rate of news is 'much': it must be a finite number"),
+        ({"mixing": {"news": -1, "chat": 1}}, "MIXING: the rate of news is -1: it must be a finite number, at least 0"),
+        ({"mixing": {"news": 0, "chat": 0}}, "MIXING: all rates are 0"),
+        ({"mixing": "temperature", "temperature": 1e-9}, "temperature T = 1e-09 is too small"),
+        ({"metrics": ["squad", "f1"]}, "METRICS: 'squad' and 'f1' both give 'f1'"),
+        ({"tasks": ["glue_rte_v002", "glue_rte_v002"]}, "names glue_rte_v002 twice"),
         ({"train": [7]}, "7 cannot be the name of a corpus"),
         ({"mixing": "unimax"}, "needs a budget"),
         ({"mixing": "even"}, "use 'proportional', 'temperature', 'equal' or 'unimax'"),
@@ -179,6 +183,11 @@ def test_unimax_is_uniform_but_for_what_its_epochs_cap(sizes, budget, epochs):
         assert shares[name] <= caps[name] * (1 + 1e-9)
         assert not free or shares[name] <= max(free) * (1 + 1e-9), "a capped task has no more than those that are not"
     assert not free or max(free) == pytest.approx(min(free))
+
+
+def test_unimax_says_when_the_corpora_do_not_reach(folder, caplog):
+    corpora.register(files(folder, "news", "chat"), mixing="unimax", budget=500, max_epochs=2)
+    assert "hold 100 examples within MIXING_MAX_EPOCHS = 2, the run takes 500: each is read 5 times" in caplog.text
 
 
 def test_unimax_by_hand():

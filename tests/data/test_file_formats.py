@@ -30,6 +30,14 @@ def table():
     return rows.set_column(3, "f", pa.array([row["f"] for row in ROWS], pa.float32()))
 
 
+def write_table(path, rows):
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(rows, path)
+        return
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write_table(rows)
+
+
 def zstd(data):
     packed = pa.BufferOutputStream()
     with pa.CompressedOutputStream(packed, "zstd") as file:
@@ -137,6 +145,30 @@ def test_a_stream_without_its_end_is_cut_short(mine):
     (mine / "a.arrow").write_bytes((mine / "a.arrow").read_bytes()[:-8])
     with pytest.raises(readers.BadRow, match=r"the stream has no end"):
         pairs(mine / "a.arrow")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_text_that_is_not_utf8_is_named_or_left_out_by_row(mine, name):
+    texts = pa.array([b"ok", b"caf\xe9", b"x"]).view(pa.string())
+    write_table(mine / name, pa.table({"inputs": texts, "targets": ["a", "b", "c"]}))
+    with pytest.raises(readers.BadRow, match=rf"{name}:2: not UTF-8"):
+        pairs(mine / name, inputs_template="{inputs}", targets_template="{targets}")
+    readers.set_bad_rows("skip")
+    assert pairs(mine / name, inputs_template="{inputs}", targets_template="{targets}") == [("ok", "a"), ("x", "c")]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_column_that_is_there_twice_is_an_error(mine, name):
+    columns = [pa.array([text]) for text in "abc"]
+    write_table(mine / name, pa.table(columns, names=["inputs", "targets", "targets"]))
+    with pytest.raises(UserError, match=f"{name} has the column 'targets' more than once"):
+        pairs(mine / name)
+
+
+def test_feather_of_version_1_is_named(mine):
+    (mine / "a.feather").write_bytes(b"FEA1" + bytes(40) + b"FEA1")
+    with pytest.raises(readers.BadRow, match="Feather of version 1: write it with version=2"):
+        pairs(mine / "a.feather")
 
 
 def test_a_damaged_row_group_is_named_or_left_out(mine, caplog):

@@ -99,6 +99,7 @@ def test_texts_that_are_not_joined_keep_apart(features, bytes_vocabulary):
         ({"inputs": 64, "targets": 3}, {}, r"X-denoiser \(spans of 3, 50% noise\): no text fits"),
         ({"inputs": 64}, {}, "must give targets"),
         (LENGTHS, {"mode_tokens": {"R": "[R]"}}, "have none for the mode 'S'"),
+        (LENGTHS, {"mode_tokens": ul2.MODE_TOKENS | {"Q": "q"}}, "have 'Q'; the modes are R, S, X"),
         (LENGTHS, {"mode_tokens": {"R": "", "S": "[S]", "X": "[X]"}}, "the mode token '' is unknown"),
         ({"inputs": 2048, "targets": 2048}, {}, "VOCABULARY_EXTRA_IDS"),
     ],
