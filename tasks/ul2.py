@@ -86,8 +86,7 @@ def ul2(
     prefixes = _prefixes(vocabulary, denoisers, mode_tokens)
     inputs, targets = (lengths[name] - output_features[name].add_eos for name in ("inputs", "targets"))
     pieces = [piece_length(d, inputs - len(prefixes[d.mode]), targets) for d in denoisers]
-    for denoiser, length in zip(denoisers, pieces, strict=True):
-        _check_spans(denoiser, length, vocabulary)
+    vocabularies.require_sentinels(vocabulary, max(map(_checked_spans, denoisers, pieces)))
     bounds = np.cumsum([d.rate for d in denoisers]) / sum(d.rate for d in denoisers)
 
     def split_and_denoise(documents: Sequence[np.ndarray], seeds: np.ndarray) -> list[list[np.ndarray]]:
@@ -142,16 +141,16 @@ def piece_length(denoiser: Denoiser, inputs: int, targets: int) -> int:
     return length
 
 
-def _check_spans(denoiser: Denoiser, length: int, vocabulary: seqio.Vocabulary) -> None:
-    """Raise UserError if the vocabulary has too few sentinels; log spans that pieces of this length cannot have."""
+def _checked_spans(denoiser: Denoiser, length: int) -> int:
+    """Return the number of spans in a piece, each with a sentinel; log those that pieces of this length cannot have."""
     mean = denoiser.mean_noise_span_length
     if mean is None:
-        return
+        return 0
     tokens, spans = noise.noise_counts(length, denoiser.noise_density, mean)
-    vocabularies.require_sentinels(vocabulary, spans)
     if tokens / spans < 0.75 * mean:
         problem = f"{denoiser} has spans of {tokens // spans} tokens only"
         logging.warning("%s: TASK_FEATURE_LENGTHS is short for it", problem)
+    return spans
 
 
 def _steps(denoiser: Denoiser) -> dict:

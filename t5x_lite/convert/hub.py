@@ -21,7 +21,7 @@ _OTHERS = ["*.json", "*.model", "vocab.txt"]
 def located(path: str | Path) -> Path:
     """Return the folder of a model: `path` if it is one here, else OWNER/NAME[@REVISION] in the hub's cache.
 
-    A model that is in the cache is not looked up on the hub. A path whose parent folder exists is no name on the hub.
+    What the cache has is not looked up on the hub, and a path whose parent folder exists is not a name on it.
 
     Raises:
       MissingPackageError: huggingface_hub is not installed.
@@ -61,14 +61,14 @@ def _cached(huggingface_hub: Any, name: str, revision: str | None) -> Path | Non
     """Return the folder of a model that is completely in the hub's cache, or None."""
     for kind in _WEIGHTS:
         try:
-            found = huggingface_hub.snapshot_download(
+            folder = huggingface_hub.snapshot_download(
                 name, revision=revision, local_files_only=True, allow_patterns=[*_OTHERS, kind]
             )
-            names = {file.name for file in Path(found).iterdir() if file.exists()}
-            indices = [Path(found, name) for name in names if name.endswith(f"{kind[1:]}.index.json")]
+            names = {file.name for file in Path(folder).iterdir() if file.exists()}
+            indices = [Path(folder, name) for name in names if name.endswith(f"{kind[1:]}.index.json")]
             shards = {shard for index in indices for shard in json.loads(index.read_text())["weight_map"].values()}
         except Exception:  # of the hub's client, which says that it is not there; or a damaged index
             continue
         if "config.json" in names and shards <= names and any(name.endswith(kind[1:]) for name in names):
-            return Path(found)
+            return Path(folder)
     return None
