@@ -381,21 +381,19 @@ def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkp
 
 
 def _how_to_convert(path: str) -> str | None:
-    from t5x_lite.convert import tensors
+    from t5x_lite.convert import peft, tensors
 
     folder, name = Path(path), Path(path).name or "model"
     command = f"python -m t5x_lite.convert {path} runs/{name} --to=t5x_lite"
     then = f"{command}\nThen set INITIAL_CHECKPOINT_PATH = 'runs/{name}'."
+    if peft.is_adapter(folder):
+        return f"is a LoRA folder of PEFT. Convert it first, which adds it to its base:\n  {then}"
     if (folder / "config.json").exists():
         return f"is a Hugging Face directory. Convert it first:\n  {then}"
     if folder.exists() and tensors.is_t5x(folder):
         return f"is a T5X checkpoint. Convert it first:\n  {then}"
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return (
-            f"does not exist here. If it is a name on the Hugging Face hub, download it and convert it:\n"
-            f"  huggingface-cli download {path} --local-dir {name}\n"
-            f"  {then.replace(path, name, 1)}"
-        )
+        return f"does not exist here. If it is a name on the Hugging Face hub, convert it first:\n  {then}"
     return None
 
 

@@ -329,7 +329,11 @@ def test_what_is_set_of_a_part_that_is_not_used_is_said(caplog):
 def test_models_of_other_kinds_are_answered_with_the_command_that_converts_them(golden, tmp_path):
     for path, cure in (
         (golden("hf_t5_v11"), r"is a Hugging Face directory.*\n  python -m t5x_lite\.convert .* --to=t5x_lite"),
-        ("google/flan-t5-small", r"huggingface-cli download google/flan-t5-small"),
+        (golden("peft") / "all", r"is a LoRA folder of PEFT.*\n  python -m t5x_lite\.convert .* --to=t5x_lite"),
+        (
+            "google/flan-t5-small",
+            r"\n  python -m t5x_lite\.convert google/flan-t5-small runs/flan-t5-small --to=t5x_lite",
+        ),
     ):
         start = configured(SMALL, f"--gin.INITIAL_CHECKPOINT_PATH='{path}'", f"--gin.MODEL_DIR='{tmp_path}'")
         with pytest.raises(UserError, match=cure):
