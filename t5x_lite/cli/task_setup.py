@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -381,7 +380,7 @@ def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkp
 
 
 def _how_to_convert(path: str) -> str | None:
-    from t5x_lite.convert import peft, tensors
+    from t5x_lite.convert import hub, peft, tensors
 
     folder, name = Path(path), Path(path).name or "model"
     command = f"python -m t5x_lite.convert {path} runs/{name} --to=t5x_lite"
@@ -392,7 +391,7 @@ def _how_to_convert(path: str) -> str | None:
         return f"is a Hugging Face directory. Convert it first:\n  {then}"
     if folder.exists() and tensors.is_t5x(folder):
         return f"is a T5X checkpoint. Convert it first:\n  {then}"
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if hub.is_name(path):
         return f"does not exist here. If it is a name on the Hugging Face hub, convert it first:\n  {then}"
     return None
 

@@ -18,19 +18,24 @@ _WEIGHTS = ("*.safetensors", "*.msgpack", "*.bin")  # the first that the reposit
 _OTHERS = ["*.json", "*.model", "vocab.txt"]
 
 
-def located(path: str | Path) -> Path:
-    """Return the folder of a model: `path` if it is one here, else OWNER/NAME[@REVISION] in the hub's cache.
+def is_name(path: str | Path) -> bool:
+    """Return whether this is OWNER/NAME[@REVISION], and no path: neither it nor its parent folder is here."""
+    local = Path(path).expanduser()
+    return _NAME.fullmatch(str(path)) is not None and not (local.exists() or local.parent.exists())
 
-    What the cache has is not looked up on the hub, and a path whose parent folder exists is not a name on it.
+
+def located(path: str | Path) -> Path:
+    """Return the folder of a model: that of a name in the hub's cache, or `path` if it is not a name.
+
+    What the cache has is not looked up on the hub.
 
     Raises:
       MissingPackageError: huggingface_hub is not installed.
       MissingFileError: the model cannot be downloaded.
     """
-    local = Path(path).expanduser()
     match = _NAME.fullmatch(str(path))
-    if match is None or local.exists() or local.parent.exists():
-        return local
+    if match is None or not is_name(path):
+        return Path(path).expanduser()
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:

@@ -39,10 +39,12 @@ def is_adapter(path: Path) -> bool:
 
 def base_of(folder: Path) -> Path:
     """Return the folder of the base model. Raises MissingFileError if it is neither here nor on the hub."""
-    name = str(_config(folder).get("base_model_name_or_path") or "")
+    config = _config(folder)
+    name = str(config.get("base_model_name_or_path") or "")
     if name and (folder / name / "config.json").is_file():
         return folder / name
-    place = hub.located(name) if name else Path()
+    revision = f"@{config['revision']}" if config.get("revision") and hub.is_name(name) else ""
+    place = hub.located(name + revision) if name else Path()
     if not (name and (place / "config.json").is_file()):
         raise MissingFileError(
             f"{folder / CONFIG}: its base model {name!r} is not a folder here: set base_model_name_or_path in this file"

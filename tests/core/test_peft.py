@@ -122,3 +122,11 @@ def test_the_tokenizer_is_the_folders_or_its_bases(folder):
     assert spiece.samefile(convert.tokenizer_file(folder) or folder)
     (folder / "spiece.model").write_bytes(b"another")
     assert convert.tokenizer_file(folder) == folder / "spiece.model"
+
+
+def test_a_base_on_the_hub_is_that_of_the_revision(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(peft.hub, "located", lambda name: asked.append(name) or folder.parents[1] / "hf_t5_v11")
+    for revision, name in ((None, "me/tiny-t5"), ("v1", "me/tiny-t5@v1")):
+        change(folder, base_model_name_or_path="me/tiny-t5", revision=revision)
+        assert peft.base_of(folder).name == "hf_t5_v11" and asked.pop() == name
