@@ -2,19 +2,20 @@
 
 Pieces of T5's model cross no space, so a word has the same pieces in every text, unless two segmentations of it have
 nearly the same score: then rounding, which depends on what stands before the word, decides between them. The scores of
-its two best segmentations tell how long a text may be before rounding matters. Longer texts are encoded by tf-text as a
-whole, and so are those with a word that could have other pieces for another reason.
+its two best segmentations tell how long a text may be before rounding matters. In longer texts the word is fragile: its
+pieces are searched anew, from the rounded score of what stands before it. Texts with a word that could have other
+pieces for another reason are encoded by tf-text as a whole.
 
 Words are found and looked up by TensorFlow's operations, which run in parallel; Python sees new words only.
 
 Must not import: datasets, task names.
 """
 
+import itertools
 import math
 import re
 import threading
 import unicodedata
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,10 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tasks import blocks
 
 _MAX_WORDS = 1 << 20  # about 200 MB; the dictionary then stays as it is
-_MAX_CHARACTERS = 64  # of a word
+_MAX_CHARACTERS = 256  # of a word
+_MAX_COMPARED = 64  # characters of a word whose two best segmentations are compared; longer ones are always searched
+_MAX_SEARCHED = 64  # words of a text; tf-text is faster above
+_NEAR = 1e6  # score of the longest texts in which words are searched anew; T5 takes some 10 a token
 _NEW_AT_MOST, _NEW_AT_MOST_WHEN_FULL = 3 / 4, 1 / 32  # of the words of a block; above, tf-text is faster
 _SPACE = "\u2581"
 _PLAIN = re.compile(rb"[!-~]{1,%d}" % _MAX_CHARACTERS)
@@ -38,7 +42,7 @@ class _Words(NamedTuple):
     starts: np.ndarray  # int64, in `ids`
     sizes: np.ndarray  # int64
     scores: np.ndarray  # float64, without their sign
-    limits: np.ndarray  # float64
+    limits: np.ndarray  # float64; negative if a text with the word is encoded as a whole
 
 
 _NO_WORDS = _Words(np.zeros(0, np.int32), *np.zeros((2, 0), np.int64), *np.zeros((2, 0)))
@@ -69,6 +73,10 @@ class WordEncoder:
         is_unknown = np.array([piece.type == types.UNKNOWN for piece in proto.pieces])
         score = np.array([-piece.score if piece.type == types.NORMAL else math.nan for piece in proto.pieces])
         size = np.array([len(piece.piece) for piece in proto.pieces])
+        self._scores = -score.astype(np.float32)  # as the model adds them
+        self._ids = {piece.piece: k for k, piece in enumerate(proto.pieces) if piece.type == types.NORMAL}
+        self._longest = max(map(len, self._ids), default=0)
+        self._near: dict[int, str] = {}  # the normalised texts of words with a limit, by their indices
         self._facts = np.stack([np.where(is_unknown, 0, score), np.where(is_unknown, 0, size), is_unknown], axis=1)
         symbols = [x.piece.strip(_SPACE) for x in proto.pieces if x.type == proto.SentencePiece.USER_DEFINED]
         self._symbol = re.compile("|".join(map(re.escape, symbols)) or "(?!)")
@@ -124,7 +132,7 @@ class WordEncoder:
         new_ids: np.ndarray,
         new_sizes: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids of texts of `counts` words, how many each has, and whether they hold: no word is fragile."""
+        """Return the ids of texts of `counts` words, how many each has, and whether they hold: they are tf-text's."""
         words, more = self._words, _NO_WORDS  # at least the words that the table had when it was asked
         if len(new):
             words, more, learned = self._learned(new, new_ids, new_sizes)
@@ -144,7 +152,61 @@ class WordEncoder:
             scores = np.add.reduceat(_take(words.scores, more.scores, indices), firsts)
             limits = np.where(is_known, _take(words.limits, more.limits, indices), 0.0)
             holds[has_words] = scores < np.minimum.reduceat(limits, firsts)
-        return ids, np.diff(np.append(0, ends)[first_words]), holds
+        splits = np.append(0, ends)[first_words]
+        counts = np.diff(splits)
+        parts, done = [], 0
+        for text in np.flatnonzero(~holds):
+            own, start, end = indices[first_words[text] : first_words[text + 1]], splits[text], splits[text + 1]
+            resolved = self._resolved(words, own, ids[start:end])
+            if resolved is not None:
+                parts += [ids[done:start], resolved]
+                done, counts[text], holds[text] = end, len(resolved), True
+        return np.concatenate([*parts, ids[done:]]), counts, holds
+
+    def _resolved(self, words: _Words, indices: np.ndarray, ids: np.ndarray) -> np.ndarray | None:
+        """Return the ids of a text with fragile words, given the dictionary's; None if they cannot be told."""
+        if (indices < 0).any() or (indices >= len(words.limits)).any() or (words.limits[indices] < 0).any():
+            return None
+        sums = self._running(ids)
+        ends = np.cumsum(words.sizes[indices])
+        fragile = np.flatnonzero(words.limits[indices] <= words.scores[indices].sum())
+        if len(fragile) > _MAX_SEARCHED:
+            return None
+        for k in fragile:
+            start, end = ends[k] - words.sizes[indices[k]], ends[k]
+            text = self._near.get(indices[k])
+            row = None if text is None else self._searched(text, float(sums[start]))
+            if row is None:
+                return None
+            if not np.array_equal(row, ids[start:end]):
+                ids, ends = np.concatenate([ids[:start], row, ids[end:]]), ends + len(row) - (end - start)
+                sums = self._running(ids)
+        return None if np.isnan(sums[-1]) else ids
+
+    def _running(self, ids: np.ndarray) -> np.ndarray:
+        """Return the scores before each piece and after the last, added as the model does."""
+        return np.add.accumulate(np.append(np.float32(0), self._scores[ids]))
+
+    def _searched(self, word: str, before: float) -> np.ndarray | None:
+        """Return the ids that tf-text's search finds for a normalised word, from the score of all pieces before it.
+
+        Sums are compared in float64 with the best so far in float32, as SentencePiece 0.1.96 does (`EncodeOptimized`).
+        """
+        scores, pieces = {0: before}, {}
+        for i, character in enumerate(word):
+            if character not in self._ids:
+                return None  # unknown characters are joined and count differently
+            for j in range(i + 1, min(i + self._longest, len(word)) + 1):
+                if (piece := self._ids.get(word[i:j])) is None:
+                    continue
+                score = scores[i] + float(self._scores[piece])
+                if j not in scores or score > scores[j]:
+                    scores[j], pieces[j] = float(np.float32(score)), (i, piece)
+        ids, end = [], len(word)
+        while end:
+            end, piece = pieces[end]
+            ids.append(piece)
+        return np.array(ids[::-1], np.int32)
 
     def _learned(self, new: np.ndarray, ids: np.ndarray, sizes: np.ndarray) -> tuple[_Words, _Words, np.ndarray]:
         """Add words with their ids to the dictionary.
@@ -156,10 +218,11 @@ class WordEncoder:
             indices = self._table.lookup(tf.constant(new)).numpy()
             is_new = indices < 0  # no other thread has learned it
             if is_new.any():
-                more = self._segmented(new[is_new].tolist(), ids[np.repeat(is_new, sizes)], sizes[is_new])
+                more, near = self._segmented(new[is_new].tolist(), ids[np.repeat(is_new, sizes)], sizes[is_new])
                 more = more._replace(starts=more.starts + len(words.ids))
                 indices[is_new] = len(words.sizes) + np.arange(len(more.sizes))
                 if len(words.sizes) + len(more.sizes) <= _MAX_WORDS:
+                    self._near |= {len(words.sizes) + k: text for k, text in near.items()}
                     self._words = words = _Words(*map(self._appended, range(len(words)), words, more))
                     more = _NO_WORDS
                     self._table.insert(tf.constant(new[is_new]), tf.constant(indices[is_new]))
@@ -173,9 +236,15 @@ class WordEncoder:
         self._buffers[column][len(known) : size] = more
         return self._buffers[column][:size]
 
-    def _segmented(self, words: list[bytes], ids: np.ndarray, sizes: np.ndarray) -> _Words:
+    def _segmented(self, words: list[bytes], ids: np.ndarray, sizes: np.ndarray) -> tuple[_Words, dict[int, str]]:
+        """Return what the dictionary keeps of words, and the normalised texts of those that have a limit."""
         texts = {i: text for i, word in enumerate(words) if (text := self._plain_text(word)) is not None}
-        pairs = self._processor.nbest_encode(list(texts.values()), nbest_size=2)
+        starts = np.cumsum(sizes) - sizes
+        rows = [row.tolist() for row in np.split(ids, starts[1:])]
+        is_compared = [len(text) <= _MAX_COMPARED for text in texts.values()]
+        short = list(itertools.compress(texts.values(), is_compared))
+        compared = iter(self._processor.nbest_encode(short, nbest_size=2))
+        pairs = [next(compared) if x else [rows[i]] * 2 for i, x in zip(texts, is_compared, strict=True)]
         best, second = self._sums([x[0] for x in pairs]), self._sums([x[-1] for x in pairs])
         size = np.maximum(best[1], second[1])
         for k in np.flatnonzero(best[2] * second[2]):  # unknown characters on both sides
@@ -187,20 +256,22 @@ class WordEncoder:
         # Each addition of a score, at most one a character in each of two segmentations, rounds the sum up to there by
         # 2^-24 of it.
         limit = margin * 2**23 / np.maximum(size, 1)
-        starts = np.cumsum(sizes) - sizes
-        rows = [row.tolist() for row in np.split(ids, starts[1:])]
         is_same = np.array([pair[0] == rows[i] for i, pair in zip(texts, pairs, strict=True)], bool)
-        holds = is_same & np.isfinite(best_score) & ~np.isnan(limit)
-        scores, limits = np.zeros((2, len(words)))
-        scores[list(texts)], limits[list(texts)] = np.where(holds, (best_score, limit), 0.0)
-        return _Words(ids, starts, sizes, scores, limits)
+        is_sure = np.isfinite(best_score) & ~np.isnan(limit)
+        scores, limits = np.zeros(len(words)), np.full(len(words), -1.0)
+        scores[list(texts)] = np.where(is_sure, best_score, 0.0)
+        limits[list(texts)] = np.where(is_sure, np.where(is_same, np.maximum(limit, 0.0), 0.0), -1.0)
+        near = {
+            i: self._processor.normalize(texts[i]) for i in np.flatnonzero((limits >= 0) & (limits < _NEAR)).tolist()
+        }
+        return _Words(ids, starts, sizes, scores, limits), near
 
     def _sums(self, rows: list[list[int]]) -> np.ndarray:
         """Return the sums of `_facts` over each word's pieces, [3, n]."""
         splits = np.cumsum([0, *map(len, rows)])
         sums, has_pieces = np.zeros((len(rows), 3)), np.flatnonzero(np.diff(splits))
         if len(has_pieces):
-            pieces = np.fromiter(chain.from_iterable(rows), np.int32, splits[-1])
+            pieces = np.fromiter(itertools.chain.from_iterable(rows), np.int32, splits[-1])
             sums[has_pieces] = np.add.reduceat(self._facts[pieces], splits[has_pieces], axis=0)
         return sums.T
 
@@ -217,7 +288,7 @@ class WordEncoder:
                 len(text) > _MAX_CHARACTERS
                 or _SPACE in text
                 or unicodedata.combining(text[0])  # as if the normaliser could compose it with a space
-                or any(unicodedata.category(character) == "Cc" for character in text)
+                or any(unicodedata.category(x) == "Cc" and self._processor.normalize(x) != _SPACE + x for x in text)
             ):
                 return None
         return None if self._symbol.search(text) else text

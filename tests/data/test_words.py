@@ -67,6 +67,21 @@ def test_ids_are_those_of_tf_text(small):
     assert 0 in encoder._words.limits and np.isfinite(encoder._words.limits).any(), "some words are fragile"
 
 
+def test_fragile_words_are_searched(data_dir, monkeypatch):
+    """Equally good pieces in another order, which tf-text tells by its rounding; it need not encode the text."""
+    model = vocabulary.default_vocabulary()
+    assert isinstance(model, seqio.SentencePieceVocabulary)
+    encoder, encode = encoder_of(model)
+    texts = [f"the {word}{'!' * n} sat on{'.' * n} a mat".encode() for word in VOCABULARY[:4] for n in range(2, 25)]
+    assert same(encode, model, texts * 2)
+    searched, left = [], []
+    search, reference = encoder._searched, encoder._reference
+    monkeypatch.setattr(encoder, "_searched", lambda *arguments: searched.append(search(*arguments)) or searched[-1])
+    monkeypatch.setattr(encoder, "_reference", lambda texts: left.extend(texts.numpy()) or reference(texts))
+    expected = model.encode_tf(tf.constant(texts))
+    assert encoder(tf.constant(texts)).to_list() == expected.to_list() and len(searched) > 20 and not left
+
+
 def test_a_full_dictionary_gives_the_same_ids(small, monkeypatch):
     monkeypatch.setattr(words, "_MAX_WORDS", 20)
     monkeypatch.setattr(words, "_NEW_AT_MOST_WHEN_FULL", 0.5)
