@@ -4,7 +4,8 @@ A preprocessor that works on blocks returns `examples(blocks)`, a dataset of sin
 The next such preprocessor continues with these blocks (`in_blocks`), so nothing is unbatched and batched between them:
 tf.data runs only what is read. Any other dataset is batched first.
 
-A block is a dictionary from feature to int32 RaggedTensor [n, (length)]. Must not import: SeqIO, tasks.
+A block is a dictionary from feature to int32 RaggedTensor [n, (length)], or of texts to string [n]. Must not import:
+SeqIO, tasks.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +28,9 @@ def inline_map(dataset: tf.data.Dataset, fn: Callable) -> Any:
 
 def examples(blocks: tf.data.Dataset) -> tf.data.Dataset:
     """Return the examples of blocks, as plain tensors; `in_blocks` of it gives the blocks."""
-    rows = inline_map(
-        blocks.flat_map(tf.data.Dataset.from_tensor_slices),
-        lambda x: {name: tf.ensure_shape(tokens, [None]) for name, tokens in x.items()},
-    )
+    rows: Any = blocks.flat_map(tf.data.Dataset.from_tensor_slices)
+    if any(isinstance(spec, tf.RaggedTensorSpec) for spec in rows.element_spec.values()):
+        rows = inline_map(rows, lambda x: {name: tf.ensure_shape(tokens, [None]) for name, tokens in x.items()})
     rows.blocks = blocks  # pyright: ignore[reportAttributeAccessIssue]
     return rows
 
@@ -38,6 +38,12 @@ def examples(blocks: tf.data.Dataset) -> tf.data.Dataset:
 def remembered(dataset: tf.data.Dataset) -> tf.data.Dataset | None:
     """Return the blocks of any size that a dataset's examples were made from, or None."""
     return getattr(dataset, "blocks", None)
+
+
+def map_alike(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
+    """Map a function that takes an example and a block of them alike."""
+    blocks = remembered(dataset)
+    return inline_map(dataset, fn) if blocks is None else examples(blocks.map(fn))
 
 
 def in_blocks(dataset: tf.data.Dataset, features: Sequence[str]) -> tf.data.Dataset:

@@ -6,13 +6,20 @@ c4/webtextlike/. Must not import: other corpora, mixtures.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import seqio
 
 from tasks import data_sources, objectives, prefix_lm, readers, ul2, vocabulary
 
 _FEATURES = ("text", "timestamp", "url")
+
+
+def _documents(path: str, position: int) -> Iterator[tuple[int, tuple[str, str, str]]]:
+    skipped = readers.Skipped(path)
+    for number, line in readers.lines(path, skipped, position):
+        with skipped:
+            yield number, _document(path, number, line)
 
 
 def _document(path: str, number: int, line: str) -> tuple[str, str, str]:
@@ -24,7 +31,7 @@ def _document(path: str, number: int, line: str) -> tuple[str, str, str]:
 
 
 def _read_files(files: dict[str, list[str]]) -> seqio.DataSource:
-    return data_sources.LinesSource(files, _document, _FEATURES)
+    return data_sources.RowsSource(files, _documents, _FEATURES)
 
 
 def documents(

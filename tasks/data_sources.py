@@ -1,8 +1,7 @@
 """SeqIO data sources: read a corpus from its official files if present, otherwise from TFDS.
 
   MemorySource   files parsed once in Python into tensors; each epoch is fully reshuffled (GLUE, SQuAD)
-  LinesSource    one example per line, streamed from many files (C4)
-  RowsSource     rows of files of any format, streamed (a user's large files)
+  RowsSource     rows of files of any format, streamed from many files (C4, a user's large files)
   CorpusSource   one of the two for a folder under $T5X_LITE_DATA_DIR, or TFDS; chosen on first use
   CorpusTask     a seqio.Task that may have no splits, so that a mixture works with a partial copy of the data
 
@@ -45,7 +44,8 @@ def lists_column(lists: Sequence[Sequence[str]]) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_splits(tf.constant(values, tf.string), splits)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_LINES_PER_CALL = 64  # lines per Python call: 3 times as fast as one line per call
+_ROWS_PER_CALL = 64  # of Python: 3 times as fast as one row per call
+_ROWS_PER_TURN = 16  # of a file, when several are interleaved
 _OPEN_READERS = 64
 
 
@@ -150,6 +150,8 @@ def _permutation(size: int, key: tf.Tensor) -> tf.data.Dataset:
 class _FilesSource(seqio.FileDataSource):
     """A source that interleaves 16 files like SeqIO, with the epochs of `_passes`."""
 
+    _per_turn = _ROWS_PER_TURN
+
     def get_dataset(
         self,
         split: str = "train",
@@ -165,118 +167,86 @@ class _FilesSource(seqio.FileDataSource):
         def read(key: tf.Tensor) -> tf.data.Dataset:
             paths = seqio.stateless_shuffle(tf.constant(shard), key) if shuffle else tf.constant(shard)
             paths = tf.data.Dataset.from_tensor_slices(paths)
-            return paths.interleave(self._reader, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE)
+            return paths.interleave(
+                self._reader,
+                cycle_length=16,
+                block_length=self._per_turn,
+                num_parallel_calls=tf.data.AUTOTUNE,
+            )
 
         return _passes(read, seed, num_epochs)
 
 
-class LinesSource(_FilesSource):
-    """A source that streams examples from files with one example per line, plain or .gz.
-
-    Args:
-      files: split name -> file patterns.
-      parse: (path, line number from 1, line) -> one string per name in `features`, or None for a blank line.
-      features: names of the strings returned by `parse`.
-
-    If `parse` raises BadRow, a line is not UTF-8 or a .gz is truncated, the iterator raises
-    tf.errors.InvalidArgumentError with file and line. With `readers.set_bad_rows("skip")` bad lines are dropped, and
-    their number is logged at the end of the file. (tf.data alone does not detect a truncated .gz.)
-    """
-
-    def __init__(
-        self,
-        files: Mapping[str, list[str]],
-        parse: Callable[[str, int, str], Sequence[str] | None],
-        features: Sequence[str],
-    ):
-        self._parse = parse
-        self._features = tuple(features)
-        self._skipped: dict[str, readers.Skipped] = {}  # by file, only for the log
-        super().__init__(read_file_fn=self._read_lines, split_to_filepattern=files)
-
-    def _read_lines(self, path: tf.Tensor) -> tf.data.Dataset:
-        is_gzip = tf.strings.regex_full_match(path, r".*\.gz")
-        batches = tf.data.TextLineDataset(path, compression_type=tf.where(is_gzip, "GZIP", "")).batch(_LINES_PER_CALL)
-        end = tf.data.Dataset.from_tensors(tf.zeros([0], tf.string))  # an empty batch marks the end of the file
-        batches = batches.concatenate(end).scan(np.zeros(2, np.int64), _count_lines_and_bytes)
-
-        def parse(counts, batch):
-            types = [tf.string] * len(self._features)
-            values = tf.numpy_function(self._parse_batch, [path, counts, batch], types, stateful=False)
-            return {k: tf.ensure_shape(v, [None]) for k, v in zip(self._features, values, strict=True)}
-
-        return batches.map(parse).unbatch()
-
-    def _parse_batch(self, path: bytes, counts: np.ndarray, batch: np.ndarray) -> list[np.ndarray]:
-        name, lines_before, bytes_before = path.decode(), int(counts[0]), int(counts[1])
-        if not lines_before or name not in self._skipped:
-            self._skipped[name] = readers.Skipped(name)
-        skipped = self._skipped[name]
-        if not len(batch):
-            with skipped:
-                readers.check_gzip_end(name, bytes_before)
-            skipped.log()
-        rows = []
-        for number, line in enumerate(batch, start=lines_before + 1):
-            with skipped:
-                row = self._parse(name, number, readers.decode_line(name, number, line))
-                if row is None:
-                    skipped.blank += 1
-                else:
-                    rows.append(row)
-        return [np.array([row[k].encode() for row in rows], object) for k in range(len(self._features))]
-
-
-def _count_lines_and_bytes(counts: tf.Tensor, batch: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
-    """Scan function: pair each batch with the number of lines and bytes before it."""
-    size = tf.stack([tf.size(batch, tf.int64), tf.reduce_sum(tf.cast(tf.strings.length(batch) + 1, tf.int64))])
-    return counts + size, (counts, batch)
-
-
 class RowsSource(_FilesSource):
-    """A source that streams texts from files of any format that Python can read from its beginning.
-
-    The position of a reader is a number of rows: after a restart the rows before it are read again and left out.
+    """A source that streams texts from files that Python reads. Its dataset remembers the blocks of `tasks.blocks`.
 
     Args:
       files: split name -> paths.
-      read: path -> an iterator over its rows, one string per name in `features`; a function of the file alone. Errors
+      read: (path, position) -> an iterator over the file's rows after that position, 0 being its beginning; each row
+        comes with the position after it, and is one string per name in `features`. A function of the file alone. Errors
         reach the reader of the dataset as tf.errors.InvalidArgumentError.
       features: names of the strings.
     """
 
+    _per_turn = 2  # of turns, see `_read_turns`
+
     def __init__(
-        self, files: Mapping[str, list[str]], read: Callable[[str], Iterator[Sequence[str]]], features: Sequence[str]
+        self,
+        files: Mapping[str, list[str]],
+        read: Callable[[str, int], Iterator[tuple[int, Sequence[str]]]],
+        features: Sequence[str],
     ):
         self._read_file = read
         self._features = tuple(features)
-        self._open: dict[tuple[str, int], Iterator[Sequence[str]]] = {}  # readers by path and number of the next block
+        self._open: dict[tuple[str, int], Iterator[tuple[int, Sequence[str]]]] = {}  # by path and position
         super().__init__(read_file_fn=self._read_rows, split_to_filepattern=files)
 
     def list_shards(self, split: str) -> Sequence[str]:
         return list(self._split_to_filepattern[split])  # paths, not patterns
 
+    def get_dataset(self, split: str = "train", **settings) -> tf.data.Dataset:
+        def joined(turns: dict[str, tf.Tensor], sizes: tf.Tensor) -> dict[str, tf.Tensor]:
+            is_row = tf.sequence_mask(sizes, _ROWS_PER_TURN)
+            return {name: tf.boolean_mask(values, is_row) for name, values in turns.items()}
+
+        turns = super().get_dataset(split, **settings)
+        return blocks.examples(turns.batch(self._per_turn * blocks.SIZE // _ROWS_PER_TURN).map(joined))
+
     def _read_rows(self, path: tf.Tensor) -> tf.data.Dataset:
-        def block(number: tf.Tensor) -> dict[str, tf.Tensor]:
-            types = [tf.string] * len(self._features)
-            values = tf.numpy_function(self._block, [path, number], types, stateful=False)
-            return {k: tf.ensure_shape(v, [None]) for k, v in zip(self._features, values, strict=True)}
+        """Return turns: 16 strings of each feature, and how many of them are rows."""
 
-        blocks = tf.data.Dataset.range(2**62).map(block)
-        return blocks.take_while(lambda values: tf.size(values[self._features[0]]) > 0).unbatch()
+        def read(position: Any, _: tf.Tensor) -> tuple[Any, Any]:
+            types = [tf.int64, tf.int64, *[tf.string] * len(self._features)]
+            position, sizes, *columns = tf.numpy_function(self._read_turns, [path, position], types, stateful=False)
+            columns = [tf.ensure_shape(column, [None, _ROWS_PER_TURN]) for column in columns]
+            return tf.ensure_shape(position, []), (
+                dict(zip(self._features, columns, strict=True)),
+                tf.ensure_shape(sizes, [None]),
+            )
 
-    def _block(self, path: bytes, number: np.int64) -> list[np.ndarray]:
-        """Return block `number` of a file; an empty block is its end."""
-        name, position = path.decode(), int(number)
-        rows = self._open.pop((name, position), None)
-        if rows is None:
-            rows = itertools.islice(self._read_file(name), position * _LINES_PER_CALL, None)
-        block = list(itertools.islice(rows, _LINES_PER_CALL))
+        turns = tf.data.Dataset.range(2**62).scan(np.int64(0), read)
+        return turns.take_while(lambda _, sizes: tf.size(sizes) > 0).unbatch()  # pyright: ignore[reportArgumentType]
+
+    def _read_turns(self, path: bytes, position: np.int64) -> list[Any]:
+        """Return the position after some turns, their sizes, and their columns [n, 16]; n is 0 at the end of the file.
+
+        An empty turn follows each whole one, and the files take two at a time: so the end of a file comes in the turn
+        of its last rows, as when single rows are interleaved.
+        """
+        name, start = path.decode(), int(position)
+        rows = self._open.pop((name, start), None) or self._read_file(name, start)
+        block = list(itertools.islice(rows, _ROWS_PER_CALL))
         if block:
-            self._open[name, position + 1] = rows
+            position = np.int64(block[-1][0])
+            self._open[name, int(position)] = rows
             while len(self._open) > _OPEN_READERS:  # left behind by datasets that ended early
                 self._open.pop(next(iter(self._open)), None)
-        return [np.array([row[k].encode() for row in block], object) for k in range(len(self._features))]
+        whole, rest = divmod(len(block), _ROWS_PER_TURN)
+        sizes = np.array([_ROWS_PER_TURN, 0] * whole + [rest] * (rest > 0), np.int64)
+        columns = np.full((len(self._features), len(sizes), _ROWS_PER_TURN), b"", object)
+        for i, (_, row) in enumerate(block):
+            columns[:, 2 * (i // _ROWS_PER_TURN), i % _ROWS_PER_TURN] = [text.encode() for text in row]
+        return [position, sizes, *columns]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,32 +27,34 @@ class Vocabulary(Protocol):
 
 # ------------------------------------------------------------------------------------------------------- random numbers
 
-_U32 = np.uint64(0xFFFFFFFF)
-_PHILOX_MULTIPLY = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
-_PHILOX_ADVANCE = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+_U32, _BITS = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLY = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_ADVANCE = np.arange(10, dtype=np.uint64)[:, None] * np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 
 
 def _philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011): counter uint64 [..., 4] and key [..., 2], 32 bits each -> [..., 4]."""
-    c0, c1, c2, c3 = np.moveaxis(counter, -1, 0)
-    k0, k1 = np.moveaxis(key, -1, 0)
-    for _ in range(10):
-        p0, p1 = c0 * _PHILOX_MULTIPLY[0], c2 * _PHILOX_MULTIPLY[1]
-        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & _U32, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & _U32
-        k0, k1 = (k0 + _PHILOX_ADVANCE[0]) & _U32, (k1 + _PHILOX_ADVANCE[1]) & _U32
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
+    """Philox4x32-10 (Salmon et al. 2011): counter uint64 [4, N, n] and key [2, N, 1], 32 bits each -> [4, N, n]."""
+    counter = counter.copy()
+    even, odd = counter[::2], counter[1::2]
+    products = np.empty_like(even)
+    for round_key in (key + _ADVANCE[:, :, None, None]) & _U32:
+        np.multiply(even, _MULTIPLY[:, None, None], out=products)
+        np.right_shift(products[::-1], _BITS, out=even)
+        even ^= odd
+        even ^= round_key
+        np.bitwise_and(products[::-1], _U32, out=odd)
+    return counter
 
 
 def _random_bits(seeds: np.ndarray, count: int) -> np.ndarray:
     """Return the first `count` 32-bit numbers of TensorFlow's kernels, seeds int [N, 2] -> uint64 [N, count]."""
     seeds = np.ascontiguousarray(seeds, np.int64).view(np.uint64)
-    words = np.stack([seeds & _U32, seeds >> np.uint64(32)], axis=-1).reshape(len(seeds), 4)
-    scrambled = _philox(words, np.array([0x3EC8F720, 0x02461E29], np.uint64))
-    key, block = scrambled[:, None, :2], np.arange((count + 3) // 4, dtype=np.uint64)
-    counter = np.zeros((len(seeds), len(block), 4), np.uint64)
-    counter[:, :, 0] = block
-    counter[:, :, 2:] = scrambled[:, None, 2:]
-    return _philox(counter, key).reshape(len(seeds), -1)[:, :count]
+    words = np.stack([seeds & _U32, seeds >> _BITS], axis=-1).reshape(len(seeds), 4).T[:, :, None]
+    scrambled = _philox(words, np.array([0x3EC8F720, 0x02461E29], np.uint64)[:, None, None])
+    counter = np.zeros((4, len(seeds), (count + 3) // 4), np.uint64)
+    counter[0] = np.arange(counter.shape[2])
+    counter[2:] = scrambled[2:]
+    return np.moveaxis(_philox(counter, scrambled[:2]), 0, -1).reshape(len(seeds), -1)[:, :count]
 
 
 def uniform(seeds: np.ndarray, count: int) -> np.ndarray:
@@ -69,15 +71,14 @@ def integers(seeds: np.ndarray, count: int, low: int, high: int) -> np.ndarray:
 def split(seeds: np.ndarray, count: int) -> np.ndarray:
     """Return `count` new seeds for each, int64 [N, count, 2], like tf.random.split of an int64 seed."""
     bits = _random_bits(seeds, 4 * count).reshape(len(seeds), count, 2, 2)
-    return (bits[..., 0] | bits[..., 1] << np.uint64(32)).view(np.int64)
+    return (bits[..., 0] | bits[..., 1] << _BITS).view(np.int64)
 
 
-def _shuffled(values: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Return `values` [n] shuffled by each seed, [N, n], like seqio.stateless_shuffle."""
-    size = len(values)
+def _permutations(size: int, seeds: np.ndarray) -> np.ndarray:
+    """Return a permutation of 0..size-1 for each seed, [N, size], that of seqio.stateless_shuffle."""
     drawn = _random_bits(seeds, size) & np.uint64(0x7FFFFF)  # the bits of `uniform`
-    keys = np.sort(drawn << np.uint64(32) | np.arange(size, dtype=np.uint64), axis=1)  # much faster than argsort
-    return values[keys & _U32]
+    keys = np.sort(drawn << _BITS | np.arange(size, dtype=np.uint64), axis=1)  # much faster than argsort
+    return (keys & _U32).view(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -113,9 +114,9 @@ def random_spans_noise_mask(
         [_span_lengths(length - noise, spans, seeds[:, 1]), _span_lengths(noise, spans, seeds[:, 0])], axis=2
     )
     ends = np.cumsum(lengths.reshape(len(seeds), -1), axis=1)
-    boundaries = np.zeros((len(seeds), length + 1), np.int32)
-    np.put_along_axis(boundaries, ends, 1, axis=1)
-    mask = (np.cumsum(boundaries[:, :true_length], axis=1) % 2).astype(bool)
+    boundaries = np.zeros((len(seeds), length + 1), bool)
+    np.put_along_axis(boundaries, ends, True, axis=1)
+    mask = np.logical_xor.accumulate(boundaries[:, :true_length], axis=1)
     if not random_roll:
         return mask
     roll_seeds = np.stack([seeds[:, 0, 0] + seeds[:, 1, 1], seeds[:, 0, 1] - seeds[:, 1, 0]], axis=1)
@@ -124,7 +125,7 @@ def random_spans_noise_mask(
 
 def _span_lengths(items: int, spans: int, seeds: np.ndarray) -> np.ndarray:
     """Return random span lengths [N, spans], at least 1, that sum to `items`; all compositions are equally likely."""
-    first = _shuffled(np.arange(items - 1) < spans - 1, seeds)  # whether item k + 1 starts a span
+    first = _permutations(items - 1, seeds) < spans - 1  # whether item k + 1 starts a span
     starts = np.nonzero(first)[1].reshape(len(seeds), spans - 1) + 1
     return np.diff(starts, axis=1, prepend=0, append=items)
 
@@ -208,7 +209,7 @@ def permute_noise_tokens(tokens, mask, vocabulary, seeds):
     """Noise tokens are permuted, others stay (deshuffling, if all tokens are noise)."""
     values = tokens.copy()
     for row, noise, seed in zip(values, mask, seeds, strict=True):
-        row[noise] = _shuffled(row[noise], seed[:1])[0]
+        row[noise] = row[noise][_permutations(noise.sum(), seed[:1])[0]]
     return values, _all(tokens)
 
 

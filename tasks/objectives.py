@@ -189,7 +189,7 @@ def text_as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
     This is a separate step, as in t5, because SeqIO's seeds for the steps after the cache depend on the number of steps
     before it.
     """
-    return blocks.inline_map(dataset, lambda x: {"targets": x["text"]})
+    return blocks.map_alike(dataset, lambda x: {"targets": x["text"]})
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
@@ -205,7 +205,8 @@ def tokenize(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dat
         tokens = encode_block(block["targets"])
         return {"targets": tf.ragged.boolean_mask(tokens, tokens.row_lengths() > 0)}
 
-    return blocks.examples(dataset.batch(blocks.SIZE).map(encode, tf.data.AUTOTUNE))
+    texts = blocks.remembered(dataset) or dataset.batch(blocks.SIZE)
+    return blocks.examples(texts.map(encode, tf.data.AUTOTUNE))
 
 
 def append_eos_after_trim(
@@ -227,10 +228,7 @@ def append_eos_after_trim(
     def of_all(x: dict[str, Any]) -> dict[str, Any]:
         return {name: append(name, tokens) for name, tokens in x.items()}
 
-    remembered = blocks.remembered(dataset)
-    if remembered is None:
-        return blocks.inline_map(dataset, of_all)
-    return blocks.examples(remembered.map(of_all, tf.data.AUTOTUNE))
+    return blocks.map_alike(dataset, of_all)
 
 
 def split_documents(

@@ -9,6 +9,7 @@ Must not import: tasks, vocabularies, SeqIO.
 import collections
 import csv
 import io
+import itertools
 import json
 import os
 import zlib
@@ -141,24 +142,6 @@ def _unpack(path: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
         raise bad_row(path, line, "the gzip data ends early (truncated): download the file again")
 
 
-def check_gzip_end(path: str, size: int) -> None:
-    """Raise BadRow for a truncated .gz, given the `size` in bytes that was read, one for each line end.
-
-    A .gz ends with its uncompressed size modulo 2^32, which is compared first; if it differs (several members, line
-    ends of two bytes) the whole file is decompressed.
-    """
-    if not path.endswith(".gz"):
-        return
-    with tf.io.gfile.GFile(path, "rb") as file:
-        file.seek(max(file.size() - 4, 0))
-        end = int.from_bytes(file.read(4), "little")
-        if end in (size % 2**32, (size - 1) % 2**32):  # with or without a line end after the last line
-            return
-        file.seek(0)
-        for _ in _unpack(path, iter(lambda: file.read(_CHUNK), b"")):
-            pass
-
-
 def compression(path: str) -> str:
     """Return the ending of a compressed file as it is written, or ""."""
     ending = path[path.rfind(".") :] if "." in path else ""
@@ -238,13 +221,14 @@ def decode_line(path: str, number: int, data: bytes) -> str:
     return decode(path, data, number)
 
 
-def lines(path: str, skipped: Skipped | None = None) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines (from 1) of a text file, without an empty last line. The file is streamed.
+def lines(path: str, skipped: Skipped | None = None, start: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines (from 1) of a text file after the first `start`. The file is streamed.
 
     A bad line raises BadRow, or is counted in `skipped`.
     """
     skipped = skipped or Skipped(path, "refuse")
-    for number, line in enumerate(raw_lines(path, skipped), start=1):
+    raw = itertools.islice(raw_lines(path, skipped), start, None)
+    for number, line in enumerate(raw, start=start + 1):
         with skipped:
             yield number, decode_line(path, number, line.removesuffix(b"\n").removesuffix(b"\r"))
     skipped.log()

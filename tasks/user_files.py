@@ -233,8 +233,10 @@ def _read(paths: list[str], split: str, wanted: Templates) -> data_sources.Colum
     return {feature: np.array([text[feature].encode() for text in texts], object) for feature in wanted}
 
 
-def _stream(path: str, wanted: Templates) -> Iterator[list[str]]:
-    return (list(text.values()) for text in _filled(path, wanted, readers.Skipped(path)))
+def _stream(path: str, position: int, wanted: Templates) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows after the first `position`, which are read too."""
+    texts = _filled(path, wanted, readers.Skipped(path))
+    return ((k, list(text.values())) for k, text in enumerate(itertools.islice(texts, position, None), position + 1))
 
 
 def _check_first_row(path: str, wanted: Templates, objective: str) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from tasks import c4, data_sources, preprocessors, squad
+from tasks import c4, data_sources, preprocessors, readers, squad
 
 
 def write(folder, name, text):
@@ -55,6 +55,20 @@ def test_only_splits_with_files_are_there_and_a_mixture_passes_over_the_rest(cor
     with pytest.raises(ValueError, match=r"no split 'validation' in the files in .*MNLI.*dev_matched\.tsv"):
         task("mnli_matched").source.get_dataset("validation")
     assert "the files in" in data_sources.describe(task("mnli"))["glue_mnli_v002"]
+
+
+def test_many_files_are_interleaved_as_seqio_does(tmp_path):
+    """16 rows of each of 16 files in turn; a file that ends gives its place up in the turn of its last rows."""
+    sizes = [0, 1, 5, 16, 17, 31, 32, 33, 48, 64, 65, 70, 130, 3, 16, 40, 2, 20, 9, 64, 1, 100]
+    paths = [str(write(tmp_path, f"{k:02}.txt", "".join(f"{k} {i}\n" for i in range(n)))) for k, n in enumerate(sizes)]
+
+    def read(path, position):
+        return ((number, [line]) for number, line in readers.lines(path, start=position))
+
+    ours = data_sources.RowsSource({"train": paths}, read, ["text"])
+    seqios = seqio.FileDataSource(tf.data.TextLineDataset, {"train": paths})
+    assert [row["text"] for row in raw(ours)] == raw(seqios)
+    assert len({row["text"] for row in raw(ours, shuffle=True, seed=1)}) == sum(sizes)
 
 
 @pytest.mark.parametrize(
