@@ -12,6 +12,8 @@ _PUBLIC = {
     "Bert": "bert.network",
     "BertConfig": "bert",
     "LoadedBert": "bert.pretrained",
+    "T5EncoderConfig": "t5_encoder",
+    "LoadedEncoder": "t5_encoder.pretrained",
     "Optimizer": "training.optim",
     "adafactor": "training.optim",
     "adamw": "training.optim",

@@ -6,6 +6,7 @@ import numpy as np
 import tiny
 
 from t5x_lite.bert import BertConfig
+from t5x_lite.t5_encoder import t5_encoder
 
 DECODER = dataclasses.replace(tiny.CONFIG, num_encoder_layers=0)
 BERT = BertConfig(d_model=48, d_ff=96, num_heads=4, num_layers=2, vocab_size=264, max_length=64)
@@ -14,6 +15,7 @@ CONFIGS = {
     "encoder-decoder": tiny.CONFIG,
     "decoder": DECODER,
     "prefix LM": dataclasses.replace(DECODER, prefix_lm=True),
+    "encoder": t5_encoder(tiny.CONFIG, embed_dim=40),
     "BERT": BERT,
     "BERT classifier": dataclasses.replace(BERT, heads=("pooler", "classify"), num_labels=3),
 }

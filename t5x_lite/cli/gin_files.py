@@ -43,7 +43,7 @@ def configurables() -> dict[str, Callable]:
     from t5x_lite.training import freezing, loss_config, optim
 
     parts = (
-        *(run_config.RunConfig, *families.config_types().values(), loss_config.LossConfig),
+        *(run_config.RunConfig, *families.config_types().values(), *families.makers(), loss_config.LossConfig),
         *(optim.make_optimizer, optim.adafactor, optim.adamw, freezing.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )

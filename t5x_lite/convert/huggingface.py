@@ -76,12 +76,13 @@ def read(folder: Path) -> Source:
     file = folder / "config.json"
     hub = json.loads(file.read_text(encoding="utf-8"))
     modules = families.hub_modules()
-    if hub.get("model_type") not in modules:
+    kind = next((name for name in hub.get("architectures") or () if name in modules), hub.get("model_type"))
+    if kind not in modules:
         raise UserError(
             f"{file}: model_type is {hub.get('model_type')!r}; supported: {', '.join(map(repr, modules))} ('t5' also "
             "for Flan and ByT5)"
         )
-    return importlib.import_module(modules[hub["model_type"]]).source(folder, hub, tensors.read_hub(folder))
+    return importlib.import_module(modules[kind]).source(folder, hub, tensors.read_hub(folder))
 
 
 def write(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
@@ -91,13 +92,16 @@ def write(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
     """
     family = families.hub_module(config)
     hub = family.described(config)
-    by_name: dict[str, Tensor] = {}
+    by_name: dict[str, dict[str, Tensor]] = {}  # in the folder itself, "", or in one of its folders
     for name, leaf in tensors.flat(params).items():
         whole = tensors.in_memory(np.asarray(leaf))  # no copy if the device is the CPU
         for layer in range(leaf.shape[0] if "/layers/" in name else 1):
             tensor = whole.at(layer, 0) if "/layers/" in name else whole
-            theirs = family.name_of(config, name).format(layer)
-            by_name[theirs] = tensor.transposed if family.is_transposed(name) else tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hub, indent=1) + "\n")
-    tensors.write_safetensors(folder / "model.safetensors", dict(sorted(by_name.items())))
+            place, _, theirs = family.name_of(config, name).format(layer).rpartition("/")
+            by_name.setdefault(place, {})[theirs] = tensor.transposed if family.is_transposed(name) else tensor
+    others = getattr(family, "other_files", lambda config: {})(config)
+    for path, values in {"config.json": hub, **others}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(values, indent=1) + "\n")
+    for place, of_place in by_name.items():
+        tensors.write_safetensors(folder / place / "model.safetensors", dict(sorted(of_place.items())))

@@ -68,6 +68,8 @@ class T5Config(ModelConfig):
     attention: attention implementation, if it supports the shapes; None selects by platform and shape (attention.py).
     """
 
+    fewest_decoder_layers: ClassVar[int] = 1
+
     d_model: int
     d_ff: int
     num_heads: int
@@ -91,10 +93,11 @@ class T5Config(ModelConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "num_decoder_layers": 1, "vocab_size": 1}
-        for name, least in {**sizes, "num_encoder_layers": 0, "adapter_size": 0, "lora_rank": 0}.items():
+        sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "vocab_size": 1}
+        sizes |= {"num_encoder_layers": 0, "num_decoder_layers": self.fewest_decoder_layers}
+        for name, least in {**sizes, "adapter_size": 0, "lora_rank": 0}.items():
             if getattr(self, name) < least:
-                raise UserError(f"T5Config.{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{type(self).__name__}.{name} must be at least {least}, got {getattr(self, name)}")
         if self.prefix_lm and not self.decoder_only:
             raise UserError(
                 f"T5Config.prefix_lm needs a decoder-only model, num_encoder_layers=0; got {self.num_encoder_layers}"

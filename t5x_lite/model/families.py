@@ -7,6 +7,7 @@ are imported when first needed, and a family whose package is missing is left ou
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from t5x_lite.errors import UserError
@@ -20,13 +21,15 @@ class _Family(NamedTuple):
     """A model family. config and model are given as "module:class".
 
     hub: module that reads and writes Hugging Face directories, or None.
-    hub_types: values of model_type in config.json that `hub` reads.
+    hub_types: values of model_type in config.json that `hub` reads, or of its architectures, which come first.
+    makers: functions that make a config from other values, for gin files.
     """
 
     config: str
     model: str
     hub: str | None = None
     hub_types: tuple[str, ...] = ()
+    makers: tuple[str, ...] = ()
 
 
 FAMILIES = (
@@ -41,6 +44,13 @@ FAMILIES = (
         model="t5x_lite.bert.model:BertModel",
         hub="t5x_lite.bert.huggingface",
         hub_types=("bert",),
+    ),
+    _Family(
+        config="t5x_lite.t5_encoder:T5EncoderConfig",
+        model="t5x_lite.t5_encoder.model:T5EncoderModel",
+        hub="t5x_lite.t5_encoder.huggingface",
+        hub_types=("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"),
+        makers=("t5x_lite.t5_encoder:t5_encoder",),
     ),
 )
 
@@ -63,8 +73,13 @@ def config_types() -> dict[str, type[ModelConfig]]:
     return {name: kind for name, (_, kind) in _installed().items()}
 
 
+def makers() -> list[Callable[..., ModelConfig]]:
+    """Return the functions that make configs from other values."""
+    return [pkgutil.resolve_name(name) for family, _ in _installed().values() for name in family.makers]
+
+
 def hub_modules() -> dict[str, str]:
-    """Return the Hugging Face model types that can be read, and the modules that read them."""
+    """Return the Hugging Face model types and architectures that can be read, and the modules that read them."""
     return {kind: family.hub for family, _ in _installed().values() if family.hub for kind in family.hub_types}
 
 

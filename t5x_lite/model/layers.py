@@ -86,7 +86,7 @@ class Dense(nn.Module):
     """
 
     features: int
-    axes: tuple[str, str]
+    axes: tuple[str | None, str | None]
     kernel_init: Initializer
     dtype: jnp.dtype
     output_dtype: jnp.dtype | None = None

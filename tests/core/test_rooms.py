@@ -23,6 +23,7 @@ ORDER = [
     "inference",
     "t5_model",
     "bert",
+    "t5_encoder",
     "plan",
     "export",
     "linear_probe",

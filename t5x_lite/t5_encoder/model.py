@@ -1,0 +1,57 @@
+"""The T5 encoder's implementation of `interface.Model`: texts are trained to find their pairs within the batch."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, Num
+
+from t5x_lite.data.feature_converters import EncDecFeatureConverter
+from t5x_lite.inference.decode import Decoding
+from t5x_lite.inference.predictor import Predictor
+from t5x_lite.model import interface
+from t5x_lite.model.feature_converter import FeatureConverter
+from t5x_lite.t5_encoder import T5EncoderConfig, network
+from t5x_lite.t5_encoder.predictor import EmbeddingPredictor
+from t5x_lite.training.partitioner import Partitioner
+
+
+@dataclasses.dataclass(frozen=True)
+class T5EncoderModel:
+    head_params = r"^(embed|decoder)/"  # a whole T5 is a starting point
+    config: T5EncoderConfig
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        return network.T5Encoder(self.config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def logits(
+        self, params: Any, batch: interface.Batch, dropout_key: Key[Array, ""] | None = None
+    ) -> Mapping[str, Float[Array, "B 1 B"]]:
+        return {"": network.similarities(self.config, params, batch, dropout_key)}
+
+    def targets(self, batch: interface.Batch) -> Mapping[str, tuple[Num[Array, "B 1"], Float[Array, "B 1"]]]:
+        is_pair_B1 = jnp.any(batch["decoder_target_tokens"] != 0, axis=-1, keepdims=True)
+        return {"": (jnp.zeros_like(is_pair_B1, jnp.int32), is_pair_B1.astype(jnp.float32))}
+
+    def feature_converter(self, pack: bool) -> FeatureConverter:
+        return EncDecFeatureConverter(pack=False)
+
+    def flops(self, batch_size: int, lengths: Mapping[str, int]) -> float:
+        c = self.config
+        joined = c.num_heads * c.head_dim
+        per_token = 8 * c.d_model * joined + 2 * c.d_model * c.d_ff * (len(c.mlp_activations) + 1)
+        per_row = 2 * batch_size * (c.embed_dim or c.d_model)
+        for length in (lengths["inputs"], lengths["targets"]):
+            per_row += c.num_encoder_layers * length * (per_token + 4 * joined * length) + 2 * c.d_model * c.embed_dim
+        return 3.0 * batch_size * per_row
+
+    def predictor(self, partitioner: Partitioner, decoding: Decoding, max_decode_length: int, seed: int) -> Predictor:
+        return EmbeddingPredictor(self.config, partitioner)
+
+    def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
+        from t5x_lite import convert
+        from t5x_lite.t5_encoder.pretrained import LoadedEncoder
+
+        return LoadedEncoder(self.config, params, convert.vocabulary(path), mesh)

@@ -1,0 +1,79 @@
+"""A trained encoder in Python (`t5x_lite.load`): embeddings of texts. Must not handle files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from t5x_lite import sharding
+from t5x_lite.convert import tokenizer
+from t5x_lite.data import packing
+from t5x_lite.errors import UserError
+from t5x_lite.inference import decode
+from t5x_lite.t5_encoder import T5EncoderConfig
+from t5x_lite.t5_encoder.network import T5Encoder
+
+
+class LoadedEncoder:
+    """The encoder of a T5 and its parameters, as returned by `t5x_lite.load`. Token arrays are int32; 0 is padding."""
+
+    def __init__(
+        self,
+        config: T5EncoderConfig,
+        params: Any,
+        vocabulary: tokenizer.AnyVocabulary | None = None,
+        mesh: sharding.AnyMesh | None = None,
+    ):
+        self.config, self.params, self.vocabulary = config, params, vocabulary
+        self._mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
+        self._embed = jax.jit(lambda params, tokens: T5Encoder(config).apply({"params": params}, tokens))
+        self._encode = jax.jit(
+            lambda params, tokens: jnp.float32(T5Encoder(config).apply({"params": params}, tokens, method="encode"))
+        )
+
+    def encode(self, encoder_input_tokens: Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S D"]:
+        """Return the encoder's outputs, float32. Outputs at padding positions are meaningless."""
+        with sharding.use_mesh(self._mesh):
+            return self._encode(self.params, jnp.asarray(encoder_input_tokens, jnp.int32))
+
+    def embed(
+        self, texts: Sequence[str] | Int[Array | np.ndarray, "B S"], *, batch_size: int = 32, max_length: int = 512
+    ) -> Float[np.ndarray, "B E"]:
+        """Return embeddings of length 1, float32: their products are cosines.
+
+        Args:
+          texts: texts, or rows of tokens with an end token.
+          max_length: longer texts are cut to so many tokens, the end token included.
+
+        Raises:
+          UserError: a single text instead of a list, or texts and no tokenizer.
+        """
+        rows = [self._tokens(text, max_length) for text in self._checked(texts)]
+        embedded_BE = np.zeros((len(rows), self.config.embed_dim or self.config.d_model), np.float32)
+        for group in packing.by_length([len(row) for row in rows], batch_size):
+            width = packing.width(max(len(rows[i]) for i in group), max_length)
+            tokens_BS = np.zeros((batch_size, width), np.int32)
+            for row_S, i in zip(tokens_BS, group, strict=False):
+                row_S[: len(rows[i])] = rows[i]
+            with sharding.use_mesh(self._mesh):
+                embedded_BE[group] = np.asarray(self._embed(self.params, jnp.asarray(tokens_BS)))[: len(group)]
+        return embedded_BE
+
+    def _checked(self, texts: Any) -> Any:
+        if isinstance(texts, str):
+            raise UserError("expected a list of texts, got one text: put it in a list")
+        if self.vocabulary is None and any(isinstance(text, str) for text in texts):
+            raise UserError(
+                "this encoder has no tokenizer: put its spiece.model next to it, set model.vocabulary = "
+                "t5x_lite.Vocabulary(FILE), or pass tokens"
+            )
+        return texts
+
+    def _tokens(self, text: Any, max_length: int) -> list[int]:
+        if isinstance(text, str):
+            assert self.vocabulary is not None
+            return [*self.vocabulary.encode(text)[: max_length - 1], decode.END]
+        return np.trim_zeros(np.asarray(text), "b")[:max_length].tolist()
