@@ -39,6 +39,8 @@ Format = Literal["huggingface", "t5x_lite", "peft"]
 
 # Fields of a model's config that belong to a run: they change neither the parameters nor what a model is.
 RUN_SETTINGS = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
+# In the info of a checkpoint that was converted from a model on the hub: its name there.
+HUB_NAME = "hub_name"
 TOKENIZER_FILES = ("spiece.model", "sentencepiece.model")
 _HUB_TOKENIZER_FILES = (
     "tokenizer.json",
@@ -176,9 +178,20 @@ def tokenizer_folders(path: str | Path) -> tuple[Path, ...]:
     path = Path(path).expanduser()
     if peft.is_adapter(path):
         return path, peft.base_of(path)
-    newest = None if (path / "config.json").exists() else checkpoint.find_checkpoint(path)
-    run = Path(newest).parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
+    run = run_folder(path)
     return (path,) if run == path else (path, run)
+
+
+def own_checkpoint(path: Path) -> Path | None:
+    """Return the checkpoint of this project that `path` is, or the newest in it; None for a folder of others."""
+    newest = None if (path / "config.json").exists() or peft.is_adapter(path) else checkpoint.find_checkpoint(path)
+    return None if newest is None else Path(newest)
+
+
+def run_folder(path: Path) -> Path:
+    """Return the MODEL_DIR of a checkpoint, or `path` if it is not a checkpoint in a MODEL_DIR."""
+    newest = own_checkpoint(path)
+    return newest.parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
 
 
 def tokenizer_file(path: str | Path) -> Path | None:
@@ -216,11 +229,12 @@ def convert(source: str | Path, dest: str | Path, to: Format, base: str | None =
     dest = Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
+    origin = {HUB_NAME: str(source)} if hub.is_name(source) else {}
     source = hub.located(source)
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     config, params = read(source, host)
     if to == "t5x_lite":
-        saving.save_params(dest, params, info=info(config))
+        saving.save_params(dest, params, info=info(config) | origin)
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
     elif to == "peft":
         _check_only_lora_was_trained(source)
