@@ -93,14 +93,17 @@ def card(
       settings: those of the run, without paths; empty if there is no run.
       records: rows of metrics.jsonl.
     """
+    at = f"{name}@{revision}" if revision else name
     sections = (
         _front_matter(folder, to, base, settings),
         f"# {name.split('/')[1]}",
         _summary(folder, config, to, base, step),
-        f"## Use\n\n{_usage(folder, name, to, base, revision)}",
+        "## Use",
+        _usage(folder, name, to, base, revision),
+        f"```python\nimport t5x_lite\n\nmodel = t5x_lite.load({at!r})\n```",
         _training(settings),
         _evaluation(records, step),
-        _reproduction(name, settings),
+        _reproduction(at, settings),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -154,9 +157,7 @@ def _usage(folder: Path, name: str, to: str, base: str | None, revision: str | N
         if any((folder / file).is_file() for file in (*convert.TOKENIZER_FILES, "tokenizer.json", "vocab.txt")):
             lines[0] = f"from transformers import AutoTokenizer, {kind}"
             lines.append(f"tokenizer = AutoTokenizer.from_pretrained({at})")
-    load = f"{name}@{revision}" if revision else name
-    blocks = ("\n".join(lines), f"import t5x_lite\n\nmodel = t5x_lite.load({load!r})")
-    return "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    return "\n".join(("```python", *lines, "```"))
 
 
 def _training(settings: Settings) -> str:

@@ -115,6 +115,7 @@ def test_what_is_pushed_is_loaded_by_its_name(model_dir, golden_t5, client, tmp_
         "| TASK_FEATURE_LENGTHS | `{'inputs': 64, 'targets': 8}` |",
         "| VOCABULARY | spiece.model |",
         "python run.py --gin_file=config.gin\n",
+        "python -m t5x_lite.convert me/tiny@best start --to=t5x_lite\n",
     ):
         assert expected in card, expected
     assert "None" not in card and "tokenizer" not in card
@@ -129,9 +130,11 @@ def test_the_uploaded_config_differs_only_in_paths():
     assert after["FILES_INPUTS_TEMPLATE"] == "/review | {text}"
 
 
-def test_the_base_is_known_from_the_conversion(model_dir, golden_t5, client, tmp_path):
-    info = convert.info(golden_t5.config) | {convert.HUB_NAME: "google/tiny@v1"}
-    saving.save_params(tmp_path / "start", golden_t5.params, info=info)
+def test_the_base_is_known_from_the_conversion(golden, model_dir, client):
+    base = {file.name: file.read_bytes() for file in golden("hf_t5_v11").glob("*.[js]*")}
+    with hub_server.serving("models", "google/tiny", base) as address:
+        client(address)
+        convert.convert("google/tiny@v1", "start", "t5x_lite")
     files = {}
     with hub_server.serving("models", "me/tiny", files) as address:
         client(address)
