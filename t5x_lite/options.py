@@ -235,6 +235,11 @@ class TrainingOptions:
     initial_checkpoint_path: str | None = option(
         None, "parameters to start from: a MODEL_DIR, or one of its checkpoints", path=True
     )
+    base_checkpoint_path: str | None = option(
+        None,
+        "where the frozen parameters of a run are that saves the trained ones alone; None: where they were",
+        path=True,
+    )
     rng_impl: Literal["threefry2x32", "rbg", "unsafe_rbg"] = option(
         "threefry2x32", '"unsafe_rbg": the hardware\'s generator, quicker on TPU; not the same on every mesh'
     )

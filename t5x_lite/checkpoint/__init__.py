@@ -4,6 +4,7 @@ See `saving.py` for their format. This module uses Orbax and trees of arrays; it
 optimizer, SeqIO or TensorFlow.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import importlib
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -60,6 +61,16 @@ def _steps(folder: epath.Path) -> list[int]:
 
 # Where the base of a checkpoint that holds only trained parameters may have been moved to.
 moved_base: contextvars.ContextVar[str | None] = contextvars.ContextVar("moved_base", default=None)
+
+
+@contextlib.contextmanager
+def base_at(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Look for the base of checkpoints at `path` too; None: only where it was."""
+    token = moved_base.set(None if path is None else str(path))
+    try:
+        yield
+    finally:
+        moved_base.reset(token)
 
 
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -335,10 +346,14 @@ def _base(folder: epath.Path, base: Mapping[str, Any]) -> epath.Path:
         if base_of(place)["checksum"] == base["checksum"]:
             return _require_checkpoint(place)
     text = f"{folder} holds only the trained parameters; the others are in {base['path']}"
-    cure = "restore that checkpoint, or set INITIAL_CHECKPOINT_PATH to the place that it has been moved to"
+    cure = (
+        "restore that checkpoint, or name the place that it has been moved to: BASE_CHECKPOINT_PATH of run.py, --base "
+        "of t5x_lite.convert, load(path, base=...)"
+    )
     if existing:
         raise UserError(f"{text}, but {', '.join(existing)} is another checkpoint: {cure}")
-    raise MissingFileError(f"{text}, which does not exist any more: {cure}")
+    looked = f" (nor {', '.join(map(str, others))})" if (others := places[1:]) else ""
+    raise MissingFileError(f"{text}, which does not exist any more{looked}: {cure}")
 
 
 def _saved_here(folder: epath.Path, part: str) -> dict[str, Any]:

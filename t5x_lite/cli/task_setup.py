@@ -369,7 +369,7 @@ def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkp
     Raises:
       UserError: INITIAL_CHECKPOINT_PATH is a model in another format; the message has the command that converts it.
     """
-    checkpoint.moved_base.set(run.initial_checkpoint_path)
+    checkpoint.moved_base.set(run.base_checkpoint_path or run.initial_checkpoint_path)
     try:
         return checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, parts=parts, strict=run.strict)
     except MissingFileError:

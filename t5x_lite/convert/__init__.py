@@ -194,6 +194,17 @@ def run_folder(path: Path) -> Path:
     return newest.parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
 
 
+def _step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint, by its name or what it says; None if it is not known."""
+    own = own_checkpoint(path)
+    if own is None:
+        named = re.fullmatch(r"checkpoint_(\d+)", path.name or "") or re.fullmatch(
+            r"checkpoint_(\d+)", path.parent.name
+        )
+        return int(named[1]) if named else None
+    return int(own.name) if own.name.isdecimal() else checkpoint.read_info(own).get("step")
+
+
 def tokenizer_file(path: str | Path) -> Path | None:
     """Return the tokenizer file of a model: next to it, or the VOCABULARY of its run's config.gin."""
     folders = tokenizer_folders(path)
@@ -222,17 +233,21 @@ def convert(source: str | Path, dest: str | Path, to: Format, base: str | None =
     """Write the model in `source` to the folder `dest` and return its config.
 
     Args:
-      base: the Hugging Face name or folder of the model that a PEFT folder belongs to.
+      base: the Hugging Face name or folder of the model that a PEFT folder belongs to; or the checkpoint that a run
+        started from, if the run saved its trained parameters alone and its base has been moved.
 
     Raises ExistingFileError if `dest` exists and is not empty, and the errors of `read`.
     """
     dest = Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
-    origin = {HUB_NAME: str(source)} if hub.is_name(source) else {}
+    origin: dict[str, Any] = {HUB_NAME: str(source)} if hub.is_name(source) else {}
     source = hub.located(source)
+    if (step := _step_of(source)) is not None:
+        origin["step"] = step
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
-    config, params = read(source, host)
+    with checkpoint.base_at(base):
+        config, params = read(source, host)
     if to == "t5x_lite":
         saving.save_params(dest, params, info=info(config) | origin)
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")

@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dest", help="folder to create")
     parser.add_argument("--to", required=True, choices=get_args(convert.Format))
     parser.add_argument(
-        "--base", help="of --to=peft: Hugging Face name or folder of the model that LoRA was trained on"
+        "--base",
+        help="of --to=peft: Hugging Face name or folder of the model that LoRA was trained on; of the others: where "
+        "the checkpoint is now that SOURCE started from, if SOURCE holds the trained parameters alone",
     )
     args = parser.parse_args(arguments)
     try:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import convert, sharding
+from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.convert import hub, tokenizer
 from t5x_lite.data import packing
 from t5x_lite.errors import UserError
@@ -205,21 +205,25 @@ def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
     return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
 
 
-def load(path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None) -> Any:
+def load(
+    path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None, base: str | Path | None = None
+) -> Any:
     """Load a model: a Hugging Face directory or name (T5, BERT), a MODEL_DIR or one of its checkpoints, or T5X's.
 
-    Returns a LoadedModel, or a `bert.pretrained.LoadedBert` for BERT.
+    Returns a LoadedModel, a `bert.pretrained.LoadedBert` for BERT, or a `t5_encoder.pretrained.LoadedEncoder`.
 
     Args:
       dtype: dtype of activations; parameters, softmax and logits are float32.
       mesh: the mesh to shard parameters over, by the default rules (None: the first device). The number of rows in a
         batch must divide over data and fsdp.
+      base: where the checkpoint is now that a run started from, if the run saved its trained parameters alone.
 
     Raises:
       FileNotFoundError, ValueError: see `convert.read`.
     """
     folder = hub.located(path)
-    config, params = convert.read(folder, mesh, dtype=dtype)
+    with checkpoint.base_at(base):
+        config, params = convert.read(folder, mesh, dtype=dtype)
     return families.model_of(config).pretrained(params, folder, mesh)
 
 

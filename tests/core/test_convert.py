@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
+from t5x_lite.checkpoint import saving
 from t5x_lite.cli import main as run
 from t5x_lite.convert import __main__ as convert_command
 from t5x_lite.convert import huggingface_t5, t5x, tensors
@@ -107,6 +108,16 @@ def test_shards_and_a_mesh_give_the_same_parameters(hub, golden_t5):
 
 
 WI = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
+
+
+def test_the_step_of_a_checkpoint_is_kept(tmp_path):
+    """TOTAL_TRAIN_STEPS counts on from it."""
+    params = {"token_embedder": {"embedding": np.zeros((2, 3), np.float32)}}
+    saving.save_params(tmp_path / "run" / "checkpoints" / "70", params, info={"step": 70})
+    saving.save_params(tmp_path / "converted", params, info={"step": 60})
+    (tmp_path / "checkpoint_1000000").mkdir()
+    names = ("run", "run/checkpoints/70", "converted", "checkpoint_1000000", "checkpoint_1000000/checkpoint", "t5")
+    assert [convert._step_of(tmp_path / name) for name in names] == [70, 70, 60, 1_000_000, 1_000_000, None]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from core.test_step import CONFIG, make_batch, program, run
 from flax import traverse_util
 from repeats import fast
 
+import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.checkpoint import saving
 from t5x_lite.model.config import ADAPTER_PARAMS
@@ -298,9 +299,12 @@ def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
         saving.save_params(adapted.base_path, other, info={})
         with pytest.raises(ValueError, match="is another checkpoint: restore"):
             checkpoint.restore_params(adapted.model_dir)
-        token = checkpoint.moved_base.set(str(away))
-        restored = checkpoint.restore_params(adapted.model_dir)
-        checkpoint.moved_base.reset(token)
+        with checkpoint.base_at(away):
+            restored = checkpoint.restore_params(adapted.model_dir)
+        loaded = t5x_lite.load(adapted.model_dir, base=away)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, restored)
+        convert.convert(adapted.model_dir, tmp_path / "merged", "t5x_lite", str(away))
+        assert convert.read(tmp_path / "merged")[0] == loaded.config
         jax.tree.map(np.testing.assert_array_equal, restored, adapted.state.params)
     finally:
         if adapted.base_path.exists():
