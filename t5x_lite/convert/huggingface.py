@@ -8,6 +8,7 @@ import importlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,19 @@ _ONLY = {
 }
 
 
-def check_keys(file: Path, hub: Mapping[str, Any], used: Collection[str], only: Mapping[str, Any]) -> None:
+def check_keys(
+    file: Path,
+    hub: Mapping[str, Any],
+    used: Collection[str],
+    only: Mapping[str, Any],
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Check every key of config.json.
 
     Args:
       used: keys that the family reads.
       only: the single value that the family supports, by key.
+      reasons: why there is only one, by key, for the error.
 
     Raises:
       UserError: a key has another value, or is not known.
@@ -63,7 +71,8 @@ def check_keys(file: Path, hub: Mapping[str, Any], used: Collection[str], only: 
     for key, value in hub.items():
         if key in required:
             if value != required[key] and value is not None:
-                raise UserError(f"{file}: {key} is {value!r}; only {required[key]!r} is supported")
+                reason = f": {reasons[key]}" if key in reasons else ""
+                raise UserError(f"{file}: {key} is {value!r}; only {required[key]!r} is supported{reason}")
         elif key not in used and key not in HARMLESS and value not in (None, False, [], {}):
             raise UserError(
                 f"{file}: the key {key!r} ({str(value)[:60]!r}) is not known, and may change what the model computes. "

@@ -84,6 +84,11 @@ _ONLY = {
     "decoder_start_token_id": 0,
     "is_encoder_decoder": True,
 }
+_REASONS = {
+    "pad_token_id": "masks, losses and packing take token 0 as padding",
+    "eos_token_id": "decoding ends at token 1, and tokenizers with another end, such as CodeT5's (2), are not read",
+    "decoder_start_token_id": "training and decoding start with token 0, unlike some CodeT5 (2)",
+}
 
 
 def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
@@ -113,7 +118,10 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5Config:
         raise UserError(f"{file}: feed_forward_proj is {proj!r}; known: {', '.join(_ACTIVATIONS)}")
     activation = "gelu_new" if proj == "gated-gelu" else proj.removeprefix("gated-")
     derived = {"is_gated_act": proj.startswith("gated-"), "dense_act_fn": activation}
-    check_keys(file, hub, _READ, _ONLY | derived)
+    check_keys(file, hub, _READ, _ONLY | derived, _REASONS)
+    for key in ("tie_word_embeddings", "scale_decoder_outputs"):
+        if not isinstance(hub.get(key, True), bool):
+            raise UserError(f"{file}: {key} is {hub[key]!r}; it must be true or false")
     needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     if missing := [name for name in needed if name not in hub]:
         raise UserError(f"{file} lacks {', '.join(missing)}")
