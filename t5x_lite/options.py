@@ -279,6 +279,11 @@ class OptimizerOptions:
         "parameter's name decides; or @gradual_unfreezing(). See adapt/*.gin",
         sets=("make_optimizer.trainable",),
     )
+    frozen_dtype: Dtype = option(
+        "float32",
+        'dtype in which parameters that do not train are stored: in "bfloat16" they take half of the memory',
+        sets=("make_optimizer.frozen_dtype",),
+    )
     z_loss: float = option(LossConfig.z_loss, "coefficient of log(Z)^2 in the loss", sets=("LossConfig.z_loss",))
     label_smoothing: float = option(
         LossConfig.label_smoothing,

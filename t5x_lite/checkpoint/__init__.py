@@ -340,7 +340,7 @@ def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
 def _base(folder: epath.Path, base: Mapping[str, Any]) -> epath.Path:
     """Return the checkpoint that holds the other parameters of `folder`, where it was or has been moved to."""
     relative = os.path.normpath(os.path.join(folder, base["relative"])) if "relative" in base else None
-    places = [place for place in (base["path"], relative, moved_base.get()) if place is not None]
+    places = [p for p in dict.fromkeys((base["path"], relative, moved_base.get())) if p is not None]
     existing = [place for place in places if find_checkpoint(place) is not None]
     for place in existing:
         if base_of(place)["checksum"] == base["checksum"]:
@@ -352,7 +352,7 @@ def _base(folder: epath.Path, base: Mapping[str, Any]) -> epath.Path:
     )
     if existing:
         raise UserError(f"{text}, but {', '.join(existing)} is another checkpoint: {cure}")
-    looked = f" (nor {', '.join(map(str, others))})" if (others := places[1:]) else ""
+    looked = f" (nor {', '.join(places[1:])})" if places[1:] else ""
     raise MissingFileError(f"{text}, which does not exist any more{looked}: {cure}")
 
 
@@ -372,26 +372,32 @@ def check(
     same_dtype: bool,
     saved: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raise ValueError with all differences between `wanted` and `saved` (None: the `part` saved in `folder`)."""
+    """Raise ValueError with all differences between `wanted` and `saved` (None: the `part` saved in `folder`).
 
-    def describe(leaf: Any) -> str:
-        return f"{list(leaf.shape)}" + (f" {np.dtype(leaf.dtype)}" if same_dtype else "")
+    What lies in the base of `folder` may have another dtype in any case: FROZEN_DTYPE.
+    """
+    in_base: set[str] = set()
+
+    def describe(name: str, leaf: Any) -> str:
+        return f"{list(leaf.shape)}" + (f" {np.dtype(leaf.dtype)}" if same_dtype and name not in in_base else "")
 
     wanted = {k: v for k, v in wanted.items() if math.prod(v.shape)}
     if saved is None:
-        saved = {name: leaf for name, (_, leaf) in _saved(folder, part).items()}
+        entries = _saved(folder, part)
+        saved = {name: leaf for name, (_, leaf) in entries.items()}
+        in_base = {name for name, (origin, _) in entries.items() if origin != folder}
     both = wanted.keys() & saved.keys()
     groups = {
         "missing (in this run, not in the checkpoint)": [
-            f"{k} {describe(wanted[k])}" for k in sorted(wanted.keys() - saved.keys())
+            f"{k} {describe(k, wanted[k])}" for k in sorted(wanted.keys() - saved.keys())
         ],
         "extra (in the checkpoint, not in this run)": [
-            f"{k} {describe(saved[k])}" for k in sorted(saved.keys() - wanted.keys())
+            f"{k} {describe(k, saved[k])}" for k in sorted(saved.keys() - wanted.keys())
         ],
         "different": [
-            f"{k}: checkpoint {describe(saved[k])}, this run {describe(wanted[k])}"
+            f"{k}: checkpoint {describe(k, saved[k])}, this run {describe(k, wanted[k])}"
             for k in sorted(both)
-            if describe(saved[k]) != describe(wanted[k])
+            if describe(k, saved[k]) != describe(k, wanted[k])
         ],
     }
     if not any(groups.values()):

@@ -46,12 +46,12 @@ class EmbeddingPredictor(Predictor):
         def evaluate(params: Any, at_step: int) -> Scores:
             scores = {}
             for task, rows in examples.items():
-                answers = list(dict.fromkeys(row.targets or "" for row in rows))
                 targets = {row.targets or "": row.target_tokens for row in rows}
+                answers, place = list(targets), {text: i for i, text in enumerate(targets)}
                 queries_NE = self._embedded(params, [row.input_tokens for row in rows], lengths["inputs"], batch_size)
                 answers_ME = self._embedded(params, [targets[x] for x in answers], lengths["targets"], batch_size)
-                right = [answers.index(row.targets or "") for row in rows]
-                metrics, best, similarity = retrieved(queries_NE, answers_ME, np.array(right))
+                right_N = np.array([place[row.targets or ""] for row in rows])
+                metrics, best, similarity = retrieved(queries_NE, answers_ME, right_N)
                 scores[task] = metrics
                 if folder is not None:
                     results = (

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from t5x_lite.errors import UserError
-from t5x_lite.training.freezing import ALL_PARAMETERS, ParameterFilter, Rules, is_layer_stack
+from t5x_lite.model.config import Dtype
+from t5x_lite.training.freezing import ALL_PARAMETERS, ParameterFilter, Rules, combine, is_layer_stack
 
 Schedule = Callable[[Any], Float[Array, ""]]
 
@@ -38,11 +39,18 @@ class Optimizer:
         the parameters move by lr times it. Only momentum in Adafactor uses `learning_rate`.
       schedule: number of updates so far -> learning rate, a float32 scalar.
       trainable: the parameters that the transform updates.
+      frozen_dtype: dtype in which the others are stored.
     """
 
     transform: GradientTransformation
     schedule: Schedule
     trainable: ParameterFilter = ALL_PARAMETERS
+    frozen_dtype: Dtype = "float32"
+
+    def stored(self, params: Any) -> Any:
+        """Return the parameters with the frozen ones in their dtype."""
+        trained, frozen = self.trainable.partition(params)
+        return combine(trained, jax.tree.map(lambda x: x.astype(self.frozen_dtype), frozen))
 
 
 def make_optimizer(
@@ -50,18 +58,25 @@ def make_optimizer(
     schedule: Schedule,
     clip_norm: float | None = None,
     trainable: ParameterFilter | Rules | None = None,
+    frozen_dtype: Dtype = "float32",
 ) -> Optimizer:
     """Create an `Optimizer`. With `clip_norm`, gradients with a larger global norm are first scaled down to it.
 
     Args:
       trainable: the parameters that train, or rules for them; None means all.
+      frozen_dtype: dtype in which the others are stored. In bfloat16 they take half of the memory; to a model that
+        computes in bfloat16 only the scales of norms and biases are not the same.
     """
     if clip_norm is not None:
         _require(clip_norm > 0, "clip_norm must be > 0 or None", clip_norm)
         transform = optax.chain(optax.clip_by_global_norm(clip_norm), transform)
-    return Optimizer(
-        transform, schedule, trainable if isinstance(trainable, ParameterFilter) else ParameterFilter(trainable)
-    )
+    chosen = trainable if isinstance(trainable, ParameterFilter) else ParameterFilter(trainable)
+    if frozen_dtype != "float32" and chosen.rules is None:
+        raise UserError(
+            f"FROZEN_DTYPE = {frozen_dtype!r}, but all parameters train, in float32: say which do by TRAINABLE, as "
+            "adapt/lora.gin does"
+        )
+    return Optimizer(transform, schedule, chosen, frozen_dtype)
 
 
 # Adafactor

@@ -41,7 +41,7 @@ class TrainState:
 
 
 def _new_state(config: ModelConfig, optimizer: Optimizer, key: Key[Array, ""], params: Any = None) -> TrainState:
-    params = nn.unbox(model_of(config).init(key)) if params is None else params
+    params = optimizer.stored(nn.unbox(model_of(config).init(key)) if params is None else params)
     return TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.transform.init(optimizer.trainable.partition(params)[0])
     )
@@ -195,7 +195,7 @@ def train_step(
     metrics = mean_metrics | {
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(state.params),
+        "param_norm": optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), state.params)),
         "target_tokens": target_tokens.astype(jnp.float32),
         "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
         "skipped": 1.0 - finite,

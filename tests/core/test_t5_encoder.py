@@ -99,9 +99,10 @@ def test_similarities_are_products_of_embeddings():
     targets = rows["decoder_target_tokens"]
     targets[3], targets[7] = targets[1], 0
     rows = jax.tree.map(jnp.asarray, rows)
-    got = np.asarray(network.similarities(CONFIG, params, rows))[:, 0] * CONFIG.temperature
-    queries = np.asarray(network.embeddings(CONFIG, params, rows["encoder_input_tokens"]))
-    answers = np.asarray(network.embeddings(CONFIG, params, rows["decoder_target_tokens"]))
+    similarities, embeddings = (jax.jit(f, static_argnums=0) for f in (network.similarities, network.embeddings))
+    got = np.asarray(similarities(CONFIG, params, rows))[:, 0] * CONFIG.temperature
+    queries = np.asarray(embeddings(CONFIG, params, rows["encoder_input_tokens"]))
+    answers = np.asarray(embeddings(CONFIG, params, rows["decoder_target_tokens"]))
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1.0, atol=1e-5)
     assert not answers[7].any()
     for i in range(8):

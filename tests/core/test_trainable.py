@@ -20,6 +20,7 @@ from repeats import fast
 import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.checkpoint import saving
+from t5x_lite.errors import UserError
 from t5x_lite.model.config import ADAPTER_PARAMS
 from t5x_lite.model.t5 import T5, T5Config, forward
 from t5x_lite.training import optim, step
@@ -69,6 +70,22 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_optimizer_state(change, 
     assert not [leaf for leaf in held if any(leaf.endswith(f"/{name}") for name in frozen)]
     assert all(any(leaf.endswith(f"/{name}") for leaf in held) for name in trained)
     assert metrics[0]["trainable_params"] == sum(flat(before.params)[name].size for name in trained)
+
+
+def test_frozen_parameters_in_bfloat16_take_half_of_the_memory():
+    config = dataclasses.replace(CONFIG, **vars(tiny.SMALL) | {"lora_rank": 2})
+    states, losses = [], []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = optim.make_optimizer(optim.adafactor(), optim.constant(1e-2), trainable=LORA, frozen_dtype=dtype)
+        after, metrics, _ = run(config, mesh=(1, 1, 1), steps=2, optimizer=optimizer)
+        states.append(after.params)
+        losses.append([float(step_metrics["loss"]) for step_metrics in metrics])
+    dtypes = {name: str(leaf.dtype) for name, leaf in flat(states[1]).items()}
+    assert dtypes == {name: "float32" if "_lora/" in name else "bfloat16" for name in flat(states[0])}
+    np.testing.assert_allclose(losses[0], losses[1], rtol=5e-3)
+    assert losses[0] != losses[1]
+    with pytest.raises(UserError, match="all parameters train"):
+        optim.make_optimizer(optim.adafactor(), optim.constant(1e-2), frozen_dtype="bfloat16")
 
 
 @slow
@@ -310,6 +327,19 @@ def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
         if adapted.base_path.exists():
             shutil.rmtree(adapted.base_path)
         away.rename(adapted.base_path)
+
+
+@pytest.mark.slow
+def test_what_is_in_the_base_may_have_another_dtype(adapted):
+    folder = checkpoint.find_checkpoint(adapted.model_dir)
+    own = checkpoint.own_parameter_names(folder)
+    leaves = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat(adapted.state.params).items()}
+    halves = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for name, x in leaves.items() if name not in own}
+    checkpoint.check(folder, "params", leaves | halves, {}, same_dtype=True)
+    other = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for name, x in leaves.items()}
+    with pytest.raises(UserError, match=r"different: \d+\n.* float32, this run .* bfloat16"):
+        checkpoint.check(folder, "params", other, {}, same_dtype=True)
+    assert halves and own
 
 
 @pytest.mark.slow
