@@ -63,7 +63,7 @@ def similarities(
     """Return the similarities of each input to the targets of all rows, divided by the temperature.
 
     Those of row i are to the targets of rows i, i + 1, ...: the right one comes first in every row and in every part of
-    a batch. Rows of padding, and other rows with the same target, are no wrong answers.
+    a batch. Rows of padding, and other rows with the same target, do not count.
     """
     inputs_BS, targets_BT = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite.data import packing
 from t5x_lite.errors import UserError
 from t5x_lite.inference.predictor import Mode, Predictor, Scores
 from t5x_lite.t5_encoder import T5EncoderConfig, network
+from t5x_lite.t5_encoder.pretrained import embedded
 from t5x_lite.t5_encoder.retrieval import retrieved
 from t5x_lite.training.partitioner import Partitioner
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 class EmbeddingPredictor(Predictor):
     def __init__(self, config: T5EncoderConfig, partitioner: Partitioner):
         super().__init__(config, partitioner)
+        self._config = config
         self._embed = partitioner.with_params(_embed, config=config)
 
     def embed(self, params: Any, tokens_BS: np.ndarray) -> np.ndarray:
@@ -64,14 +66,8 @@ class EmbeddingPredictor(Predictor):
         return evaluate
 
     def _embedded(self, params: Any, rows: Sequence[Any], length: int, batch_size: int) -> np.ndarray:
-        from t5x_lite.inference import batch_prediction
-
-        embedded: dict[int, np.ndarray] = {}
-        for group in packing.by_length([len(row) for row in rows], batch_size):
-            width = packing.width(max(len(rows[i]) for i in group), length)
-            tokens_BS = batch_prediction.padded([rows[i] for i in group], width, batch_size)
-            embedded |= zip(group, self.embed(params, tokens_BS), strict=False)
-        return np.stack([embedded[i] for i in range(len(rows))])
+        embed = partial(self.embed, params)
+        return embedded(embed, rows, self._config, batch_size=batch_size, max_length=length)
 
     def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
         from t5x_lite.inference import batch_prediction

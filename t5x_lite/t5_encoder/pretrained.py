@@ -1,6 +1,6 @@
 """A trained encoder in Python (`t5x_lite.load`): embeddings of texts. Must not handle files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,15 +52,12 @@ class LoadedEncoder:
           UserError: a single text instead of a list, or texts and no tokenizer.
         """
         rows = [self._tokens(text, max_length) for text in self._checked(texts)]
-        embedded_BE = np.zeros((len(rows), self.config.embed_dim or self.config.d_model), np.float32)
-        for group in packing.by_length([len(row) for row in rows], batch_size):
-            width = packing.width(max(len(rows[i]) for i in group), max_length)
-            tokens_BS = np.zeros((batch_size, width), np.int32)
-            for row_S, i in zip(tokens_BS, group, strict=False):
-                row_S[: len(rows[i])] = rows[i]
+
+        def embed(tokens_BS: np.ndarray) -> np.ndarray:
             with sharding.use_mesh(self._mesh):
-                embedded_BE[group] = np.asarray(self._embed(self.params, jnp.asarray(tokens_BS)))[: len(group)]
-        return embedded_BE
+                return np.asarray(self._embed(self.params, jnp.asarray(tokens_BS)))
+
+        return embedded(embed, rows, self.config, batch_size=batch_size, max_length=max_length)
 
     def _checked(self, texts: Any) -> Any:
         if isinstance(texts, str):
@@ -77,3 +74,26 @@ class LoadedEncoder:
             assert self.vocabulary is not None
             return [*self.vocabulary.encode(text)[: max_length - 1], decode.END]
         return np.trim_zeros(np.asarray(text), "b")[:max_length].tolist()
+
+
+def embedded(
+    embed: Callable[[np.ndarray], np.ndarray],
+    rows: Sequence[Sequence[int] | np.ndarray],
+    config: T5EncoderConfig,
+    *,
+    batch_size: int,
+    max_length: int,
+) -> Float[np.ndarray, "N E"]:
+    """Return the embeddings of rows of tokens of any length, at most `max_length`, in batches of similar lengths.
+
+    Args:
+      embed: makes embeddings of tokens [B, S].
+    """
+    embedded_NE = np.zeros((len(rows), config.embed_dim or config.d_model), np.float32)
+    for group in packing.by_length([len(row) for row in rows], batch_size):
+        width = packing.width(max(len(rows[i]) for i in group), max_length)
+        tokens_BS = np.zeros((batch_size, width), np.int32)
+        for row_S, i in zip(tokens_BS, group, strict=False):
+            row_S[: len(rows[i])] = rows[i]
+        embedded_NE[group] = embed(tokens_BS)[: len(group)]
+    return embedded_NE

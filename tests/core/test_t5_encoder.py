@@ -94,7 +94,7 @@ def test_the_config_is_checked():
 
 
 def test_similarities_are_products_of_embeddings():
-    """The right answer comes first; equal targets and rows of padding are no wrong answers."""
+    """The right answer comes first; equal targets and rows of padding do not count."""
     rows, params = batch(CONFIG), params_of(CONFIG)
     targets = rows["decoder_target_tokens"]
     targets[3], targets[7] = targets[1], 0
