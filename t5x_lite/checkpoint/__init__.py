@@ -340,7 +340,7 @@ def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
 def _base(folder: epath.Path, base: Mapping[str, Any]) -> epath.Path:
     """Return the checkpoint that holds the other parameters of `folder`, where it was or has been moved to."""
     relative = os.path.normpath(os.path.join(folder, base["relative"])) if "relative" in base else None
-    places = [p for p in dict.fromkeys((base["path"], relative, moved_base.get())) if p is not None]
+    places = list(dict.fromkeys(str(absolute(p)) for p in (base["path"], relative, moved_base.get()) if p is not None))
     existing = [place for place in places if find_checkpoint(place) is not None]
     for place in existing:
         if base_of(place)["checksum"] == base["checksum"]:

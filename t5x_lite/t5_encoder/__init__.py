@@ -29,14 +29,14 @@ class T5EncoderConfig(T5Config):
         super().__post_init__()
         if self.num_decoder_layers or not self.num_encoder_layers:
             raise UserError(
-                f"T5EncoderConfig has an encoder only: num_encoder_layers={self.num_encoder_layers} must be at least 1 "
-                f"and num_decoder_layers={self.num_decoder_layers} 0"
+                "T5EncoderConfig describes an encoder: num_encoder_layers must be at least 1, got "
+                f"{self.num_encoder_layers} (models/decoder_only.gin has none), and num_decoder_layers 0, got "
+                f"{self.num_decoder_layers}"
             )
-        if self.embed_dim < 0 or self.temperature <= 0:
-            raise UserError(
-                f"T5EncoderConfig.embed_dim={self.embed_dim} must be at least 0, and temperature={self.temperature} "
-                "above 0"
-            )
+        if self.embed_dim < 0:
+            raise UserError(f"T5EncoderConfig.embed_dim must be at least 0, got {self.embed_dim}")
+        if self.temperature <= 0:
+            raise UserError(f"T5EncoderConfig.temperature must be above 0, got {self.temperature}")
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_lite.convert import huggingface_t5, tensors
 from t5x_lite.convert.tensors import Source, Tensor
-from t5x_lite.errors import UserError
+from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.t5_encoder import T5EncoderConfig, t5_encoder
 
 _DENSE = "2_Dense"
@@ -33,7 +33,7 @@ def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -
     by_name.pop("lm_head.weight", None)  # a copy, of files that say that tables are tied
     for kind, module in _modules(folder):
         settings = folder / module / "config.json"
-        values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        values = _read(settings) if kind in ("Pooling", "Dense") else {}
         if kind == "Pooling":
             modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
             modes = modes or [f"pooling_mode_{values.get('pooling_mode')}_tokens"]  # as from version 6 on
@@ -44,7 +44,12 @@ def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -
         elif kind == "Dense":
             if values.get("bias", True) or not str(values.get("activation_function", "")).endswith(".Identity"):
                 raise UserError(f"{settings}: only a projection without bias and activation_function is supported")
-            by_name[_PROJECTION] = tensors.read_hub(folder / module)["linear.weight"]
+            dense = tensors.read_hub(folder / module)
+            if dense.keys() != {"linear.weight"}:
+                raise UserError(
+                    f"{folder / module}: expected the tensor linear.weight, found {', '.join(sorted(dense))}"
+                )
+            by_name[_PROJECTION] = dense["linear.weight"]
             embed_dim = by_name[_PROJECTION].shape[0]
         elif kind not in ("Transformer", "Normalize"):
             raise UserError(f"{folder / 'modules.json'}: the module {kind} is not supported")
@@ -56,7 +61,16 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     file = folder / "modules.json"
     if not file.is_file():
         return []
-    return [(x["type"].rpartition(".")[2], x["path"]) for x in json.loads(file.read_text(encoding="utf-8"))]
+    return [(x["type"].rpartition(".")[2], x["path"]) for x in _read(file)]
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise MissingFileError(f"{file} does not exist: the folder is not complete")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def described(config: T5EncoderConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A trained encoder in Python (`t5x_lite.load`): embeddings of texts. Must not handle files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -39,19 +39,17 @@ class LoadedEncoder:
         with sharding.use_mesh(self._mesh):
             return self._encode(self.params, jnp.asarray(encoder_input_tokens, jnp.int32))
 
-    def embed(
-        self, texts: Sequence[str] | Int[Array | np.ndarray, "B S"], *, batch_size: int = 32, max_length: int = 512
-    ) -> Float[np.ndarray, "B E"]:
-        """Return embeddings of length 1, float32: their products are cosines.
+    def embed(self, texts: Iterable[Any], *, batch_size: int = 32, max_length: int = 512) -> Float[np.ndarray, "B E"]:
+        """Return embeddings of length 1 (0 of a row of padding), float32: their products are cosines.
 
         Args:
           texts: texts, or rows of tokens with an end token.
           max_length: longer texts are cut to so many tokens, the end token included.
 
         Raises:
-          UserError: a single text instead of a list, or texts and no tokenizer.
+          UserError: a single text instead of a list, texts and no tokenizer, or a token that is not in the vocabulary.
         """
-        rows = [self._tokens(text, max_length) for text in self._checked(texts)]
+        rows = [self._tokens(text, max_length) for text in self._listed(texts)]
 
         def embed(tokens_BS: np.ndarray) -> np.ndarray:
             with sharding.use_mesh(self._mesh):
@@ -59,9 +57,10 @@ class LoadedEncoder:
 
         return embedded(embed, rows, self.config, batch_size=batch_size, max_length=max_length)
 
-    def _checked(self, texts: Any) -> Any:
+    def _listed(self, texts: Any) -> list[Any]:
         if isinstance(texts, str):
             raise UserError("expected a list of texts, got one text: put it in a list")
+        texts = list(texts)
         if self.vocabulary is None and any(isinstance(text, str) for text in texts):
             raise UserError(
                 "this encoder has no tokenizer: put its spiece.model next to it, set model.vocabulary = "
@@ -73,7 +72,12 @@ class LoadedEncoder:
         if isinstance(text, str):
             assert self.vocabulary is not None
             return [*self.vocabulary.encode(text)[: max_length - 1], decode.END]
-        return np.trim_zeros(np.asarray(text), "b")[:max_length].tolist()
+        tokens = np.asarray(text)
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"expected texts or rows of token ids, got a row {str(text)[:60]!r}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UserError(f"token ids must be in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
+        return np.trim_zeros(tokens, "b")[:max_length].tolist()
 
 
 def embedded(

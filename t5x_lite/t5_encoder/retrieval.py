@@ -23,7 +23,8 @@ def retrieved(
     for start in range(0, len(queries_NE), _QUERIES_AT_ONCE):
         similarity_NM = queries_NE[start : start + _QUERIES_AT_ONCE] @ answers_ME.T
         right_N1 = right_N[start : start + _QUERIES_AT_ONCE, None]
-        ranks.append(np.sum(similarity_NM >= np.take_along_axis(similarity_NM, right_N1, axis=1), axis=1))
+        is_farther_NM = similarity_NM < np.take_along_axis(similarity_NM, right_N1, axis=1)  # not where one is NaN
+        ranks.append(np.sum(~is_farther_NM, axis=1))
         best.append(np.argmax(similarity_NM, axis=1))
         similarity.append(np.max(similarity_NM, axis=1))
     rank_N = np.concatenate(ranks)

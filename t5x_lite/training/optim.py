@@ -73,8 +73,8 @@ def make_optimizer(
     chosen = trainable if isinstance(trainable, ParameterFilter) else ParameterFilter(trainable)
     if frozen_dtype != "float32" and chosen.rules is None:
         raise UserError(
-            f"FROZEN_DTYPE = {frozen_dtype!r}, but all parameters train, in float32: say which do by TRAINABLE, as "
-            "adapt/lora.gin does"
+            f"FROZEN_DTYPE = {frozen_dtype!r}, but all parameters train (with gradual unfreezing, in the end), in "
+            "float32: say which do by the rules of TRAINABLE, as adapt/lora.gin does"
         )
     return Optimizer(transform, schedule, chosen, frozen_dtype)
 

@@ -65,13 +65,20 @@ def test_what_is_written_has_the_files_of_sentence_transformers(folder, tmp_path
     [
         ("1_Pooling/config.json", {"pooling_mode": "cls"}, "only pooling_mode_mean_tokens"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "only pooling_mode_mean_tokens"),
+        ("1_Pooling/config.json", None, "does not exist"),
+        ("2_Dense/config.json", None, "does not exist"),
+        ("modules.json", "{broken", "is not JSON"),
         ("2_Dense/config.json", {"bias": True}, "projection without bias"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Tanh"}, "projection without"),
     ],
 )
 def test_other_ways_to_make_an_embedding_are_errors(folder, file, changes, says):
-    settings = json.loads((folder / file).read_text()) | changes
-    (folder / file).write_text(json.dumps(settings))
+    if changes is None:
+        (folder / file).unlink()
+    elif isinstance(changes, str):
+        (folder / file).write_text(changes)
+    else:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
     with pytest.raises(UserError, match=f"{file}.*{says}"):
         t5x_lite.load(folder)
 
@@ -82,13 +89,17 @@ def test_embed_says_what_it_needs(folder):
         model.embed("a text")
     with pytest.raises(UserError, match="has no tokenizer"):
         model.embed(["a text"])
+    for row in ([3, 999, 1], [-1], [0.5], 3, None, [[3, 1]]):
+        with pytest.raises(UserError, match=r"token ids"):
+            model.embed([[3, 1], row])
     assert model.embed([]).shape == (0, 16)
+    assert model.embed(row for row in ([3, 1], [4, 1])).shape == (2, 16)
 
 
 def test_the_config_is_checked():
-    with pytest.raises(UserError, match="an encoder only"):
+    with pytest.raises(UserError, match="describes an encoder"):
         dataclasses.replace(CONFIG, num_decoder_layers=1)
-    with pytest.raises(UserError, match="embed_dim=-1"):
+    with pytest.raises(UserError, match="embed_dim must be at least 0"):
         dataclasses.replace(CONFIG, embed_dim=-1)
     assert t5_encoder(tiny.CONFIG) == T5EncoderConfig(**vars(tiny.CONFIG) | {"num_decoder_layers": 0})
 
@@ -170,3 +181,4 @@ def test_metrics_of_retrieval():
     # Ranks 1, 1, 2, 4 (all are equally far), 4.
     assert metrics["retrieval@1"] == 40.0 and metrics["retrieval@5"] == metrics["retrieval@10"] == 100.0
     assert metrics["mrr"] == pytest.approx(100 * (1 + 1 + 0.5 + 0.25 + 0.25) / 5)
+    assert retrieved(queries * np.nan, answers, np.arange(5) % 4)[0]["mrr"] == 25.0, "NaN is not near"
