@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv quickstart test test-core test-slow test-exhaustive torture study lint docs cache clean
 

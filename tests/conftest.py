@@ -37,6 +37,14 @@ if importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook("t5x_lite", "beartype.beartype")
 
 
+# These have few tests and take the longest. They come first, so that no process waits for one of them at the end.
+LONG_FILES = ["test_readme.py", "test_jobs.py", "test_torture.py", "test_hosts.py", "test_accelerator.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
 @pytest.fixture
 def same_root_logger():
     """For tests of the command, which sets up logging."""

@@ -102,7 +102,7 @@ def test_word_pieces_have_their_own_special_tokens(tmp_path):
         bert.special(seqio.PassThroughVocabulary(300))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bert_trains_on_the_task_in_micro_batches_on_a_mesh(examples):
     batches = pipeline.TrainBatches("c4_v220_bert", LENGTHS, batch_size=8, seed=0, converter=CONVERTER)
     batch = next(batches)

@@ -260,7 +260,7 @@ def test_official_files_have_their_published_sizes(data_dir):
         assert tuple(task(name).num_input_examples(s) for s in ("train", "validation")) == splits
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_position_in_a_packed_shuffled_mixture_is_restored(data_dir, tmp_path):
     lengths = {"inputs": 512, "targets": 114}
 

@@ -65,6 +65,7 @@ def test_prose_is_kept_and_code_is_not():
     )
 
 
+@pytest.mark.slow
 def test_there_is_enough_text_of_every_kind():
     train, validation = (stdlib_text.texts()[split] for split in stdlib_text.SPLITS)
     train_size, validation_size = (sum(map(len, split_sentences(split))) for split in stdlib_text.SPLITS)

@@ -444,6 +444,7 @@ def test_wmt(tmp_path, monkeypatch, prepare, bytes_vocabulary):
         same_examples("wmt_t2t_ende_v003", split, tmp_path, monkeypatch, size)
 
 
+@pytest.mark.slow
 def test_c4(data_dir, tmp_path, monkeypatch, bytes_vocabulary):
     """TFDS makes C4 on Beam from Common Crawl; here its examples are those of the official files, in TFDS's form."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
