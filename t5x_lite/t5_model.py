@@ -21,6 +21,19 @@ from t5x_lite.model.feature_converter import FeatureConverter
 from t5x_lite.training.partitioner import Partitioner
 
 
+def _attention_flops(config: T5Config) -> tuple[int, int]:
+    """Return the FLOPs of query, key, value or out, per token; and of logits and weighted sum, per query and key."""
+    joined = config.num_heads * config.head_dim
+    return 2 * config.d_model * joined, 4 * joined
+
+
+def layer_flops(config: T5Config, length: int) -> int:
+    """Return the FLOPs of the forward pass of self-attention and MLP, for a row of this length."""
+    projection, attended = _attention_flops(config)
+    mlp = 2 * config.d_model * config.d_ff * (len(config.mlp_activations) + 1)
+    return length * (4 * projection + mlp + length * attended)
+
+
 @dataclasses.dataclass(frozen=True)
 class T5Model:
     head_params = interface.NO_PARAMS
@@ -46,16 +59,12 @@ class T5Model:
         c, S, T = self.config, lengths.get("inputs", 0), lengths["targets"]
         if c.decoder_only:
             S, T = 0, S + T  # inputs and targets share a row
-        joined = c.num_heads * c.head_dim
-        projection = 2 * c.d_model * joined  # query, key, value or out, per token
-        attended = 4 * joined  # logits and weighted sum, per query and key
-        mlp = 2 * c.d_model * c.d_ff * (len(c.mlp_activations) + 1)
-        encoder_layer = S * (4 * projection + mlp + S * attended)
-        decoder_layer = T * (4 * projection + mlp + T * attended)
+        decoder_layer = layer_flops(c, T)
         if not c.decoder_only:
+            projection, attended = _attention_flops(c)
             decoder_layer += T * (2 * projection + S * attended) + S * 2 * projection
-        logits = T * 2 * c.d_model * c.vocab_size
-        return 3.0 * batch_size * (c.num_encoder_layers * encoder_layer + c.num_decoder_layers * decoder_layer + logits)
+        layers = c.num_encoder_layers * layer_flops(c, S) + c.num_decoder_layers * decoder_layer
+        return 3.0 * batch_size * (layers + T * 2 * c.d_model * c.vocab_size)
 
     def predictor(self, partitioner: Partitioner, decoding: Decoding, max_decode_length: int, seed: int) -> Predictor:
         return TextPredictor(self.config, partitioner, decoding, max_decode_length, seed)

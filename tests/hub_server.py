@@ -73,8 +73,8 @@ def _handler(
             resolved = path.removeprefix(resolve)
             hashes = {name: hashlib.sha1(content).hexdigest() for name, content in files.items()}
             if path == "/api/whoami-v2":
-                known = self.token in (WRITER, READER)
-                self.answer({"name": "me"} if known else {"error": "Invalid credentials"}, 200 if known else 401)
+                is_valid = self.token in (WRITER, READER)
+                self.answer({"name": "me"} if is_valid else {"error": "Invalid credentials"}, 200 if is_valid else 401)
             elif not files:
                 self.not_found()
             elif path == api or path.startswith(f"{api}/revision/"):

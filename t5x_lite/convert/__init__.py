@@ -198,10 +198,8 @@ def _step_of(path: Path) -> int | None:
     """Return the step of a checkpoint, by its name or what it says; None if it is not known."""
     own = own_checkpoint(path)
     if own is None:
-        named = re.fullmatch(r"checkpoint_(\d+)", path.name or "") or re.fullmatch(
-            r"checkpoint_(\d+)", path.parent.name
-        )
-        return int(named[1]) if named else None
+        names = (re.fullmatch(r"checkpoint_(\d+)", name) for name in (path.name, path.parent.name))  # T5X's
+        return next((int(match[1]) for match in names if match), None)
     return int(own.name) if own.name.isdecimal() else checkpoint.read_info(own).get("step")
 
 

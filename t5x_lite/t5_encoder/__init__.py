@@ -38,10 +38,6 @@ class T5EncoderConfig(T5Config):
         if self.temperature <= 0:
             raise UserError(f"T5EncoderConfig.temperature must be above 0, got {self.temperature}")
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        return ("embed",) if self.embed_dim else ()
-
 
 def t5_encoder(t5: T5Config, embed_dim: int = 0, temperature: float = 0.01) -> T5EncoderConfig:
     """Return the encoder of a T5, so that every model file of a T5 also describes its encoder."""

@@ -15,6 +15,7 @@ from t5x_lite.model import interface
 from t5x_lite.model.feature_converter import FeatureConverter
 from t5x_lite.t5_encoder import T5EncoderConfig, network
 from t5x_lite.t5_encoder.predictor import EmbeddingPredictor
+from t5x_lite.t5_model import layer_flops
 from t5x_lite.training.partitioner import Partitioner
 
 
@@ -40,11 +41,9 @@ class T5EncoderModel:
 
     def flops(self, batch_size: int, lengths: Mapping[str, int]) -> float:
         c = self.config
-        joined = c.num_heads * c.head_dim
-        per_token = 8 * c.d_model * joined + 2 * c.d_model * c.d_ff * (len(c.mlp_activations) + 1)
         per_row = 2 * batch_size * (c.embed_dim or c.d_model)
         for length in (lengths["inputs"], lengths["targets"]):
-            per_row += c.num_encoder_layers * length * (per_token + 4 * joined * length) + 2 * c.d_model * c.embed_dim
+            per_row += c.num_encoder_layers * layer_flops(c, length) + 2 * c.d_model * c.embed_dim
         return 3.0 * batch_size * per_row
 
     def predictor(self, partitioner: Partitioner, decoding: Decoding, max_decode_length: int, seed: int) -> Predictor:
