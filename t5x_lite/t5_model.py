@@ -34,6 +34,16 @@ def layer_flops(config: T5Config, length: int) -> int:
     return length * (4 * projection + mlp + length * attended)
 
 
+def stacks_flops(config: T5Config, inputs_length: int, targets_length: int) -> int:
+    """Return the FLOPs of the forward pass of encoder and decoder, without logits, for one row."""
+    S, T = inputs_length, targets_length
+    decoder_layer = layer_flops(config, T)
+    if not config.decoder_only:
+        projection, attended = _attention_flops(config)
+        decoder_layer += T * (2 * projection + S * attended) + S * 2 * projection
+    return config.num_encoder_layers * layer_flops(config, S) + config.num_decoder_layers * decoder_layer
+
+
 @dataclasses.dataclass(frozen=True)
 class T5Model:
     head_params = interface.NO_PARAMS
@@ -59,12 +69,7 @@ class T5Model:
         c, S, T = self.config, lengths.get("inputs", 0), lengths["targets"]
         if c.decoder_only:
             S, T = 0, S + T  # inputs and targets share a row
-        decoder_layer = layer_flops(c, T)
-        if not c.decoder_only:
-            projection, attended = _attention_flops(c)
-            decoder_layer += T * (2 * projection + S * attended) + S * 2 * projection
-        layers = c.num_encoder_layers * layer_flops(c, S) + c.num_decoder_layers * decoder_layer
-        return 3.0 * batch_size * (layers + T * 2 * c.d_model * c.vocab_size)
+        return 3.0 * batch_size * (stacks_flops(c, S, T) + T * 2 * c.d_model * c.vocab_size)
 
     def predictor(self, partitioner: Partitioner, decoding: Decoding, max_decode_length: int, seed: int) -> Predictor:
         return TextPredictor(self.config, partitioner, decoding, max_decode_length, seed)

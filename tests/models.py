@@ -6,7 +6,7 @@ import numpy as np
 import tiny
 
 from t5x_lite.bert import BertConfig
-from t5x_lite.t5_encoder import t5_encoder
+from t5x_lite.t5_encoder import T5EncoderConfig, t5_encoder
 
 DECODER = dataclasses.replace(tiny.CONFIG, num_encoder_layers=0)
 BERT = BertConfig(d_model=48, d_ff=96, num_heads=4, num_layers=2, vocab_size=264, max_length=64)
@@ -16,13 +16,15 @@ CONFIGS = {
     "decoder": DECODER,
     "prefix LM": dataclasses.replace(DECODER, prefix_lm=True),
     "encoder": t5_encoder(tiny.CONFIG, embed_dim=40),
+    "encoder classifier": T5EncoderConfig(**vars(tiny.CONFIG) | {"head": "classify", "num_labels": 3}),
     "BERT": BERT,
     "BERT classifier": dataclasses.replace(BERT, heads=("pooler", "classify"), num_labels=3),
 }
 
 
 def lengths(config) -> dict[str, int]:
-    return {"inputs": 24} if isinstance(config, BertConfig) else {"inputs": 24, "targets": 16}
+    is_short = isinstance(config, BertConfig) or getattr(config, "head", "") == "classify"
+    return {"inputs": 24} if is_short else {"inputs": 24, "targets": 16}
 
 
 def batch(config, rows: int = 8, pack: bool = True, seed: int = 0) -> dict[str, np.ndarray]:

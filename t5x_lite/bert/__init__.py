@@ -1,7 +1,7 @@
 """The BERT model family (Devlin et al. 2019) and its config, `BertConfig`.
 
-The other modules are the network, the `interface.Model` (model.py), predictions, classification tasks and Hugging
-Face conversion. No module outside this folder imports them: `families.FAMILIES` names them, so the folder is optional.
+The other modules are the network, the `interface.Model` (model.py), predictions and Hugging Face conversion. No
+module outside this folder imports them: `families.FAMILIES` names them, so the folder is optional.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from t5x_lite.errors import UserError
-from t5x_lite.model.config import Dtype, Implementation, ModelConfig, Remat, check_choices
+from t5x_lite.model.config import Dtype, Implementation, ModelConfig, Remat, check_choices, check_labels, with_labels
 
 Head = Literal["pooler", "mlm", "nsp", "classify"]
 
@@ -45,7 +45,7 @@ class BertConfig(ModelConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(self.heads))
         object.__setattr__(self, "labels", tuple(self.labels))
-        sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments", "num_labels")
+        sizes = ("d_model", "d_ff", "num_heads", "num_layers", "vocab_size", "max_length", "num_segments")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"BertConfig.{name} must be at least 1, got {getattr(self, name)}")
@@ -55,8 +55,7 @@ class BertConfig(ModelConfig):
             raise UserError(f"BertConfig.heads has {unknown}; known: {get_args(Head)}")
         if "pooler" not in self.heads and (above := {"nsp", "classify"} & set(self.heads)):
             raise UserError(f"BertConfig.heads={self.heads}: {', '.join(sorted(above))} needs the pooler")
-        if self.labels and len(self.labels) != self.num_labels:
-            raise UserError(f"BertConfig.labels={self.labels} must name num_labels={self.num_labels} classes")
+        check_labels(self)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UserError(f"BertConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}")
         check_choices(self, dtype=Dtype, remat=Remat)
@@ -68,10 +67,4 @@ class BertConfig(ModelConfig):
     def for_task(self, name: str, features: Mapping[str, Any]) -> "BertConfig":
         if "classify" not in self.heads:
             return self
-        labels = features["label"].vocabulary
-        if labels.vocab_size != self.num_labels:  # a regression task has vocab_size 1
-            raise UserError(
-                f"{name} has {labels.vocab_size} classes ({labels}), but BertConfig.num_labels = {self.num_labels}: "
-                f"set --gin.BertConfig.num_labels={labels.vocab_size}"
-            )
-        return dataclasses.replace(self, labels=getattr(labels, "words", ()))
+        return with_labels(self, name, features, "BertConfig.num_labels")

@@ -10,7 +10,7 @@ from typing import Any
 
 from t5x_lite.bert import BertConfig, Head
 from t5x_lite.convert import tensors
-from t5x_lite.convert.huggingface import check_keys
+from t5x_lite.convert.huggingface import check_keys, described_labels, labels_of
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
 
@@ -98,8 +98,6 @@ def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -
     tensors.drop_copies(folder, by_name, _COPIES)
     heads: tuple[Head, ...] = tuple(head for head, weight in _HEADS.items() if weight in by_name)
     num_labels = by_name[_HEADS["classify"]].shape[0] if "classify" in heads else 2
-    labels = tuple(hub.get("id2label", {}).get(str(i), "LABEL_") for i in range(num_labels))
-    named = "classify" in heads and not any(label.startswith("LABEL_") for label in labels)
     config = BertConfig(
         d_model=hub["hidden_size"],
         d_ff=hub["intermediate_size"],
@@ -110,7 +108,7 @@ def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -
         num_segments=hub.get("type_vocab_size", 2),
         heads=heads,
         num_labels=num_labels,
-        labels=labels if named else (),
+        labels=labels_of(file, hub, num_labels) if "classify" in heads else (),
         dropout_rate=hub.get("hidden_dropout_prob", 0.1),
     )
     return Source(config, by_name, NAMES.__getitem__, is_transposed)
@@ -142,7 +140,6 @@ def _architecture(config: BertConfig) -> str:
 
 def described(config: BertConfig) -> dict[str, Any]:
     """Return config.json. Raises UserError if Hugging Face has no class with these heads."""
-    labels = config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]
     return {
         "architectures": [_architecture(config)],
         "model_type": "bert",
@@ -153,8 +150,7 @@ def described(config: BertConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_length,
         "type_vocab_size": config.num_segments,
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
+        **described_labels(config.labels, config.num_labels),
         "hidden_dropout_prob": config.dropout_rate,
         "attention_probs_dropout_prob": config.dropout_rate,
         "initializer_range": 0.02,

@@ -6,6 +6,7 @@ Letters of axes are those of model/t5.py; N is classes. Token 0 is padding and m
 losses, optimizers, data or files.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from t5x_lite.bert import BertConfig
 from t5x_lite.errors import UserError
-from t5x_lite.model import remat
+from t5x_lite.model import classes
 from t5x_lite.model.attention import AttentionMask, dot_product_attention
-from t5x_lite.model.layers import Embed, named_axes, project
+from t5x_lite.model.layers import Dense, Embed, named_axes
 from t5x_lite.model.transformer import stack
 from t5x_lite.sharding import constrain
 
@@ -42,18 +43,7 @@ class LayerNorm(nn.Module):
         return (x * constrain(scale_D, None) + constrain(bias_D, None)).astype(self.dtype)
 
 
-class Affine(nn.Module):
-    """x W + b. `axes` are the logical names of the kernel's input and output axes. The result is in `dtype`."""
-
-    features: int
-    axes: tuple[str | None, str | None]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        kernel_IO = self.param("kernel", named_axes(_INIT, *self.axes), (x.shape[-1], self.features), jnp.float32)
-        bias_O = self.param("bias", named_axes(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
-        return remat.keep(project(x, kernel_IO, self.dtype)) + bias_O.astype(self.dtype)
+_affine = functools.partial(Dense, kernel_init=_INIT, use_bias=True)
 
 
 class SelfAttention(nn.Module):
@@ -65,7 +55,7 @@ class SelfAttention(nn.Module):
         c = self.config
 
         def heads(name: str) -> Float[Array, "B S H K"]:
-            x = Affine(c.d_model, ("embed", "joined_kv"), c.compute_dtype, name=name)(x_BSD)
+            x = _affine(c.d_model, ("embed", "joined_kv"), dtype=c.compute_dtype, name=name)(x_BSD)
             return constrain(x.reshape(*x.shape[:2], c.num_heads, c.head_dim), "batch", "length", "heads", "kv")
 
         rate = c.dropout_rate if self.train else 0.0
@@ -79,7 +69,7 @@ class SelfAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=c.attention,
         )
-        out = Affine(c.d_model, ("joined_kv", "embed"), c.compute_dtype, name="out")
+        out = _affine(c.d_model, ("joined_kv", "embed"), dtype=c.compute_dtype, name="out")
         return out(y_BSHK.reshape(*y_BSHK.shape[:2], -1))
 
 
@@ -92,9 +82,11 @@ class Mlp(nn.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         c = self.config
         with jax.named_scope("mlp"):
-            h_BSF = nn.gelu(Affine(c.d_ff, ("embed", "mlp"), c.compute_dtype, name="wi")(x_BSD), approximate=False)
+            h_BSF = nn.gelu(
+                _affine(c.d_ff, ("embed", "mlp"), dtype=c.compute_dtype, name="wi")(x_BSD), approximate=False
+            )
             h_BSF = constrain(h_BSF, "batch", "length", "mlp")
-            return Affine(c.d_model, ("mlp", "embed"), c.compute_dtype, name="wo")(h_BSF)
+            return _affine(c.d_model, ("mlp", "embed"), dtype=c.compute_dtype, name="wo")(h_BSF)
 
 
 class BertLayer(nn.Module):
@@ -149,7 +141,7 @@ class MaskedLM(nn.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"], table: Embed) -> Float[Array, "B S V"]:
         c = self.config
         with jax.named_scope("logits"):
-            h_BSD = nn.gelu(Affine(c.d_model, ("embed", None), c.compute_dtype, name="transform")(x_BSD), False)
+            h_BSD = nn.gelu(_affine(c.d_model, ("embed", None), dtype=c.compute_dtype, name="transform")(x_BSD), False)
             h_BSD = LayerNorm(c.compute_dtype, name="norm")(h_BSD)
             bias_V = self.param("bias", named_axes(nn.initializers.zeros, "vocab"), (c.vocab_size,), jnp.float32)
             return constrain(table.attend(h_BSD) + bias_V, "batch", "length", "vocab")
@@ -175,13 +167,13 @@ class Bert(nn.Module):
         self.encoder = Encoder(c, self.train)
         float32 = jnp.dtype("float32")
         if "pooler" in c.heads:
-            self.pooler = Affine(c.d_model, ("embed", None), c.compute_dtype)
+            self.pooler = _affine(c.d_model, ("embed", None), dtype=c.compute_dtype)
         if "mlm" in c.heads:
             self.mlm = MaskedLM(c)
         if "nsp" in c.heads:
-            self.nsp = Affine(2, ("embed", None), float32)
+            self.nsp = _affine(2, ("embed", None), dtype=c.compute_dtype, output_dtype=float32)
         if "classify" in c.heads:
-            self.classify = Affine(c.num_labels, ("embed", None), float32)
+            self.classify = _affine(c.num_labels, ("embed", None), dtype=c.compute_dtype, output_dtype=float32)
 
     def __call__(
         self,
@@ -239,11 +231,11 @@ def forward(
     return outputs
 
 
-def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Num[Array, "B _"], Float[Array, "B _"]]]:
+def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Num[Array, "B _"], Num[Array, "B _"]]]:
     """Return targets and weights of each head that the batch has targets for; ignored positions have weight 0.
 
-    "mlm": `targets` [B, S], where not 0. "nsp": `random` [B, 1]. "classify": `label` [B, 1], a class id, or a float for
-    regression; below 0 it is unknown and has weight 0. Padding rows have weight 0. The loss is the sum of the heads'
+    "mlm": `targets` [B, S], where not 0. "nsp": `random` [B, 1]. "classify": see classes.targets.
+    Padding rows have weight 0. The loss is the sum of the heads'
     weighted means over the batch: cross entropy (run_pretraining.py and run_classifier.py of google-research/bert) or,
     for regression, squared error.
     """
@@ -254,5 +246,5 @@ def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Num[Array, "B _"], Fl
     if "random" in batch:
         by_head["nsp"] = (batch["random"], real_B1)
     if "label" in batch:
-        by_head["classify"] = (jnp.maximum(batch["label"], 0), real_B1 & (batch["label"] >= 0))
+        by_head["classify"] = classes.targets(batch["inputs"], batch["label"])
     return {head: (labels, weights.astype(jnp.float32)) for head, (labels, weights) in by_head.items()}

@@ -13,11 +13,12 @@ from jaxtyping import Array, Int
 
 from t5x_lite import sharding
 from t5x_lite.bert import BertConfig
-from t5x_lite.bert.feature_converters import pair
 from t5x_lite.bert.network import Bert
 from t5x_lite.bert.wordpiece import WordPiece
 from t5x_lite.convert.tokenizer import Vocabulary
+from t5x_lite.data.feature_converters import pair
 from t5x_lite.errors import UserError
+from t5x_lite.model import classes
 
 Ids = Int[Array | np.ndarray, "B S"]
 Texts = Sequence[str | tuple[str, str]]
@@ -70,11 +71,8 @@ class LoadedBert:
         for start in range(0, len(texts), batch_size):
             group = [*texts[start : start + batch_size]]
             tokens, segments = self.tokens(group + group[-1:] * (batch_size - len(group)))
-            logits_BN = np.asarray(self.classify(tokens, segments))[: len(group)]
-            predictions += logits_BN[:, 0].tolist() if self.config.num_labels == 1 else logits_BN.argmax(-1).tolist()
-        if self.config.num_labels == 1:
-            return predictions
-        return [self.config.labels[i] if self.config.labels else str(i) for i in predictions]
+            predictions += classes.predicted(self.config, np.asarray(self.classify(tokens, segments))[: len(group)])
+        return predictions
 
     def tokens(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and segments [B, S] of texts or text pairs, with special tokens, truncated to `max_length`.
@@ -86,7 +84,7 @@ class LoadedBert:
         v, most, rows = self.vocabulary, self.config.max_length, []
         for text in texts:
             first, *rest = (v.encode(part) for part in ((text,) if isinstance(text, str) else text))
-            rows.append(pair(first, rest[0] if rest else None, v.cls, v.sep, most))
+            rows.append(pair(first, rest[0] if rest else None, [v.cls], v.sep, most))
         width = min(-(-max(len(tokens) for tokens, _ in rows) // 32) * 32, most)
         tokens, segments = (
             np.array([np.pad(x, (0, width - len(x))) for x in column]) for column in zip(*rows, strict=True)

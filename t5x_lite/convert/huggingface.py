@@ -6,7 +6,7 @@ placement on devices is in convert.
 
 import importlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -78,6 +78,23 @@ def check_keys(
                 f"{file}: the key {key!r} ({str(value)[:60]!r}) is not known, and may change what the model computes. "
                 "If it does not, remove it from the file"
             )
+
+
+def labels_of(file: Path, hub: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """Return the names of a model's classes; none if config.json only numbers them.
+
+    Raises UserError if a text may have several classes at once.
+    """
+    if hub.get("problem_type") == "multi_label_classification":
+        raise UserError(f"{file}: problem_type is 'multi_label_classification'; a text has one class here")
+    labels = tuple(str(hub.get("id2label", {}).get(str(i), "LABEL_")) for i in range(count))
+    return () if any(label.startswith("LABEL_") for label in labels) else labels
+
+
+def described_labels(labels: Sequence[str], count: int) -> dict[str, Any]:
+    """Return the keys of config.json for the classes."""
+    names = labels or [f"LABEL_{i}" for i in range(count)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def read(folder: Path) -> Source:

@@ -20,7 +20,7 @@ def describe_batch(
       rows, segments: how many rows, and segments of a row, to describe; None means all.
     """
     batch = {k: np.asarray(v) for k, v in batch.items()}
-    if "segments" in batch:
+    if "segments" in batch or "label" in batch:
         return _describe_pairs({name: x[:rows] for name, x in batch.items()}, vocabulary)
     if "encoder_input_tokens" not in batch:  # a decoder-only model: the inputs are the tokens without loss
         parts = {"encoder": batch["decoder_loss_weights"] == 0, "decoder": batch["decoder_loss_weights"] != 0}
@@ -66,7 +66,9 @@ def describe_batch(
 
 def _describe_pairs(batch: Mapping[str, np.ndarray], vocabulary: seqio.Vocabulary) -> str:
     lines = []
-    for row, (inputs, segments) in enumerate(zip(batch["inputs"], batch["segments"], strict=True)):
+    is_end = batch["inputs"] == vocabulary.eos_id  # of T5's pairs, first </s> second </s>
+    segments_BS = batch["segments"] if "segments" in batch else np.cumsum(is_end, -1) - is_end
+    for row, (inputs, segments) in enumerate(zip(batch["inputs"], segments_BS, strict=True)):
         tokens = inputs != 0
         filled = f"row {row}: {np.count_nonzero(tokens)}/{len(inputs)} tokens, "
         parts = [

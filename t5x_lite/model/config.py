@@ -120,6 +120,29 @@ class T5Config(ModelConfig):
         return self.num_encoder_layers == 0
 
 
+def check_labels(config: Any) -> None:
+    """Raise UserError if `num_labels` or `labels`, the names of the classes if known, are not possible."""
+    kind = type(config).__name__
+    if config.num_labels < 1:
+        raise UserError(f"{kind}.num_labels must be at least 1, got {config.num_labels}")
+    if config.labels and len(config.labels) != config.num_labels:
+        raise UserError(f"{kind}.labels={config.labels} must name num_labels={config.num_labels} classes")
+
+
+def with_labels(config: Any, name: str, features: Mapping[str, Any], option: str) -> Any:
+    """Return a config with the names of a task's classes; a task of regression has one, without a name.
+
+    Raises UserError if `config.num_labels`, which the gin option sets, is not their number.
+    """
+    labels = features["label"].vocabulary
+    if labels.vocab_size != config.num_labels:
+        raise UserError(
+            f"{name} has {labels.vocab_size} classes ({labels}), but {option} = {config.num_labels}: "
+            f"set --gin.{option}={labels.vocab_size}"
+        )
+    return dataclasses.replace(config, labels=tuple(getattr(labels, "words", ())))
+
+
 def check_choices(config: Any, **kinds: Any) -> None:
     """Raise UserError if a field is not one of its type's literals, or `attention` is not an implementation."""
     choices = {name: get_args(kind) for name, kind in kinds.items()} | {"attention": (*get_args(Implementation), None)}

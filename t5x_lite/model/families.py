@@ -49,7 +49,10 @@ FAMILIES = (
         config="t5x_lite.t5_encoder:T5EncoderConfig",
         model="t5x_lite.t5_encoder.model:T5EncoderModel",
         hub="t5x_lite.t5_encoder.huggingface",
-        hub_types=("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"),
+        hub_types=(
+            *("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"),
+            *("T5ForSequenceClassification", "MT5ForSequenceClassification", "UMT5ForSequenceClassification"),
+        ),
         makers=("t5x_lite.t5_encoder:t5_encoder",),
     ),
 )

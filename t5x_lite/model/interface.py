@@ -5,7 +5,7 @@ on any family, nor on training, data or files.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key, Num
 
@@ -23,9 +23,14 @@ Batch = Mapping[str, Array]
 class Model(Protocol):
     """A model of one family. Outputs and targets are dicts keyed by head; T5 has one head, ""."""
 
-    # Matches the names of task-specific parameters. When a run starts from another checkpoint, those that are missing
-    # there or have another shape are initialised at random; the others are loaded.
-    head_params: ClassVar[str]
+    @property
+    def head_params(self) -> str:
+        """Return a regular expression for the names of task-specific parameters.
+
+        When a run starts from another checkpoint, those that are missing there or have another shape are initialised at
+        random, and those that only the checkpoint has are not read; all others must match.
+        """
+        ...
 
     def init(self, key: Key[Array, ""]) -> Any:
         """Return random parameters, each in a flax box with its logical axes."""

@@ -80,7 +80,7 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Dense(nn.Module):
-    """A matrix product without bias. `axes` are the logical names of the kernel's input and output axes.
+    """A matrix product, with a bias if `use_bias`. `axes` are the logical names of the kernel's input and output axes.
 
     Operands are cast to `dtype`; the result is `output_dtype` (default: `dtype`), accumulated at least as precisely.
     """
@@ -90,13 +90,17 @@ class Dense(nn.Module):
     kernel_init: Initializer
     dtype: jnp.dtype
     output_dtype: jnp.dtype | None = None
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         kernel_init = named_axes(self.kernel_init, *self.axes)
         kernel_IO = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = project(x.astype(self.dtype), kernel_IO, self.output_dtype or self.dtype)
-        return remat.keep(y)
+        y = remat.keep(project(x.astype(self.dtype), kernel_IO, self.output_dtype or self.dtype))
+        if not self.use_bias:
+            return y
+        bias_O = self.param("bias", named_axes(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
+        return y + bias_O.astype(y.dtype)
 
 
 class Embed(nn.Module):

@@ -1,15 +1,18 @@
 """Convert parameter names and config.json between T5EncoderConfig and Hugging Face's T5EncoderModel, UMT5's too.
 
-A folder of the sentence-transformers library is such a model too: its projection, if it has one, is read, and what is
-written here is such a folder. Must not handle file formats.
+A head for classes is that of T5ForSequenceClassification, which has a decoder. A folder of the sentence-transformers
+library is such a model too: its projection, if it has one, is read, and what is written here is such a folder. Must not
+handle file formats.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from t5x_lite.convert import huggingface_t5, tensors
+from t5x_lite.convert.huggingface import described_labels, labels_of
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.t5_encoder import T5EncoderConfig, t5_encoder
@@ -17,16 +20,27 @@ from t5x_lite.t5_encoder import T5EncoderConfig, t5_encoder
 _DENSE = "2_Dense"
 _PROJECTION = f"{_DENSE}/linear.weight"
 _LIBRARY = "sentence_transformers.models."
+_CLASSES = "ForSequenceClassification"
+_HEAD = {
+    f"classify/{ours}/{end}": f"classification_head.{theirs}.{'bias' if end == 'bias' else 'weight'}"
+    for ours, theirs in (("dense", "dense"), ("out", "out_proj"))
+    for end in ("kernel", "bias")
+}
 
 is_transposed = huggingface_t5.is_transposed
 
 
 def name_of(config: T5EncoderConfig, name: str) -> str:
-    return _PROJECTION if name == "embed/kernel" else huggingface_t5.name_of(config, name)
+    if name == "embed/kernel":
+        return _PROJECTION
+    body = "transformer." if config.head == "classify" else ""
+    return _HEAD.get(name) or body + huggingface_t5.name_of(config, name)
 
 
 def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
     """Return the config and tensors. Raises UserError for an unsupported config, or another way to make embeddings."""
+    if any(_CLASSES in name for name in hub.get("architectures") or ()):
+        return _classifier(folder, hub, stored)
     whole = {key: value for key, value in hub.items() if key != "is_encoder_decoder"}
     t5 = huggingface_t5.source(folder, whole, stored)
     by_name, embed_dim = {**t5.tensors}, 0
@@ -53,7 +67,20 @@ def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -
             embed_dim = by_name[_PROJECTION].shape[0]
         elif kind not in ("Transformer", "Normalize"):
             raise UserError(f"{folder / 'modules.json'}: the module {kind} is not supported")
-    config = t5_encoder(t5.config, embed_dim)  # pyright: ignore[reportArgumentType]
+    config = t5_encoder(t5.config, embed_dim=embed_dim)  # pyright: ignore[reportArgumentType]
+    return Source(config, by_name, lambda name: name_of(config, name), is_transposed)
+
+
+def _classifier(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
+    body = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    t5 = huggingface_t5.source(folder, hub, body)
+    by_name = {name if name in _HEAD.values() else f"transformer.{name}": x for name, x in t5.tensors.items()}
+    by_name.pop("transformer.lm_head.weight", None)  # a copy, of files that say that tables are tied
+    out = by_name.get(_HEAD["classify/out/kernel"])
+    count = 2 if out is None else out.shape[0]
+    labels = labels_of(folder / "config.json", hub, count)
+    fields = dataclasses.asdict(t5.config) | {"head": "classify", "num_labels": count, "labels": labels}
+    config = T5EncoderConfig(**fields)
     return Source(config, by_name, lambda name: name_of(config, name), is_transposed)
 
 
@@ -76,9 +103,17 @@ def _read(file: Path) -> Any:
 def described(config: T5EncoderConfig) -> dict[str, Any]:
     """Return config.json."""
     hub = huggingface_t5.described(config)
-    umt5 = hub["model_type"] == "umt5"
+    kind = "UMT5" if hub["model_type"] == "umt5" else "T5"
+    if config.head == "classify":
+        if not config.num_decoder_layers:
+            raise UserError(
+                "Hugging Face has no T5 encoder with a head for classes alone (its T5ForSequenceClassification has a "
+                "decoder): convert it --to=t5x_lite"
+            )
+        classes = described_labels(config.labels, config.num_labels)
+        return hub | {"architectures": [kind + _CLASSES]} | classes
     return hub | {
-        "architectures": ["UMT5EncoderModel" if umt5 else "T5EncoderModel"],
+        "architectures": [f"{kind}EncoderModel"],
         "num_decoder_layers": config.num_encoder_layers,  # transformers reads it, and the encoder does not use it
         "is_encoder_decoder": False,
         "use_cache": False,
@@ -87,6 +122,8 @@ def described(config: T5EncoderConfig) -> dict[str, Any]:
 
 def other_files(config: T5EncoderConfig) -> dict[str, Any]:
     """Return the JSON files of the sentence-transformers library, by their paths in the folder."""
+    if config.head == "classify":
+        return {}
     dense = [("Dense", _DENSE)] if config.embed_dim else []
     modules = [("Transformer", ""), ("Pooling", "1_Pooling"), *dense, ("Normalize", f"{2 + len(dense)}_Normalize")]
     files: dict[str, Any] = {

@@ -139,7 +139,7 @@ def test_head_params_are_names_of_parameters():
     for config in CONFIGS.values():
         names = checkpoint.flat(step.abstract_params(config, sharding.make_mesh()))
         heads = {name.split("/")[0] for name in names if re.search(model_of(config).head_params, name)}
-        assert heads == set(getattr(config, "heads", ("embed",) if getattr(config, "embed_dim", 0) else ()))
+        assert heads == set(getattr(config, "heads", [config.head] if hasattr(config, "head") else ()))
 
 
 # What may be removed.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -12,11 +13,14 @@ import tiny
 from models import CONFIGS, batch
 
 import t5x_lite
-from t5x_lite import convert, sharding
+from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.checkpoint import saving
+from t5x_lite.convert import tensors
+from t5x_lite.convert.tokenizer import ByteVocabulary
 from t5x_lite.errors import UserError
 from t5x_lite.model.families import model_of
 from t5x_lite.t5_encoder import T5EncoderConfig, network, t5_encoder
+from t5x_lite.t5_encoder.pretrained import LoadedEncoder
 from t5x_lite.t5_encoder.retrieval import retrieved
 from t5x_lite.training import optim, step
 
@@ -110,7 +114,7 @@ def test_similarities_are_products_of_embeddings():
     targets = rows["decoder_target_tokens"]
     targets[3], targets[7] = targets[1], 0
     rows = jax.tree.map(jnp.asarray, rows)
-    similarities, embeddings = (jax.jit(f, static_argnums=0) for f in (network.similarities, network.embeddings))
+    similarities, embeddings = (jax.jit(f, static_argnums=0) for f in (network.similarities, network.forward))
     got = np.asarray(similarities(CONFIG, params, rows))[:, 0] * CONFIG.temperature
     queries = np.asarray(embeddings(CONFIG, params, rows["encoder_input_tokens"]))
     answers = np.asarray(embeddings(CONFIG, params, rows["decoder_target_tokens"]))
@@ -126,6 +130,81 @@ def test_similarities_are_products_of_embeddings():
     (labels, weights), model = model_of(CONFIG).targets(rows)[""], model_of(CONFIG)
     assert not np.asarray(labels).any() and np.asarray(weights).ravel().tolist() == [1.0] * 7 + [0.0]
     assert model.feature_converter(True).pack is False
+
+
+@pytest.mark.parametrize("name", ["t5_classes", "umt5_classes"])
+def test_classes_are_those_of_transformers_and_come_back(golden, tmp_path, name):
+    """Of T5ForSequenceClassification, whose head is on its decoder; the first row is a pair."""
+    values, model = np.load(golden("families") / name / "values.npz"), t5x_lite.load(golden("families") / name)
+    logits = model.classify(values["encoder_input_tokens"])
+    np.testing.assert_allclose(logits, values["logits"], atol=1e-4)
+    if name == "umt5_classes":
+        assert model.predict(values["encoder_input_tokens"]) == pytest.approx(logits[:, 0].tolist())
+    else:
+        assert model.predict(values["encoder_input_tokens"]) == [str(i) for i in values["logits"].argmax(-1)]
+    convert.convert(golden("families") / name, tmp_path / "back", "huggingface")
+    (before, after) = (
+        json.loads((x / "config.json").read_text()) for x in (golden("families") / name, tmp_path / "back")
+    )
+    assert (
+        before["architectures"] == after["architectures"]
+        and before["num_decoder_layers"] == after["num_decoder_layers"]
+    )
+    first, second = (tensors.read_hub(x) for x in (golden("families") / name, tmp_path / "back"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        np.testing.assert_array_equal(np.asarray(second[key]), np.asarray(tensor), err_msg=key)
+
+
+def test_a_text_of_several_classes_is_refused(golden, tmp_path):
+    folder = shutil.copytree(golden("families") / "t5_classes", tmp_path / "several")
+    hub = json.loads((folder / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (folder / "config.json").write_text(json.dumps(hub))
+    with pytest.raises(UserError, match="config.json: problem_type is 'multi_label_classification'"):
+        t5x_lite.load(folder)
+
+
+CLASSIFIER = t5_encoder(tiny.CONFIG, "classify", num_labels=2, labels=("no", "yes"))
+
+
+def test_an_encoder_alone_gives_classes(tmp_path):
+    """The head reads the mean output: dense, tanh, dense."""
+    params = params_of(CLASSIFIER)
+    saving.save_params(tmp_path / "own", params, info=convert.info(CLASSIFIER))
+    model = t5x_lite.load(tmp_path / "own")
+    tokens = np.array([[5, 6, 7, 1, 0], [8, 9, 1, 4, 1]], np.int32)
+    encoded, head = np.asarray(model.encode(tokens)), jax.tree.map(np.asarray, params["classify"])
+    mean = np.array([encoded[0, :4].mean(0), encoded[1].mean(0)])
+    hidden = np.tanh(mean @ head["dense"]["kernel"] + head["dense"]["bias"])
+    expected = hidden @ head["out"]["kernel"] + head["out"]["bias"]
+    np.testing.assert_allclose(model.classify(tokens), expected, atol=1e-4)
+    assert model.predict(tokens) == [("no", "yes")[i] for i in expected.argmax(-1)]
+    with pytest.raises(UserError, match="head for classes, not for embeddings"):
+        model.embed(tokens)
+    with pytest.raises(UserError, match="T5ForSequenceClassification has a decoder"):
+        convert.convert(tmp_path / "own", tmp_path / "theirs", "huggingface")
+    with pytest.raises(UserError, match="head for embeddings, not for classes"):
+        LoadedEncoder(CONFIG, params_of(CONFIG)).predict(tokens)
+    for whole, fits in ((tiny.CONFIG, CLASSIFIER), (tiny.CONFIG, CONFIGS["encoder classifier"])):
+        names = checkpoint.flat(convert.abstract_params(whole)).keys() - checkpoint.flat(convert.abstract_params(fits))
+        assert names and all(re.search(model_of(fits).head_params, name) for name in names)
+    decoder = [
+        name for name in checkpoint.flat(convert.abstract_params(tiny.CONFIG)) if name.startswith("decoder/layers")
+    ]
+    assert not any(re.search(model_of(CONFIGS["encoder classifier"]).head_params, name) for name in decoder)
+
+
+def test_pairs_and_long_texts_are_cut_aloud(caplog):
+    bytes_vocabulary = ByteVocabulary()
+    model = LoadedEncoder(CLASSIFIER, params_of(CLASSIFIER), bytes_vocabulary)
+    a, b, c, d = bytes_vocabulary.encode("abcd")
+    same = model.classify([("abcd", "ab"), "abcd"], max_length=6)
+    np.testing.assert_allclose(same, model.classify([[a, b, 1, a, b, 1], [a, b, c, d, 1]]), atol=1e-5)
+    assert "1 of 2 texts have more than max_length = 6 tokens, and are cut" in caplog.text
+    embedding = LoadedEncoder(CONFIG, params_of(CONFIG), bytes_vocabulary)
+    np.testing.assert_allclose(embedding.embed(["abcd"], max_length=3), embedding.embed([[a, b, 1]]), atol=1e-5)
+    with pytest.raises(UserError, match="texts or rows of token ids"):
+        embedding.embed([("ab", "cd")])
 
 
 @pytest.mark.slow
@@ -164,8 +243,6 @@ def test_eight_devices_give_the_loss_of_one():
 def test_a_whole_t5_is_a_starting_point(tmp_path):
     params = params_of(tiny.CONFIG)
     saving.save_params(tmp_path / "t5", params, info=convert.info(tiny.CONFIG))
-    from t5x_lite import checkpoint
-
     abstract = convert.abstract_params(dataclasses.replace(CONFIG, embed_dim=0))
     heads = model_of(CONFIG).head_params
     restored = checkpoint.restore_params(tmp_path / "t5", abstract, left_out=heads)

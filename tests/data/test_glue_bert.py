@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -13,15 +14,17 @@ import tensorflow as tf
 
 import t5x_lite
 from t5x_lite import convert
-from t5x_lite.bert import BertConfig, classification
-from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
+from t5x_lite.bert import BertConfig
+from t5x_lite.bert.feature_converters import ClassifierFeatureConverter
 from t5x_lite.bert.wordpiece import WordPiece
 from t5x_lite.checkpoint import saving
 from t5x_lite.cli import main as run
 from t5x_lite.data import inspection, pipeline
+from t5x_lite.data.feature_converters import pair
+from t5x_lite.inference import classification
 from t5x_lite.training import step
 from t5x_lite.training.optim import adamw, constant, make_optimizer
-from tasks import bert, glue_bert, vocabulary
+from tasks import bert, glue_classes, vocabulary
 from tasks.vocabulary import WordPieceVocabulary
 
 
@@ -82,16 +85,24 @@ def test_what_is_too_long_is_cut_as_published(bytes_vocabulary):
         output_signature=dict.fromkeys(("first", "second"), tf.TensorSpec([None], tf.int32)),
     )
     for length in (5, 6, 9, 20):
-        made = list(glue_bert.pairs(given, {"inputs": length}, features).as_numpy_iterator())
+        made = list(glue_classes.pairs(given, {"inputs": length}, features).as_numpy_iterator())
         for (n, m), x in zip(examples, made, strict=True):
             first, second = cut_as_published(n, m, length - 3)
             assert x["inputs"].tolist() == [cls, *first, sep, *second, sep]
             assert x["segments"].tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
             for ours, theirs in zip(
-                pair(n.tolist(), m.tolist(), cls, sep, length), (x["inputs"], x["segments"]), strict=True
+                pair(n.tolist(), m.tolist(), [cls], sep, length), (x["inputs"], x["segments"]), strict=True
             ):
                 np.testing.assert_array_equal(ours, theirs)
-    single, _ = pair(range(10, 20), None, cls, sep, 5)
+        plain = seqio.TaskRegistry.get("glue_rte_classes").output_features
+        for (n, m), x in zip(
+            examples, glue_classes.pairs(given, {"inputs": length}, plain).as_numpy_iterator(), strict=True
+        ):
+            first, second = cut_as_published(n, m, length - 2)
+            assert x["inputs"].tolist() == [*first, 1, *second, 1]
+            assert x["inputs"].tolist() == pair(n.tolist(), m.tolist(), [], 1, length)[0].tolist()
+            assert "segments" not in x
+    single, _ = pair(range(10, 20), None, [cls], sep, 5)
     assert single.tolist() == [cls, 10, 11, 12, sep]
 
 
@@ -112,12 +123,13 @@ def test_every_task_of_glue_has_its_classes_and_metrics():
     )
     for name in names:
         count = {"stsb": 1, "mnli": 3, "mnli_matched": 3, "mnli_mismatched": 3, "ax": 3}.get(name, 2)
-        task, text = (seqio.TaskRegistry.get(f"glue_{name}_{form}") for form in ("bert", "v002"))
+        bert_task, task, text = (seqio.TaskRegistry.get(f"glue_{name}_{form}") for form in ("bert", "classes", "v002"))
         label = task.output_features["label"]
+        assert label == bert_task.output_features["label"]
         assert label.vocabulary.vocab_size == count
         assert label.dtype == (tf.float32 if name == "stsb" else tf.int32)
-        assert task.metric_fns == text.metric_fns
-        assert task.source is text.source
+        assert task.metric_fns == bert_task.metric_fns == text.metric_fns
+        assert task.source is bert_task.source is text.source
 
 
 def test_a_model_with_another_number_of_classes_is_refused():
@@ -416,12 +428,47 @@ def test_a_pretrained_encoder_is_fine_tuned_evaluated_and_asked(command):
     assert "num_labels=2" in said
 
 
+@pytest.mark.slow
+def test_the_encoder_of_a_t5_learns_classes(command):
+    """With and without the decoder of T5ForSequenceClassification, which comes back from Hugging Face's format."""
+    sizes = {"d_model": 24, "d_ff": 40, "num_heads": 3, "head_dim": 8, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    sizes |= {"vocab_size": 384, "relative_buckets": 8, "relative_max_distance": 16}
+    body = GIN.replace("_bert", "_classes").replace("Run.model = @BertConfig()\n", "")
+    encoder = "include 'models/t5_encoder.gin'\n" + body + "".join(f"T5Config.{k} = {v}\n" for k, v in sizes.items())
+    whole = sizes | {"head": "'classify'", "num_labels": 2}
+    decoder = body + "Run.model = @T5EncoderConfig()\nMODEL_DIR = 'whole'\n"
+    decoder += "".join(f"T5EncoderConfig.{k} = {v}\n" for k, v in whole.items())
+    initial, ask = "--gin.INITIAL_CHECKPOINT_PATH=None", ("--mode=infer", "--gin.INFER_INPUT='ask.jsonl'")
+    pathlib.Path("ask.jsonl").write_text(json.dumps({"sentence1": "aaa", "sentence2": "zzz"}) + '\n{"inputs": "aaa"}\n')
+    for gin, folder in ((encoder, "tuned"), (decoder, "whole")):
+        pathlib.Path("mine.gin").write_text(gin)
+        assert "--mode=infer" in command(initial)
+        (scores,) = records(folder, "validation")
+        assert scores["accuracy"] == pytest.approx(100 * scores["classify_accuracy"])
+        predicted = jsonl(f"{folder}/predictions/glue_rte_classes-6.jsonl")
+        assert len(predicted) == 40
+        model = t5x_lite.load(folder)
+        assert model.config.labels == ("entailment", "not_entailment")
+        texts = [tuple(row["inputs"].split(" </s> ")) for row in predicted]
+        assert model.predict(texts) == [row["prediction"] for row in predicted]
+        command(initial, *ask, f"--gin.INFER_OUTPUT='{folder}.jsonl'")
+        pair_row, single = jsonl(f"{folder}.jsonl")
+        assert pair_row["inputs"] == "aaa </s> zzz" and single["inputs"] == "aaa"
+        assert pair_row["prediction"] == model.predict([("aaa", "zzz")])[0]
+    convert.convert("whole", "hub", "huggingface")
+    assert t5x_lite.load("hub").predict(texts) == [row["prediction"] for row in predicted]
+    said = command(initial, "--gin.MIXTURE_OR_TASK_NAME='glue_mnli_classes'", "--gin.MODEL_DIR='mnli'", code=2)
+    assert "3 classes" in said
+    said = command(initial, "--mode=inspect")
+    assert re.search(r"label [01]\n  first:  (aaa|zzz)\n  second: (aaa|zzz)\n", said)
+
+
 def _tokens(predicted):
     vocab = vocabulary.default_vocabulary()
     ids = bert.special(vocab)
     for row in predicted:
         first, second = (vocab.encode(text) for text in row["inputs"].split(" [SEP] "))
-        inputs, segments = pair(first, second, ids.cls, ids.sep, 16)
+        inputs, segments = pair(first, second, [ids.cls], ids.sep, 16)
         yield {"inputs": np.pad(inputs, (0, 16 - len(inputs))), "segments": np.pad(segments, (0, 16 - len(segments)))}
 
 

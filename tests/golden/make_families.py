@@ -63,10 +63,19 @@ MODELS = {
     "umt5": {"seed": 19, "kind": "umt5", "head": True},
     "umt5_tied": {"seed": 149, "kind": "umt5", "num_layers": 1},
 }
+# With a head for classes, T5ForSequenceClassification: its values.npz has inputs and logits of the classes.
+CLASSIFIERS = {
+    "t5_classes": {**T5, "num_labels": 3},
+    "umt5_classes": {"seed": 19, "kind": "umt5", "num_labels": 1, "id2label": {"0": "similarity"}},
+}
 CLASSES = {
     "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
     "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
     "umt5": (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration),
+}
+CLASSIFIER_CLASSES = {
+    "t5": transformers.T5ForSequenceClassification,
+    "umt5": transformers.UMT5ForSequenceClassification,
 }
 
 
@@ -95,6 +104,26 @@ def make(folder, seed, kind="t5", head=False, dtype=torch.float32, shards="1GB",
         file = folder / "config.json"
         text = file.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
         file.write_text(text)
+
+
+def make_classifier(folder, seed, kind="t5", **config):
+    """Write a random model with a head for classes to `folder`, and return it."""
+    torch.manual_seed(seed)
+    model = CLASSIFIER_CLASSES[kind](CLASSES[kind][0](**SIZES | config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.5 if "classification_head" in name or "shared" in name else 0.25)
+            if "layer_norm" in name:
+                parameter.copy_(torch.exp(parameter))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def classes_of(model, encoder):
+    """Return logits of the classes, row by row: transformers wants equally many end tokens in all rows of a batch."""
+    rows = [torch.tensor(row[row != 0])[None].long() for row in encoder]
+    with torch.no_grad():
+        return np.concatenate([model(row).logits.numpy() for row in rows])
 
 
 def load(folder):
@@ -183,6 +212,13 @@ def back(folder):
         model = load(folder / name)  # asserts that nothing is missing or unexpected
         got = logits_of(model, golden["encoder_input_tokens"], golden["decoder_input_tokens"])
         print(f"{name}: nothing missing or unexpected, logits differ by {np.abs(got - golden['logits']).max():.2g}")
+    for name, config in CLASSIFIERS.items():
+        golden = np.load(FOLDER / name / "values.npz")
+        kind = CLASSIFIER_CLASSES[config.get("kind", "t5")]
+        model, report = kind.from_pretrained(folder / name, output_loading_info=True)
+        assert not any(report.values()), report
+        got = classes_of(model.eval(), golden["encoder_input_tokens"])
+        print(f"{name}: nothing missing or unexpected, logits differ by {np.abs(got - golden['logits']).max():.2g}")
 
 
 def main():
@@ -202,6 +238,13 @@ def main():
         np.savez_compressed(folder / "values.npz", **arrays)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{name}: {size} bytes, logits up to {np.abs(arrays['logits']).max():.1f}")
+    for name, config in CLASSIFIERS.items():
+        model = make_classifier(FOLDER / name, **config)
+        encoder, _ = inputs(SIZES["vocab_size"], np.random.default_rng(config["seed"]))
+        encoder[0, 4] = 1  # a pair: first </s> second </s>
+        arrays = {"encoder_input_tokens": encoder, "logits": classes_of(model, encoder)}
+        np.savez_compressed(FOLDER / name / "values.npz", **arrays)
+        print(f"{name}: logits {arrays['logits'].round(2).tolist()}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Classification of texts and text pairs: task metrics, and predictions for tasks and files of any size.
 
-This is the counterpart of inference/evaluator.py and batch_prediction.py for an encoder with a classification head. The
-model is passed as a function on numpy batches with a fixed number of rows. This module handles SeqIO and text; it must
-not depend on the model or on where it runs. Every process goes through all examples with the same calls; only the
-process that is given a path writes.
+This is the counterpart of evaluator.py and batch_prediction.py for a model with a head for classes. The model is passed
+as a function on numpy batches with a fixed number of rows. This module handles SeqIO and text; it must not depend on
+the model or on where it runs. Every process goes through all examples with the same calls; only the process that is
+given a path writes.
 """
 
 import logging
@@ -16,19 +16,22 @@ import scipy.special
 import seqio
 from etils import epath
 
-from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, pair
 from t5x_lite.data import packing, pipeline
+from t5x_lite.data.feature_converters import ClassifierFeatureConverter
 from t5x_lite.errors import UserError
 from t5x_lite.inference import batch_prediction
 from t5x_lite.inference.batch_prediction import Example, Source
 from t5x_lite.inference.evaluator import text_of
 from t5x_lite.inference.jsonl import write_whole
-from tasks import bert, readers
+from tasks import readers
 
 logger = logging.getLogger(__name__)
 
-# {"inputs": [B, S], "segments": [B, S]} -> logits of the classes [B, N], float32; [B, 1] for regression.
+# {"inputs": [B, S]}, and "segments" if the task has them -> logits of the classes [B, N], float32; B numbers in
+# regression, [B, 1].
 Classify = Callable[[pipeline.Batch], Any]
+# (tokens of a text, those of a second one or None, S) -> row of at most S tokens, and its segments if there are any.
+MakeRow = Callable[[list[int], list[int] | None, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 class Answer(NamedTuple):
@@ -102,10 +105,10 @@ def answered(
     classify: Classify, group: Sequence[Example], width: int, rows: int, label: seqio.utils.Feature
 ) -> list[Answer]:
     """Classify at most `rows` examples, none longer than `width`."""
-    batch = {
-        "inputs": batch_prediction.padded([example.input_tokens for example in group], width, rows),
-        "segments": batch_prediction.padded([np.asarray(example.segments) for example in group], width, rows),
-    }
+    batch = {"inputs": batch_prediction.padded([example.input_tokens for example in group], width, rows)}
+    segments = [example.segments for example in group if example.segments is not None]
+    if segments:
+        batch["segments"] = batch_prediction.padded(segments, width, rows)
     logits_BN = np.asarray(classify(batch), np.float32)
     if logits_BN.shape != (rows, label.vocabulary.vocab_size):
         raise UserError(
@@ -139,17 +142,24 @@ def task_source(task_name: str, lengths: Mapping[str, int], **options: Any) -> S
 def _labelled(where: str, row: Mapping[str, Any], features: Mapping[str, seqio.utils.Feature]) -> Example:
     text = text_of(row, "inputs", features["inputs"])
     label = word(features["label"], row["label"].item())
-    return Example(where, text, label, row["inputs"], row["label"], row["segments"])
+    return Example(where, text, label, row["inputs"], row["label"], row.get("segments"))
 
 
 def file_source(
-    path: str, vocabulary: seqio.Vocabulary, lengths: Mapping[str, int], num_examples: int | None = None
+    path: str,
+    vocabulary: seqio.Vocabulary,
+    lengths: Mapping[str, int],
+    make_row: MakeRow,
+    between: str,
+    num_examples: int | None = None,
 ) -> Source:
     """Return one example per row or line: "inputs", or "sentence1" and "sentence2", or the line of a text file.
 
     "targets", if given, are copied to the results. For the rest see batch_prediction.file_source.
+
+    Args:
+      between: stands between two texts in the results.
     """
-    ids = bert.special(vocabulary)
 
     def columns(row: Mapping[str, Any]) -> tuple[str, ...]:
         return ("inputs",) if "inputs" in row else ("sentence1", "sentence2")
@@ -162,8 +172,8 @@ def file_source(
     def example(where: str, row: Mapping[str, Any]) -> Example:
         given = [row[name] for name in columns(row)]
         first, *rest = (list(vocabulary.encode(text)) for text in given)
-        tokens, segments = pair(first, rest[0] if rest else None, ids.cls, ids.sep, lengths["inputs"])
-        return Example(where, " [SEP] ".join(given), row.get("targets"), tokens, None, segments)
+        tokens, segments = make_row(first, rest[0] if rest else None, lengths["inputs"])
+        return Example(where, f" {between} ".join(given), row.get("targets"), tokens, None, segments)
 
     return batch_prediction.lines_source(path, texts, example, lengths, num_examples)
 

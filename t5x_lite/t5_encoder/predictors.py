@@ -1,4 +1,4 @@
-"""Embeddings of texts for tasks and files of any size, and how well they find the right answers."""
+"""Embeddings and classes of texts for tasks and files of any size, and how well embeddings find the right answers."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,10 +10,13 @@ import jax
 import numpy as np
 from etils import epath
 
+from t5x_lite.data.feature_converters import pair
 from t5x_lite.errors import UserError
+from t5x_lite.inference import class_predictor
+from t5x_lite.inference.decode import END
 from t5x_lite.inference.predictor import Mode, Predictor, Scores
 from t5x_lite.t5_encoder import T5EncoderConfig, network
-from t5x_lite.t5_encoder.pretrained import embedded
+from t5x_lite.t5_encoder.pretrained import outputs
 from t5x_lite.t5_encoder.retrieval import retrieved
 from t5x_lite.training.partitioner import Partitioner
 
@@ -66,8 +69,8 @@ class EmbeddingPredictor(Predictor):
         return evaluate
 
     def _embedded(self, params: Any, rows: Sequence[Any], length: int, batch_size: int) -> np.ndarray:
-        embed = partial(self.embed, params)
-        return embedded(embed, rows, self._config, batch_size=batch_size, max_length=length)
+        size = self._config.embed_dim or self._config.d_model
+        return outputs(partial(self.embed, params), rows, size, batch_size, length)
 
     def task_source(self, task_name: str, lengths: Mapping[str, int], **options: Any) -> Any:
         from t5x_lite.inference import batch_prediction
@@ -109,4 +112,18 @@ class EmbeddingPredictor(Predictor):
 
 
 def _embed(params: Any, tokens_BS: jax.Array, *, config: T5EncoderConfig) -> jax.Array:
-    return network.embeddings(config, params, tokens_BS)
+    return network.forward(config, params, tokens_BS)
+
+
+class ClassPredictor(class_predictor.ClassPredictor):
+    between = "</s>"
+
+    @staticmethod
+    def logits(params: Any, rows: Mapping[str, jax.Array], *, config: T5EncoderConfig) -> jax.Array:
+        return network.forward(config, params, rows["inputs"])
+
+    @staticmethod
+    def make_row(
+        vocabulary: Any, first: Sequence[int], second: Sequence[int] | None, length: int
+    ) -> tuple[np.ndarray, None]:
+        return pair(first, second, [], END, length)[0], None
