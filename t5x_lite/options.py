@@ -13,7 +13,7 @@ from typing import Any, Literal
 from t5x_lite import sharding_rules
 from t5x_lite.inference.decode_config import Decoding, Method
 from t5x_lite.model import families
-from t5x_lite.model.config import Dtype, Implementation, Remat, T5Config
+from t5x_lite.model.config import Dtype, Implementation, Remat, StoredDtype, T5Config
 from t5x_lite.training.loss_config import LossConfig, NamedFactor
 
 Names = str | list[str]
@@ -279,9 +279,10 @@ class OptimizerOptions:
         "parameter's name decides; or @gradual_unfreezing(). See adapt/*.gin",
         sets=("make_optimizer.trainable",),
     )
-    frozen_dtype: Dtype = option(
+    frozen_dtype: StoredDtype = option(
         "float32",
-        'dtype in which parameters that do not train are stored: in "bfloat16" they take half of the memory',
+        'dtype in which parameters that do not train are stored, in --mode=infer, score and eval all: "bfloat16" takes '
+        'half of the memory, "int8" a quarter (kernels; the others in bfloat16)',
         sets=("make_optimizer.frozen_dtype",),
     )
     z_loss: float = option(LossConfig.z_loss, "coefficient of log(Z)^2 in the loss", sets=("LossConfig.z_loss",))

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import traverse_util
 
 from t5x_lite import sharding
 from t5x_lite.data import packing
+from t5x_lite.model import quantization
 from t5x_lite.model.config import ModelConfig, T5Config
 from t5x_lite.training import optim, step
 
@@ -84,14 +86,18 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
 
 
 def _random(abstract_params: Any, seed: int) -> Any:
-    def values(path: Any, leaf: Any) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def values(name: str, leaf: Any) -> jax.Array:
         x = np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=leaf.shape)
         x = x / (leaf.shape[-2] ** 0.5 if name.endswith("kernel") else 1.0)
         x = 1.0 + 0.1 * x if name.endswith("scale") else x
         return jax.device_put(x.astype(leaf.dtype), leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(values, abstract_params)
+    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
+    made: dict[str, Any] = {}
+    for name, leaf in quantization.plain(leaves).items():
+        array = values(name, leaf)
+        made |= {name: array} if name in leaves else quantization.placed(name, array, abstract_params)
+    return traverse_util.unflatten_dict(made, sep="/")
 
 
 @functools.cache

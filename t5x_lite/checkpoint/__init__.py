@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from t5x_lite.checkpoint import checksums
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
+from t5x_lite.model import quantization
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +129,17 @@ def restore_params(
     if abstract_params is None:
         leaves = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, (_, leaf) in saved.items()}
         return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
-    leaves = flat(abstract_params)
+    leaves = quantization.plain(flat(abstract_params))
     new = {k: v for k, v in (fresh or {}).items() if k not in saved}
     required = {k: v for k, v in leaves.items() if k not in new}
     check(folder, "params", required, info or {}, same_dtype=False, saved={k: leaf for k, (_, leaf) in saved.items()})
     if new:
         log.info("%d parameters missing in %s keep their initial values: %s", len(new), folder, ", ".join(sorted(new)))
-    return like(abstract_params, traverse_util.unflatten_dict(_read(leaves, origins) | new, sep="/"))
+    in_int8 = [name for name in leaves if name not in new and name not in flat(abstract_params)]
+    params = _read({name: leaf for name, leaf in leaves.items() if name not in in_int8}, origins) | new
+    for name in in_int8:  # one by one, as each takes four times its memory until it is stored
+        params |= quantization.placed(name, _read({name: leaves[name]}, {name: origins[name]})[name], abstract_params)
+    return like(abstract_params, traverse_util.unflatten_dict(params, sep="/"))
 
 
 def _raise_if_damaged(folder: epath.Path) -> None:

@@ -38,6 +38,7 @@ from t5x_lite.checkpoint.commit_barrier import CommitBarrier, on_all_hosts
 from t5x_lite.checkpoint.data_state import DataIterator, DataPositionRestore, DataPositionSave
 from t5x_lite.checkpoint.retention import KeepLastAndBest
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
+from t5x_lite.model import quantization
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class Checkpointer:
         if step not in self._manager.all_steps():
             raise MissingFileError(f"No checkpoint of step {step} in {self.directory}: it has {self.all_steps()}.")
         wanted = {
-            "params": checkpoint.flat(abstract_state.params),
+            "params": quantization.plain(checkpoint.flat(abstract_state.params)),
             "optimizer": checkpoint.flat(_optimizer_part(abstract_state)),
         }
         for part, leaves in wanted.items():

@@ -14,7 +14,7 @@ from t5x_lite.storage import MirroredDirectory
 def evaluate(run: RunConfig) -> None:
     """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
     _, at_step, restore = task_setup.checkpoint_to_read(run)
-    partitioner = task_setup.partitioner(run)
+    partitioner = task_setup.partitioner(run, trains=False)
     name = task_setup.register_tasks(run)
     folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE,))
     predictor = task_setup.predictor(run, partitioner)

@@ -28,7 +28,7 @@ def score(run: RunConfig) -> None:
 
 
 def _write_results(run: RunConfig, mode: Mode) -> None:
-    partitioner = task_setup.partitioner(run)
+    partitioner = task_setup.partitioner(run, trains=False)
     predictor = task_setup.predictor(run, partitioner)
     predictor.check(mode, has_task=bool(run.mixture_or_task_name))
     path, at_step, restore = task_setup.checkpoint_to_read(run)
@@ -74,6 +74,7 @@ def _provenance(run: RunConfig, path: str, features: Mapping[str, Any]) -> dict[
         "checkpoint": path,
         "checkpoint_saved_ns": saved,
         "model": str(run.model),
+        **({"frozen_dtype": dtype} if (dtype := run.optimizer.frozen_dtype) != "float32" else {}),
         "vocabulary": {
             name: [
                 type(feature.vocabulary).__name__,

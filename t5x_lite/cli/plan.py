@@ -77,7 +77,7 @@ def decode_memory(run: RunConfig, place: "Topology") -> "Memory":
     """Returns the memory that each device needs to predict for a batch of EVAL_BATCH_SIZE rows."""
     from t5x_lite import plan as planning
 
-    predictor = task_setup.predictor(run, task_setup.partitioner(run, place.devices))
+    predictor = task_setup.predictor(run, task_setup.partitioner(run, place.devices, trains=False))
     return planning.compile_within(predictor.lower(run.eval_batch_size, run.task_feature_lengths), place)[0]
 
 

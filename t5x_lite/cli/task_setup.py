@@ -70,11 +70,11 @@ def with_labels(run: RunConfig, name: str) -> RunConfig:
     return dataclasses.replace(run, model=run.model.for_task(name, pipeline.find_provider(name).output_features))
 
 
-def partitioner(run: RunConfig, devices: Sequence[Any] | None = None) -> Partitioner:
+def partitioner(run: RunConfig, devices: Sequence[Any] | None = None, *, trains: bool = True) -> Partitioner:
     """Creates the run's Partitioner; `devices` are those of a plan, None means all devices."""
     return Partitioner(
         run.model,
-        run.optimizer,
+        run.optimizer if trains else run.optimizer.without_training(),
         mesh=run.mesh,
         rules=run.logical_axis_rules,
         batch_rows={

@@ -23,6 +23,7 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.cli import run_lock, task_setup
 from t5x_lite.errors import UserError, UserFileError
 from t5x_lite.metrics import metric_logger, wandb_run
+from t5x_lite.model import quantization
 from t5x_lite.model.config import ADAPTER_PARAMS
 from t5x_lite.model.families import model_of
 from t5x_lite.run_config import RunConfig, last_step
@@ -227,7 +228,8 @@ def _checkpointer(
     run: RunConfig, start: checkpoint.Start, partitioner: Partitioner, before_commit: Callable[[], None]
 ) -> saving.Checkpointer:
     info: dict[str, Any] = convert.info(run.model)
-    trained, frozen = map(checkpoint.flat, run.optimizer.trainable.partition(partitioner.abstract.params))
+    trained, stored_frozen = map(checkpoint.flat, run.optimizer.trainable.partition(partitioner.abstract.params))
+    frozen = quantization.plain(stored_frozen)
     base = None
     stored = checkpoint.parameter_names(start.path) if frozen and start.path is not None else set()
     unused = stored - frozen.keys() - trained.keys()
@@ -240,6 +242,11 @@ def _checkpointer(
             in_step = os.path.join(checkpoint.checkpoints_folder(run.model_dir), "step")
             base |= {"unused": sorted(unused)} if unused else {}
             base |= {} if "://" in base["path"] else {"relative": os.path.relpath(base["path"], in_step)}
+    if not base and frozen.keys() != stored_frozen.keys():
+        raise UserError(
+            "FROZEN_DTYPE = 'int8' is for parameters that stay in INITIAL_CHECKPOINT_PATH; "
+            + (f"{start.path} lacks {min(frozen.keys() - stored)}" if start.path else "it is not set")
+        )
     if base:
         info["base"] = base
         log.info("Checkpoints hold what is trained; the other parameters stay in %s.", base["path"])

@@ -29,8 +29,8 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.convert import hub, huggingface, peft, t5x, tensors, tokenizer
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
-from t5x_lite.model import families
-from t5x_lite.model.config import ModelConfig
+from t5x_lite.model import families, quantization
+from t5x_lite.model.config import ModelConfig, StoredDtype
 from t5x_lite.training import step
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,13 @@ def read(
     path: str | Path,
     mesh: sharding.AnyMesh | None = None,
     rules: sharding.Rules = sharding.RULES,
+    params_dtype: StoredDtype = "float32",
     **changes: Any,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the config and the parameters, on the mesh, of a checkpoint in any supported format.
 
     Args:
+      params_dtype: how the parameters are stored (quantization.py).
       changes: values for config fields that do not affect parameters, such as dtype.
 
     Raises:
@@ -74,13 +76,17 @@ def read(
       UserError: a tensor is unknown, missing or of the wrong shape, or the model type is unknown.
     """
     path = Path(path).expanduser()
+
+    def abstract(config: ModelConfig) -> dict[str, Any]:
+        return quantization.stored(abstract_params(config, mesh, rules), params_dtype)
+
     if peft.is_adapter(path):
         source = peft.read(path)
     elif (path / "config.json").exists():
         source = huggingface.read(path)
     elif checkpoint.find_checkpoint(path) is not None:
         config = dataclasses.replace(_own_config(path), **changes)
-        return config, checkpoint.restore_params(path, abstract_params(config, mesh, rules))
+        return config, checkpoint.restore_params(path, abstract(config))
     elif path.exists() and tensors.is_t5x(path):
         source = t5x.read(path)
     else:
@@ -91,7 +97,7 @@ def read(
             f"{content or 'an empty folder'}"
         )
     config = dataclasses.replace(source.config, **changes)
-    return config, _placed(_claim(path, source), abstract_params(config, mesh, rules))
+    return config, _placed(_claim(path, source), abstract(config))
 
 
 def info(config: ModelConfig) -> dict[str, Any]:
@@ -122,8 +128,9 @@ Parts = Mapping[str, list[Tensor]]
 
 def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Read the parameters one by one onto their devices; only the shards of this host are read."""
-    placed = {}
-    for name, leaf in tensors.flat(abstract).items():
+    placed: dict[str, Any] = {}
+    leaves = tensors.flat(abstract)
+    for name, leaf in quantization.plain(leaves).items():
         layers = parts[name]
 
         def part(index: Any, layers: list[Tensor] = layers, leaf: Any = leaf) -> np.ndarray:
@@ -136,7 +143,8 @@ def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
                 stack[row] = layers[layer].read(index[1:])
             return stack
 
-        placed[name] = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, part))
+        array = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, part))
+        placed |= {name: array} if name in leaves else quantization.placed(name, array, abstract)
     return traverse_util.unflatten_dict(placed, sep="/")
 
 

@@ -23,7 +23,7 @@ from t5x_lite.data import packing
 from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
 from t5x_lite.model import families
-from t5x_lite.model.config import Dtype
+from t5x_lite.model.config import Dtype, StoredDtype
 from t5x_lite.model.t5 import T5, T5Config
 
 Texts = Sequence[str]
@@ -206,24 +206,30 @@ def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
 
 
 def load(
-    path: str | Path, dtype: Dtype = "float32", mesh: sharding.AnyMesh | None = None, base: str | Path | None = None
+    path: str | Path,
+    dtype: Dtype = "float32",
+    mesh: sharding.AnyMesh | None = None,
+    base: str | Path | None = None,
+    params_dtype: StoredDtype = "float32",
 ) -> Any:
     """Load a model: a Hugging Face directory or name (T5, BERT), a MODEL_DIR or one of its checkpoints, or T5X's.
 
     Returns a LoadedModel, a `bert.pretrained.LoadedBert` for BERT, or a `t5_encoder.pretrained.LoadedEncoder`.
 
     Args:
-      dtype: dtype of activations; parameters, softmax and logits are float32.
+      dtype: dtype of activations; softmax and logits are float32.
       mesh: the mesh to shard parameters over, by the default rules (None: the first device). The number of rows in a
         batch must divide over data and fsdp.
       base: where the checkpoint is now that a run started from, if the run saved its trained parameters alone.
+      params_dtype: how parameters are stored: "bfloat16" takes half of the memory, "int8" a quarter (kernels, with one
+        scale for each output; the others in bfloat16).
 
     Raises:
       FileNotFoundError, ValueError: see `convert.read`.
     """
     folder = hub.located(path)
     with checkpoint.base_at(base):
-        config, params = convert.read(folder, mesh, dtype=dtype)
+        config, params = convert.read(folder, mesh, params_dtype=params_dtype, dtype=dtype)
     return families.model_of(config).pretrained(params, folder, mesh)
 
 

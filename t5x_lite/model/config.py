@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
 
 Dtype = Literal["float32", "bfloat16"]
+StoredDtype = Literal["float32", "bfloat16", "int8"]
 Remat = Literal["none", "minimal", "full"]
 Implementation = Literal["batch", "rows", "flash", "cudnn"]
 RelativeBias = Literal["shared", "per_layer"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite.model import remat
+from t5x_lite.model import quantization, remat
 from t5x_lite.sharding import constrain
 
 Initializer = Callable[..., Array]
@@ -83,6 +83,7 @@ class Dense(nn.Module):
     """A matrix product, with a bias if `use_bias`. `axes` are the logical names of the kernel's input and output axes.
 
     Operands are cast to `dtype`; the result is `output_dtype` (default: `dtype`), accumulated at least as precisely.
+    The kernel may be stored in int8 (quantization.py).
     """
 
     features: int
@@ -94,9 +95,14 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        kernel_init = named_axes(self.kernel_init, *self.axes)
-        kernel_IO = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = remat.keep(project(x.astype(self.dtype), kernel_IO, self.output_dtype or self.dtype))
+        output_dtype, stored = self.output_dtype or self.dtype, self.get_variable("params", "kernel")
+        if quantization.is_quantized(stored):
+            y = remat.keep(project(x.astype(self.dtype), stored["int8"].astype(self.dtype), output_dtype))
+            y *= stored["scale"].astype(output_dtype)
+        else:
+            kernel_init = named_axes(self.kernel_init, *self.axes)
+            kernel_IO = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
+            y = remat.keep(project(x.astype(self.dtype), kernel_IO, output_dtype))
         if not self.use_bias:
             return y
         bias_O = self.param("bias", named_axes(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)

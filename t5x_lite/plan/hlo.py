@@ -197,8 +197,9 @@ class Program:
         for user in inner.values():
             if parameter not in user.operands or user.opcode == "tuple" or user.opcode in KINDS:
                 continue
-            if user.opcode == "bitcast":
-                total += self._read(inner, user.name)
+            if self._passes(user, parameter):  # of which a fusion computes only what it needs
+                needed = float("inf") if user.root else self._read(inner, user.name)
+                total += needed * _bytes(inner[parameter].shape) / _bytes(user.shape)
             elif user.opcode == "fusion":
                 nested = self.computations[_callees(user.attributes)[0]]
                 total += self._read(nested, _parameters(nested)[user.operands.index(parameter)])
@@ -207,6 +208,16 @@ class Program:
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter:
                 return float("inf")
         return total
+
+    def _passes(self, i: Instruction, operand: str) -> bool:
+        """Return whether an instruction within a fusion only changes layout or dtype of this operand."""
+        if i.opcode != "fusion":
+            return i.opcode in ("bitcast", "convert", "copy")
+        nested = self.computations[_callees(i.attributes)[0]]
+        name, end = _parameters(nested)[i.operands.index(operand)], next(p for p in nested.values() if p.root)
+        while end.name != name and end.operands and self._passes(end, end.operands[0]):
+            end = nested[end.operands[0]]
+        return end.name == name
 
     def _written(self, inner: Computation, part: Instruction) -> float:
         """Return an upper bound of the bytes written of a fusion's result; 0 for a parameter that is passed through."""

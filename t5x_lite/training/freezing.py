@@ -17,6 +17,7 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float
 
 from t5x_lite.errors import UserError
+from t5x_lite.model import quantization
 
 Rules = Sequence[tuple[str, bool]]
 
@@ -27,7 +28,7 @@ class ParameterFilter:
 
     Attributes:
       rules: pairs (regular expression, whether matching parameters train). The first that matches a name (re.search)
-        decides; a parameter without a match is frozen. None means that all parameters train.
+        decides; a parameter without a match is frozen. None means that all parameters train, () that none does.
       layers: (step, L) -> bool [L], the layers of a stack of L that train in the step after `step` updates; None means
         all layers in all steps. One compiled program serves all steps: a frozen layer keeps its parameters, but its
         gradient is computed and updates the optimizer's moments. Its first updates are therefore of normal size.
@@ -52,11 +53,11 @@ class ParameterFilter:
             return params, {}
         leaves = traverse_util.flatten_dict(params, sep="/")
         for pattern, _ in self.rules:
-            if not any(re.search(pattern, name) for name in leaves):
+            if not any(re.search(pattern, quantization.plain_name(name)) for name in leaves):
                 nearest = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or sorted(leaves)[:3]
                 raise UserError(f"TRAINABLE: {pattern!r} matches no parameter's name; nearest: {', '.join(nearest)}")
         trained = {name: leaf for name, leaf in leaves.items() if self._trains(name)}
-        if not trained:
+        if not trained and self.rules:
             raise UserError(
                 f"TRAINABLE = {self.rules!r} trains nothing: parameters that match no rule are frozen, so end with "
                 f"('', True) to train the rest, such as {', '.join(sorted(leaves)[:3])}"
@@ -65,6 +66,7 @@ class ParameterFilter:
         return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(frozen, sep="/")
 
     def _trains(self, name: str) -> bool:
+        name = quantization.plain_name(name)
         return next((trains for pattern, trains in self.rules or () if re.search(pattern, name)), False)
 
     def apply_mask(self, step: Any, new: Any, old: Any) -> Any:
@@ -95,7 +97,7 @@ class ParameterFilter:
         return jnp.asarray(sum(parts), jnp.float32)
 
 
-ALL_PARAMETERS = ParameterFilter()
+ALL_PARAMETERS, NO_PARAMETERS = ParameterFilter(), ParameterFilter(())
 
 
 def combine(trained: Any, frozen: Any) -> Any:

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from t5x_lite.errors import UserError
-from t5x_lite.model.config import Dtype
-from t5x_lite.training.freezing import ALL_PARAMETERS, ParameterFilter, Rules, combine, is_layer_stack
+from t5x_lite.model import quantization
+from t5x_lite.model.config import StoredDtype
+from t5x_lite.training.freezing import ALL_PARAMETERS, NO_PARAMETERS, ParameterFilter, Rules, combine, is_layer_stack
 
 Schedule = Callable[[Any], Float[Array, ""]]
 
@@ -45,12 +46,25 @@ class Optimizer:
     transform: GradientTransformation
     schedule: Schedule
     trainable: ParameterFilter = ALL_PARAMETERS
-    frozen_dtype: Dtype = "float32"
+    frozen_dtype: StoredDtype = "float32"
 
     def stored(self, params: Any) -> Any:
-        """Return the parameters with the frozen ones in their dtype."""
+        """Return the parameters, arrays or shapes, with the frozen ones as they are stored in their dtype."""
+        if self.frozen_dtype == "float32":
+            return params
+        if self.trainable.rules is None:
+            raise UserError(
+                f"FROZEN_DTYPE = {self.frozen_dtype!r}, but all parameters train (with gradual unfreezing, in the end) "
+                "in float32: say which do by the rules of TRAINABLE, as adapt/lora.gin does"
+            )
         trained, frozen = self.trainable.partition(params)
-        return combine(trained, jax.tree.map(lambda x: x.astype(self.frozen_dtype), frozen))
+        return combine(trained, quantization.stored(frozen, self.frozen_dtype))
+
+    def without_training(self) -> "Optimizer":
+        """Return the optimizer of a run that does not train: all parameters are frozen, unless rules say which."""
+        if self.trainable.rules is not None:
+            return self
+        return dataclasses.replace(self, transform=optax.identity(), trainable=NO_PARAMETERS)
 
 
 def make_optimizer(
@@ -58,24 +72,22 @@ def make_optimizer(
     schedule: Schedule,
     clip_norm: float | None = None,
     trainable: ParameterFilter | Rules | None = None,
-    frozen_dtype: Dtype = "float32",
+    frozen_dtype: StoredDtype = "float32",
 ) -> Optimizer:
     """Create an `Optimizer`. With `clip_norm`, gradients with a larger global norm are first scaled down to it.
 
     Args:
       trainable: the parameters that train, or rules for them; None means all.
       frozen_dtype: dtype in which the others are stored. In bfloat16 they take half of the memory; to a model that
-        computes in bfloat16 only the scales of norms and biases are not the same.
+        computes in bfloat16 only the scales of norms and biases are not the same. In int8 kernels take a quarter
+        (quantization.py), and the rest is in bfloat16.
     """
     if clip_norm is not None:
         _require(clip_norm > 0, "clip_norm must be > 0 or None", clip_norm)
         transform = optax.chain(optax.clip_by_global_norm(clip_norm), transform)
+    if isinstance(trainable, Sequence) and not trainable:
+        raise UserError("TRAINABLE = () trains nothing")
     chosen = trainable if isinstance(trainable, ParameterFilter) else ParameterFilter(trainable)
-    if frozen_dtype != "float32" and chosen.rules is None:
-        raise UserError(
-            f"FROZEN_DTYPE = {frozen_dtype!r}, but all parameters train (with gradual unfreezing, in the end), in "
-            "float32: say which do by the rules of TRAINABLE, as adapt/lora.gin does"
-        )
     return Optimizer(transform, schedule, chosen, frozen_dtype)
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite import sharding
+from t5x_lite.model import quantization
 from t5x_lite.model.config import ModelConfig
 from t5x_lite.model.families import model_of
 from t5x_lite.model.interface import Batch
@@ -63,8 +64,10 @@ def abstract_state(
 ) -> TrainState:
     """Return shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct` leaves)."""
     boxed, key = _boxed_params(config), jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key, params: _new_state(config, optimizer, key, params), key, nn.unbox(boxed))
-    return sharding.shard_state(state, boxed, mesh, rules)
+    in_float32 = dataclasses.replace(optimizer, frozen_dtype="float32")
+    state = jax.eval_shape(lambda key, params: _new_state(config, in_float32, key, params), key, nn.unbox(boxed))
+    state = sharding.shard_state(state, boxed, mesh, rules)
+    return dataclasses.replace(state, params=optimizer.stored(state.params))
 
 
 def init_state(
@@ -95,7 +98,8 @@ def init_params(
 
 
 def param_count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    leaves = quantization.plain(traverse_util.flatten_dict(params, sep="/"))
+    return sum(leaf.size for leaf in leaves.values())
 
 
 def _sums(
@@ -195,7 +199,7 @@ def train_step(
     metrics = mean_metrics | {
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), state.params)),
+        "param_norm": optax.tree.norm(quantization.values(state.params)),
         "target_tokens": target_tokens.astype(jnp.float32),
         "input_tokens": jnp.asarray(tokens - target_tokens, jnp.float32),
         "skipped": 1.0 - finite,

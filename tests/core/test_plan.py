@@ -240,6 +240,33 @@ def test_the_text_of_a_tpu_program_is_read():
     assert program.memory_traffic() == 4 * (3 * 5 * 4 + 3 * 4 + (2 * 4 + 1))
 
 
+def test_a_fusion_reads_the_part_that_it_converts():
+    text = """
+%of_layer (p: s8[24,8,4], i: s32[]) -> bf16[1,8,4] {
+  %p = s8[24,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %wide = bf16[24,8,4]{2,1,0} convert(%p)
+  ROOT %part = bf16[1,8,4]{2,1,0} dynamic-slice(%wide, %i, %zero, %zero), dynamic_slice_sizes={1,8,4}
+}
+
+%whole (q: s8[24,8,4]) -> bf16[24,8,4] {
+  %q = s8[24,8,4]{2,1,0} parameter(0)
+  ROOT %all = bf16[24,8,4]{2,1,0} convert(%q)
+}
+
+ENTRY %main (a: s8[24,8,4], n: s32[]) -> (bf16[1,8,4], bf16[24,8,4]) {
+  %a = s8[24,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %one = bf16[1,8,4]{2,1,0} fusion(%a, %n), kind=kLoop, calls=%of_layer
+  %every = bf16[24,8,4]{2,1,0} fusion(%a), kind=kLoop, calls=%whole
+  ROOT %both = (bf16[1,8,4]{2,1,0}, bf16[24,8,4]{2,1,0}) tuple(%one, %every)
+}
+"""
+    # A layer in int8, its number, and the layer in bfloat16; then all layers in int8 and bfloat16.
+    assert hlo.Program(text).memory_traffic() == (32 + 4 + 64) + 24 * (32 + 64)
+
+
 def test_what_a_tpu_program_sends_to_other_slices_counts_as_the_collective_that_it_was():
     sums = """ENTRY %main (a: f32[6,5]) -> f32[6,5] {
   %a = f32[6,5]{1,0} parameter(0)

@@ -160,7 +160,7 @@ def test_a_text_of_several_classes_is_refused(golden, tmp_path):
     folder = shutil.copytree(golden("families") / "t5_classes", tmp_path / "several")
     hub = json.loads((folder / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
     (folder / "config.json").write_text(json.dumps(hub))
-    with pytest.raises(UserError, match="config.json: problem_type is 'multi_label_classification'"):
+    with pytest.raises(UserError, match=r"config.json: problem_type is 'multi_label_classification'"):
         t5x_lite.load(folder)
 
 
