@@ -63,12 +63,14 @@ def read(
     mesh: sharding.AnyMesh | None = None,
     rules: sharding.Rules = sharding.RULES,
     params_dtype: StoredDtype = "float32",
+    keep_lora: bool = False,
     **changes: Any,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the config and the parameters, on the mesh, of a checkpoint in any supported format.
 
     Args:
       params_dtype: how the parameters are stored (quantization.py).
+      keep_lora: read a LoRA folder of PEFT as a model with LoRA, instead of with the updates in its weights.
       changes: values for config fields that do not affect parameters, such as dtype.
 
     Raises:
@@ -81,7 +83,7 @@ def read(
         return quantization.stored(abstract_params(config, mesh, rules), params_dtype)
 
     if peft.is_adapter(path):
-        source = peft.read(path)
+        source = peft.read(path, merged=not keep_lora)
     elif (path / "config.json").exists():
         source = huggingface.read(path)
     elif checkpoint.find_checkpoint(path) is not None:
@@ -235,15 +237,20 @@ def vocabulary(path: str | Path) -> tokenizer.AnyVocabulary | None:
     return next((vocabulary for vocabulary in vocabularies if vocabulary is not None), None)
 
 
-def convert(source: str | Path, dest: str | Path, to: Format, base: str | None = None) -> ModelConfig:
+def convert(
+    source: str | Path, dest: str | Path, to: Format, base: str | None = None, keep_lora: bool = False
+) -> ModelConfig:
     """Write the model in `source` to the folder `dest` and return its config.
 
     Args:
       base: the Hugging Face name or folder of the model that a PEFT folder belongs to; or the checkpoint that a run
         started from, if the run saved its trained parameters alone and its base has been moved.
+      keep_lora: with to="t5x_lite", keep the updates of a PEFT folder apart, to train on.
 
     Raises ExistingFileError if `dest` exists and is not empty, and the errors of `read`.
     """
+    if keep_lora and to != "t5x_lite":
+        raise UserError(f"--keep_lora is for --to=t5x_lite, not --to={to}")
     dest = Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
@@ -253,7 +260,7 @@ def convert(source: str | Path, dest: str | Path, to: Format, base: str | None =
         origin["step"] = step
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     with checkpoint.base_at(base):
-        config, params = read(source, host)
+        config, params = read(source, host, keep_lora=keep_lora)
     if to == "t5x_lite":
         saving.save_params(dest, params, info=info(config) | origin)
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")

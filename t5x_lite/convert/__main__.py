@@ -22,9 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="of --to=peft: Hugging Face name or folder of the model that LoRA was trained on; of the others: where "
         "the checkpoint is now that SOURCE started from, if SOURCE holds the trained parameters alone",
     )
+    parser.add_argument(
+        "--keep_lora",
+        action="store_true",
+        help="of --to=t5x_lite: keep the updates of a PEFT folder apart, as LoRA to train on, not in the weights",
+    )
     args = parser.parse_args(arguments)
     try:
-        config = convert.convert(args.source, args.dest, args.to, args.base)
+        config = convert.convert(args.source, args.dest, args.to, args.base, args.keep_lora)
     except (UserError, OSError) as error:
         print(f"t5x_lite.convert: {error}", file=sys.stderr)
         return 2

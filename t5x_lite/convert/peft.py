@@ -1,7 +1,7 @@
 """Read and write LoRA folders of the PEFT library: adapter_config.json and adapter_model.safetensors.
 
-A folder is read as the base model with its updates added to the weights: W + scale x B A. Names of tensors are those of
-the base with PEFT's prefix.
+A folder is read as the base model with its updates added to the weights: W + scale x B A; or as the base with LoRA of
+its own, whose B is scale x B, to train on. Names of tensors are those of the base with PEFT's prefix.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite.convert import hub, huggingface, tensors
+from t5x_lite.convert import hub, huggingface, huggingface_t5, tensors
 from t5x_lite.convert.tensors import Index, Source, Tensor
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.model import families
-from t5x_lite.model.config import ModelConfig
+from t5x_lite.model.config import LORA_TARGETS, ModelConfig, T5Config
 
 CONFIG, TENSORS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -52,8 +52,11 @@ def base_of(folder: Path) -> Path:
     return place
 
 
-def read(folder: Path) -> Source:
-    """Return the base model with the folder's updates in its weights.
+def read(folder: Path, merged: bool = True) -> Source:
+    """Return the base model with the folder's updates: in its weights, or apart, as LoRA.
+
+    Apart, all have the largest of the ranks, and kernels of the same kind have LoRA in all layers: what the folder
+    lacks is 0 in A and B, and stays so in training.
 
     Raises:
       UserError: a key of adapter_config.json has a value, or a tensor a place, that is not supported.
@@ -63,6 +66,7 @@ def read(folder: Path) -> Source:
         raise MissingFileError(f"{folder} has {CONFIG}, but no {TENSORS}")
     stored, source = tensors.read_safetensors(folder / TENSORS), huggingface.read(base)
     weights = dict(source.tensors)
+    updates: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by module: A, and B with its scale
     while stored:
         name = next(iter(stored))
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", name)
@@ -81,17 +85,56 @@ def read(folder: Path) -> Source:
                 f"{folder / TENSORS}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, the base's weight is "
                 f"{shapes[2]}"
             )
-        weights[f"{module}.weight"] = _updated(weight, np.asarray(a), np.asarray(b), _scale(config, module, a.shape[0]))
+        scale = _scale(config, module, a.shape[0])
+        updates[module] = np.asarray(a, np.float32), np.float32(scale) * np.asarray(b, np.float32)
+    if not merged:
+        return _apart(folder, dataclasses.replace(source, tensors=weights), updates)
+    for module, (a, b) in updates.items():
+        weights[f"{module}.weight"] = _updated(weights[f"{module}.weight"], a, b)
     return dataclasses.replace(source, tensors=weights)
 
 
-def _updated(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float) -> Tensor:
-    a, b = a.astype(np.float32), b.astype(np.float32)
-
+def _updated(weight: Tensor, a: np.ndarray, b: np.ndarray) -> Tensor:
     def part(index: Index) -> np.ndarray:
-        return weight.read(index).astype(np.float32) + scale * (b[index[0]] @ a[:, index[1]])
+        return weight.read(index).astype(np.float32) + b[index[0]] @ a[:, index[1]]
 
     return Tensor(weight.shape, part)
+
+
+def _apart(folder: Path, source: Source, updates: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Source:
+    """Return a model with LoRA of its own."""
+    if not isinstance(source.config, T5Config) or not updates:
+        raise UserError(f"{folder}: there is no LoRA of a T5 to keep apart: convert it with the updates in its weights")
+    rank, weights = max(a.shape[0] for a, _ in updates.values()), dict(source.tensors)
+    layers = {"encoder": source.config.num_encoder_layers, "decoder": source.config.num_decoder_layers}
+    modules_of = {}  # kernel -> target, modules
+    for name in huggingface_t5.NAMES:
+        if "/layers/" in name and name.endswith("/kernel") and source.name_of(name).format(0) in weights:
+            stack, kernel = name.split("/")[0], name.split("/")[-2]
+            modules = [source.name_of(name).format(i).removesuffix(".weight") for i in range(layers[stack])]
+            modules_of[name] = kernel.partition("_")[0], modules
+    targets = {target for target, modules in modules_of.values() if updates.keys() & set(modules)}
+    others = updates.keys() - {module for _, modules in modules_of.values() for module in modules}
+    if others:
+        raise UserError(f"{folder}: {min(others)} has no LoRA here: convert it with the updates in its weights")
+    for target, modules in modules_of.values():
+        for module in modules if target in targets else ():
+            outputs, inputs = weights[f"{module}.weight"].shape
+            a, b = updates.get(module, (np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)))
+            more = rank - a.shape[0]
+            weights[f"{module}.lora_A"] = tensors.in_memory(np.pad(a, ((0, more), (0, 0))))
+            weights[f"{module}.lora_B"] = tensors.in_memory(np.pad(b, ((0, 0), (0, more))))
+
+    def name_of(name: str) -> str:
+        match = re.fullmatch(r"(.+)_lora/([ab])/kernel", name)
+        if match is None:
+            return source.name_of(name)
+        return f"{source.name_of(f'{match[1]}/kernel').removesuffix('.weight')}.lora_{match[2].upper()}"
+
+    config = dataclasses.replace(
+        source.config, lora_rank=rank, lora_targets=tuple(x for x in LORA_TARGETS if x in targets)
+    )
+    return dataclasses.replace(source, config=config, tensors=weights, name_of=name_of)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -62,7 +62,9 @@ class T5Config(ModelConfig):
     prefix_lm: in a decoder-only model, all tokens of the inputs attend to one another (no causal mask among them).
     relative_bias: one table shared by all layers of a stack, or one per layer (UMT5).
     adapter_size: hidden units of the adapter after each MLP (`layers.Adapter`); 0 adds none.
-    lora_rank: rank of the LoRA update of the query and value kernels of each attention (`layers.LowRank`); 0 adds none.
+    lora_rank: rank of the LoRA updates of kernels (`layers.LowRank`); 0 adds none.
+    lora_targets: the kernels that LoRA updates: "query", "key", "value", "out" of each attention; "wi" (wi_0 and wi_1)
+      and "wo" of each MLP.
     dtype: dtype of activations; parameters, norms, softmax, logits and loss are always float32.
     scan_layers: run a stack as one compiled loop (quick to compile) or unrolled (XLA may optimise across layers).
     remat: recomputed in the backward pass: "none", "minimal" (all but matrix products and attention), "full" (layers).
@@ -86,6 +88,7 @@ class T5Config(ModelConfig):
     relative_max_distance: int = 128
     adapter_size: int = 0
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("query", "value")
     dropout_rate: float = 0.0
     dtype: Dtype = "float32"
     scan_layers: bool = True
@@ -94,6 +97,7 @@ class T5Config(ModelConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "vocab_size": 1}
         sizes |= {"num_encoder_layers": 0, "num_decoder_layers": self.fewest_decoder_layers}
         for name, least in {**sizes, "adapter_size": 0, "lora_rank": 0}.items():
@@ -105,6 +109,8 @@ class T5Config(ModelConfig):
             )
         if unknown := [a for a in self.mlp_activations if a not in get_args(Activation)]:
             raise UserError(f"T5Config.mlp_activations has {unknown}; known: {sorted(get_args(Activation))}")
+        if (unknown := set(self.lora_targets) - set(LORA_TARGETS)) or (self.lora_rank and not self.lora_targets):
+            raise UserError(f"T5Config.lora_targets has {sorted(unknown) or 'none'}; known: {', '.join(LORA_TARGETS)}")
         if not self.mlp_activations:
             raise UserError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
         if not 0.0 <= self.dropout_rate < 1.0:
@@ -115,6 +121,11 @@ class T5Config(ModelConfig):
                 f"relative_max_distance={self.relative_max_distance}"
             )
         check_choices(self, dtype=Dtype, remat=Remat, relative_bias=RelativeBias)
+
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """Return the kernels that LoRA updates."""
+        return self.lora_targets if self.lora_rank else ()
 
     @property
     def decoder_only(self) -> bool:
@@ -152,5 +163,6 @@ def check_choices(config: Any, **kinds: Any) -> None:
             raise UserError(f"{type(config).__name__}.{name} must be one of {allowed}, got {getattr(config, name)!r}")
 
 
+LORA_TARGETS = ("query", "key", "value", "out", "wi", "wo")
 # Matches the names of the parameters that adapter_size and lora_rank add.
 ADAPTER_PARAMS = r"/adapter/|_lora/"

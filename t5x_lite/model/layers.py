@@ -187,7 +187,7 @@ ACTIVATIONS: Mapping[str, Callable] = {"relu": nn.relu, "gelu": nn.gelu, "silu":
 class GatedMlp(nn.Module):
     """(product of act_i(x W_i)) W_o: ("relu",) is the MLP of T5 1.0, ("gelu", "linear") the GEGLU of T5 1.1.
 
-    The dropout mask of the hidden layer is shared along the length, as in T5X.
+    The dropout mask of the hidden layer is shared along the length, as in T5X. lora_targets: "wi" (every W_i), "wo".
     """
 
     hidden: int
@@ -195,6 +195,8 @@ class GatedMlp(nn.Module):
     dropout_rate: float
     dtype: jnp.dtype
     train: bool
+    lora_rank: int = 0
+    lora_targets: Sequence[str] = ()
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -204,11 +206,18 @@ class GatedMlp(nn.Module):
             for i, activation in enumerate(self.activations):
                 name = "wi" if len(self.activations) == 1 else f"wi_{i}"
                 x_BTF = Dense(self.hidden, ("embed", "mlp"), init, self.dtype, name=name)(x_BTD)
+                if "wi" in self.lora_targets:
+                    lora = LowRank(self.lora_rank, self.hidden, ("embed", "mlp"), self.dtype, name=f"{name}_lora")
+                    x_BTF += lora(x_BTD)
                 x_BTF = ACTIVATIONS[activation](x_BTF)
                 h_BTF = x_BTF if h_BTF is None else h_BTF * x_BTF
             h_BTF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(h_BTF, deterministic=not self.train)
             h_BTF = constrain(h_BTF, "batch", "length", "mlp")
-            return Dense(x_BTD.shape[-1], ("mlp", "embed"), init, self.dtype, name="wo")(h_BTF)
+            y_BTD = Dense(x_BTD.shape[-1], ("mlp", "embed"), init, self.dtype, name="wo")(h_BTF)
+            if "wo" in self.lora_targets:
+                lora = LowRank(self.lora_rank, x_BTD.shape[-1], ("mlp", "embed"), self.dtype, name="wo_lora")
+                y_BTD += lora(h_BTF)
+            return y_BTD
 
 
 class Adapter(nn.Module):

@@ -69,23 +69,30 @@ class Attention(nn.Module):
         def query_init(*args: Any) -> Array:
             return normal(*args) / jnp.sqrt(c.head_dim)  # replaces the 1/sqrt(K) of the logits
 
-        self.query = Dense(joined, ("embed", "joined_kv"), query_init, c.compute_dtype)
-        self.key = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
-        self.value = Dense(joined, ("embed", "joined_kv"), normal, c.compute_dtype)
-        self.out = Dense(c.d_model, ("joined_kv", "embed"), normal, c.compute_dtype)
-        if c.lora_rank:
-            self.query_lora = LowRank(c.lora_rank, joined, ("embed", "joined_kv"), c.compute_dtype)
-            self.value_lora = LowRank(c.lora_rank, joined, ("embed", "joined_kv"), c.compute_dtype)
+        inward, outward = ("embed", "joined_kv"), ("joined_kv", "embed")
+        self.query = Dense(joined, inward, query_init, c.compute_dtype)
+        self.key = Dense(joined, inward, normal, c.compute_dtype)
+        self.value = Dense(joined, inward, normal, c.compute_dtype)
+        self.out = Dense(c.d_model, outward, normal, c.compute_dtype)
+        if "query" in c.lora:
+            self.query_lora = LowRank(c.lora_rank, joined, inward, c.compute_dtype)
+        if "key" in c.lora:
+            self.key_lora = LowRank(c.lora_rank, joined, inward, c.compute_dtype)
+        if "value" in c.lora:
+            self.value_lora = LowRank(c.lora_rank, joined, inward, c.compute_dtype)
+        if "out" in c.lora:
+            self.out_lora = LowRank(c.lora_rank, c.d_model, outward, c.compute_dtype)
+
+    def _product(self, name: str, x: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
+        y = getattr(self, name)(x)
+        return y + getattr(self, f"{name}_lora")(x) if name in self.config.lora else y
 
     def _split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
         x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
         return constrain(x, "batch", "length", "heads", "kv")
 
     def keys_values(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
-        value = self.value(x_BSD)
-        if self.config.lora_rank:
-            value += self.value_lora(x_BSD)
-        return self._split_heads(self.key(x_BSD)), self._split_heads(value)
+        return self._split_heads(self._product("key", x_BSD)), self._split_heads(self._product("value", x_BSD))
 
     def __call__(
         self,
@@ -96,11 +103,8 @@ class Attention(nn.Module):
         attention_mask: AttentionMask,
     ) -> Float[Array, "B T D"]:
         rate = self.config.dropout_rate if self.train else 0.0
-        query = self.query(x_BTD)
-        if self.config.lora_rank:
-            query += self.query_lora(x_BTD)
         y_BTHK = dot_product_attention(
-            self._split_heads(query),
+            self._split_heads(self._product("query", x_BTD)),
             key_BSHK,
             value_BSHK,
             bias_HTS,
@@ -109,7 +113,7 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if rate else None,
             implementation=self.config.attention,
         )
-        return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
+        return self._product("out", y_BTHK.reshape(*y_BTHK.shape[:2], -1))
 
 
 def _relative_bias(config: T5Config, **options: Any) -> RelativePositionBias:
@@ -136,7 +140,8 @@ class EncoderLayer(nn.Module):
         h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HSS, attention_mask)
         x_BSD += dropout(h_BSD)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_mlp_layer_norm")(x_BSD)
-        mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, name="mlp")
+        lora = {"lora_rank": c.lora_rank, "lora_targets": c.lora}
+        mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, **lora, name="mlp")
         h_BSD = mlp(h_BSD)
         if c.adapter_size:
             h_BSD = Adapter(c.adapter_size, c.compute_dtype, name="adapter")(h_BSD)
@@ -163,7 +168,8 @@ class DecoderLayer(nn.Module):
             self.pre_cross_attention_layer_norm = RMSNorm(c.compute_dtype)
             self.encoder_decoder_attention = Attention(c, self.train)
         self.pre_mlp_layer_norm = RMSNorm(c.compute_dtype)
-        self.mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train)
+        lora = {"lora_rank": c.lora_rank, "lora_targets": c.lora}
+        self.mlp = GatedMlp(c.d_ff, c.mlp_activations, c.dropout_rate, c.compute_dtype, self.train, **lora)
         if c.adapter_size:
             self.adapter = Adapter(c.adapter_size, c.compute_dtype)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from core.test_model import init, logits
@@ -17,6 +18,8 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.convert import __main__ as convert_command
 from t5x_lite.convert import peft, tensors
 from t5x_lite.errors import MissingFileError, UserError
+from t5x_lite.model.config import T5Config
+from t5x_lite.model.t5 import forward
 
 
 @pytest.fixture
@@ -41,6 +44,53 @@ def test_logits_are_those_of_peft(golden, golden_t5, name):
     real = io["targets"] != 0
     np.testing.assert_allclose(got[real][:, ::8], expected[real], atol=1e-4)
     assert np.abs(expected - io["logits"][..., ::8])[real].max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["all", "head"])
+def test_updates_kept_apart_compute_the_same_and_go_back(golden, golden_t5, tmp_path, name, capsys):
+    """Of several ranks, as LoRA of the largest; and PEFT's folder of it is the same model again."""
+    folder, io = golden("peft") / name, golden_t5.io
+    arguments = [str(folder), str(tmp_path / "start"), "--to=t5x_lite", "--keep_lora"]
+    assert convert_command.main(arguments) == 0, capsys.readouterr().err
+    config, params = convert.read(tmp_path / "start")
+    stored = json.loads((folder / peft.CONFIG).read_text())
+    most = max([stored["r"], *(stored.get("rank_pattern") or {}).values()])
+    kernels = ("query", "key", "value", "out", "wi", "wo") if name == "all" else ("query", "value")
+    assert isinstance(config, T5Config) and (config.lora_rank, config.lora_targets) == (most, kernels)
+    assert f"lora_rank = {most}" in (tmp_path / "start" / "model.gin").read_text()
+    expected, real = np.load(golden("peft") / "logits.npz")[name], io["targets"] != 0
+    got = logits(config, params, io["input_ids"] * io["attention_mask"], io["decoder_input_ids"])
+    np.testing.assert_allclose(got[real][:, ::8], expected[real], atol=1e-4)
+    _, base = convert.read(peft.base_of(folder))
+    same = {k for k, leaf in tensors.flat(base).items() if np.array_equal(leaf, tensors.flat(params)[k])}
+    assert tensors.flat(base).keys() - same == ({"decoder/logits_dense/kernel"} if name == "head" else set())
+
+    peft.write(tmp_path / "back", config, params, str(peft.base_of(folder)))
+    _, merged = convert.read(tmp_path / "back")
+    _, first = convert.read(folder)
+    for key in tensors.flat(first).keys() - {"decoder/logits_dense/kernel"}:
+        np.testing.assert_allclose(tensors.flat(merged)[key], tensors.flat(first)[key], atol=1e-5, err_msg=key)
+
+
+def test_what_has_no_update_stays_without(folder, tmp_path):
+    """LoRA on a few layers alone: the others' is 0 and has no gradient."""
+    file = folder / peft.TENSORS
+    of = "base_model.model.decoder.block.1.layer.2.DenseReluDense.wi_0"
+    save_file({name: value for name, value in load_file(file).items() if name.startswith(of)}, file)
+    config, params = convert.read(folder, keep_lora=True)
+    assert config.lora_targets == ("wi",)
+    rows = {key: jnp.full((2, 4), 5, jnp.int32) for key in ("encoder_input_tokens", "decoder_input_tokens")}
+    gradients = jax.grad(lambda params: jnp.sum(jnp.sin(forward(config, params, rows))))(params)
+    for name, x in tensors.flat(gradients).items():
+        if "_lora/" in name:
+            is_there = name.startswith("decoder/layers/mlp/wi_0_lora/")
+            assert bool(jnp.any(x)) == is_there and not jnp.any(x[0]), name
+    with pytest.raises(UserError, match="--keep_lora is for --to=t5x_lite"):
+        convert.convert(folder, tmp_path / "x", "huggingface", keep_lora=True)
+    output = load_file(peft.base_of(folder) / "model.safetensors")["lm_head.weight"]
+    save_file({"base_model.model.lm_head.weight": output}, file)
+    with pytest.raises(UserError, match="no LoRA of a T5 to keep apart"):
+        convert.read(folder, keep_lora=True)
 
 
 def random_lora(hub, rank: int):
