@@ -246,7 +246,11 @@ def beside(folder: Path) -> Vocabulary | ByteVocabulary | None:
     """Return the tokenizer of a directory without a SentencePiece file: ByT5's or tokenizer.json's."""
     description = describe(folder)
     if description.config.get("tokenizer_class") == "ByT5Tokenizer":
-        extra_ids = description.config.get("extra_ids", 125)
+        # transformers 5 writes 0 and lists them.
+        sentinels = {name for name in description.ids if _SENTINEL.fullmatch(name)}
+        extra_ids = description.config.get("extra_ids", 125) or len(sentinels)
+        if others := {*description.ids, *description.names} - sentinels - {"<pad>", "</s>", "<unk>"}:
+            logger.warning("%s: the added tokens %s are read as bytes", folder, ", ".join(sorted(others)))
         return ByteVocabulary(extra_ids, bool(description.config.get("extra_ids_descend")))
     model = rebuilt(folder)
     return None if model is None else Vocabulary(model, description=description)

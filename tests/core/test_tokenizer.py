@@ -101,6 +101,19 @@ def test_byt5(tmp_path):
     assert vocabulary.decode(vocabulary.encode("<extra_id_125>")) == "<extra_id_125>"
 
 
+def test_byt5_as_transformers_5_writes_it(tmp_path, caplog):
+    """extra_ids is 0 there, and the sentinels are listed."""
+    listed = {"0": "<pad>", "1": "</s>", "2": "<unk>"} | {str(259 + i): f"<extra_id_{i}>" for i in range(125)}
+    config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+    config["added_tokens_decoder"] = {number: {"content": content} for number, content in listed.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    vocabulary = tokenizer.beside(tmp_path)
+    assert vocabulary is not None and len(vocabulary) == 384 and vocabulary.encode("<extra_id_1>") == [260]
+    assert not caplog.text
+    (tmp_path / "added_tokens.json").write_text('{"<sep>": 384}')
+    assert tokenizer.beside(tmp_path) and "the added tokens <sep> are read as bytes" in caplog.text
+
+
 def test_a_directory_with_nothing_has_no_tokenizer(tmp_path):
     assert tokenizer.beside(tmp_path) is None
 
