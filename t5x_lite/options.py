@@ -233,7 +233,10 @@ class TrainingOptions:
         10, "stop after so many consecutive steps whose loss or gradients are not finite", at_least(0)
     )
     initial_checkpoint_path: str | None = option(
-        None, "parameters to start from: a MODEL_DIR, or one of its checkpoints", path=True
+        None,
+        "parameters to start from: a MODEL_DIR or one of its checkpoints; a Hugging Face folder or name on the hub, a "
+        "LoRA folder of PEFT, a T5X checkpoint",
+        path=True,
     )
     base_checkpoint_path: str | None = option(
         None,

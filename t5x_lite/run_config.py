@@ -7,6 +7,7 @@ import dataclasses
 import os
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from t5x_lite.errors import MissingFileError, UserError
@@ -121,15 +122,18 @@ def steps_of_run(total_train_steps: int, initial_checkpoint_path: str | None) ->
     """TOTAL_TRAIN_STEPS without the steps of INITIAL_CHECKPOINT_PATH; a converted checkpoint may have none."""
     if initial_checkpoint_path is None:
         return total_train_steps
-    from t5x_lite import checkpoint  # imports Orbax, which --help does not need
+    from t5x_lite import checkpoint, convert  # imports Orbax, which --help does not need
 
     folder = checkpoint.find_checkpoint(initial_checkpoint_path)
     if folder is None:
+        before = convert.step_of(Path(initial_checkpoint_path))  # T5X's
+    else:
+        before = int(folder.name) if folder.name.isdecimal() else int(checkpoint.read_info(folder).get("step", 0))
+    if before is None:
         raise MissingFileError(
             f"TOTAL_TRAIN_STEPS counts from the step of INITIAL_CHECKPOINT_PATH = {initial_checkpoint_path!r}, "
-            "which holds no checkpoint: set TRAIN_STEPS instead"
+            "which holds no checkpoint with a step: set TRAIN_STEPS instead"
         )
-    before = int(folder.name) if folder.name.isdecimal() else int(checkpoint.read_info(folder).get("step", 0))
     if before >= total_train_steps:
         raise UserError(
             f"TOTAL_TRAIN_STEPS = {total_train_steps} must be above the {before} steps of "

@@ -117,29 +117,50 @@ def restore_params(
     if not verified:
         _raise_if_damaged(folder)
     saved = _saved(folder, "params")
-    if left_out is not None and abstract_params is not None:
-        wanted = {name: leaf.shape for name, leaf in flat(abstract_params).items()}
-        spare = [k for k, (_, leaf) in saved.items() if re.search(left_out, k) and wanted.get(k) != tuple(leaf.shape)]
-        saved = {name: entry for name, entry in saved.items() if name not in spare}
-        if spare:
-            log.info("%d parameters of %s are not read: %s", len(spare), folder, ", ".join(sorted(spare)))
+    if abstract_params is not None:
+        leaves, new = matched(
+            folder, {k: leaf for k, (_, leaf) in saved.items()}, abstract_params, fresh, left_out, info or {}
+        )
+        saved = {name: saved[name] for name in leaves}
     origins = {name: origin for name, (origin, _) in saved.items()}
     for origin in dict.fromkeys(o for o in origins.values() if o != folder):
         _raise_if_damaged(origin)
     if abstract_params is None:
         leaves = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, (_, leaf) in saved.items()}
         return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
-    leaves = quantization.plain(flat(abstract_params))
-    new = {k: v for k, v in (fresh or {}).items() if k not in saved}
-    required = {k: v for k, v in leaves.items() if k not in new}
-    check(folder, "params", required, info or {}, same_dtype=False, saved={k: leaf for k, (_, leaf) in saved.items()})
-    if new:
-        log.info("%d parameters missing in %s keep their initial values: %s", len(new), folder, ", ".join(sorted(new)))
-    in_int8 = [name for name in leaves if name not in new and name not in flat(abstract_params)]
+    in_int8 = [name for name in leaves if name not in flat(abstract_params)]
     params = _read({name: leaf for name, leaf in leaves.items() if name not in in_int8}, origins) | new
     for name in in_int8:  # one by one, as each takes four times its memory until it is stored
         params |= quantization.placed(name, _read({name: leaves[name]}, {name: origins[name]})[name], abstract_params)
     return like(abstract_params, traverse_util.unflatten_dict(params, sep="/"))
+
+
+def matched(
+    path: epath.Path,
+    saved: Mapping[str, Any],
+    abstract_params: Any,
+    fresh: Mapping[str, Any] | None,
+    left_out: str | None,
+    info: Mapping[str, Any],
+    saved_info: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the leaves to read, "a/b/c" -> shape and sharding, and the parameters that keep their values in `fresh`.
+
+    The arguments and errors are those of `restore_params`; `saved` has the shapes at `path`, saved_info its facts.
+    """
+    leaves = quantization.plain(flat(abstract_params))
+    if left_out is not None:
+        wanted = {name: leaf.shape for name, leaf in leaves.items()}
+        spare = [k for k, leaf in saved.items() if re.search(left_out, k) and wanted.get(k) != tuple(leaf.shape)]
+        saved = {name: leaf for name, leaf in saved.items() if name not in spare}
+        if spare:
+            log.info("%d parameters of %s are not read: %s", len(spare), path, ", ".join(sorted(spare)))
+    new = {k: v for k, v in (fresh or {}).items() if k not in saved}
+    required = {k: v for k, v in leaves.items() if k not in new}
+    check(path, "params", required, info, same_dtype=False, saved=saved, saved_info=saved_info)
+    if new:
+        log.info("%d parameters missing in %s keep their initial values: %s", len(new), path, ", ".join(sorted(new)))
+    return required, new
 
 
 def _raise_if_damaged(folder: epath.Path) -> None:
@@ -167,7 +188,7 @@ def _read(leaves: Mapping[str, Any], origins: Mapping[str, epath.Path], kind: ty
 class Start:
     """The checkpoint that a run starts from, the log line that explains why, and the damaged steps to move away."""
 
-    kind: Literal["resume", "initial", "fresh"]
+    kind: Literal["resume", "initial", "import", "fresh"]  # import: a model in another format
     path: str | None
     reason: str
     damaged: tuple[int, ...] = ()
@@ -376,6 +397,7 @@ def check(
     info: Mapping[str, Any],
     same_dtype: bool,
     saved: Mapping[str, Any] | None = None,
+    saved_info: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise ValueError with all differences between `wanted` and `saved` (None: the `part` saved in `folder`).
 
@@ -413,7 +435,7 @@ def check(
         if entries:
             lines += [f"  {title}: {len(entries)}"] + [f"    {e}" for e in entries[:_LISTED]]
             lines += [f"    ... and {len(entries) - _LISTED} more"] if len(entries) > _LISTED else []
-    lines += _differing_facts(folder, info)
+    lines += _differing_facts(read_info(folder) if saved_info is None else saved_info, info)
     if part == "params":
         lines.append("Use the model config that the checkpoint was trained with, or another checkpoint.")
     else:
@@ -424,9 +446,9 @@ def check(
     raise UserError("\n".join(lines))
 
 
-def _differing_facts(folder: epath.Path, info: Mapping[str, Any]) -> list[str]:
+def _differing_facts(saved: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
     """Return one line for each fact of the `info` part in which checkpoint and run differ."""
-    flat_saved = traverse_util.flatten_dict(read_info(folder), sep=".")
+    flat_saved = traverse_util.flatten_dict(json.loads(json.dumps(dict(saved))), sep=".")
     flat_run = traverse_util.flatten_dict(json.loads(json.dumps(dict(info))), sep=".")
     return [
         f"  {k}: checkpoint {flat_saved[k]!r}, this run {flat_run[k]!r}"

@@ -174,7 +174,15 @@ def _vocabulary_of(run: RunConfig) -> str | None:
     """
     import tensorflow as tf
 
-    own, initial = _tokenizer_in(run.model_dir), _tokenizer_in(run.initial_checkpoint_path)
+    place = _initial_folder(run)
+    own, initial = _tokenizer_in(run.model_dir), _tokenizer_in(None if place is None else str(place))
+    unknown = run.vocabulary is None and own is None and initial is None
+    if unknown and place is not None and (place / "tokenizer.json").is_file():
+        raise UserError(
+            f"INITIAL_CHECKPOINT_PATH = {run.initial_checkpoint_path!r} has its tokenizer as tokenizer.json, which "
+            "SeqIO does not read: set VOCABULARY to its spiece.model or vocab.txt, or convert it, which makes one: "
+            f"python -m t5x_lite.convert {run.initial_checkpoint_path} start --to=t5x_lite"
+        )
     if run.vocabulary is None:
         if beside := own or initial:
             log.info("VOCABULARY is not set: the run uses %s, which lies with the checkpoint.", beside)
@@ -364,36 +372,38 @@ def _only_first(path: Path) -> Path | None:
 
 
 def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkpoint.Start:
-    """Chooses the checkpoint that the run starts from; see checkpoint.choose_start.
-
-    Raises:
-      UserError: INITIAL_CHECKPOINT_PATH is a model in another format; the message has the command that converts it.
-    """
+    """Chooses the checkpoint that the run starts from: see checkpoint.choose_start, or a model in another format."""
     checkpoint.moved_base.set(run.base_checkpoint_path or run.initial_checkpoint_path)
     try:
         return checkpoint.choose_start(run.model_dir, run.initial_checkpoint_path, parts=parts, strict=run.strict)
     except MissingFileError:
-        initial = run.initial_checkpoint_path or ""
-        if (cure := _how_to_convert(initial)) is not None:
-            raise UserError(f"INITIAL_CHECKPOINT_PATH = {initial!r} {cure}") from None
-        raise
+        from t5x_lite import convert
+
+        place = _initial_folder(run)
+        if place is None or not convert.is_foreign(place):
+            raise
+        reason = f"Starting at step 0 with the parameters of {place}, INITIAL_CHECKPOINT_PATH, and a fresh optimizer."
+        return checkpoint.Start("import", str(place), reason)
 
 
-def _how_to_convert(path: str) -> str | None:
-    from t5x_lite.convert import hub, peft, tensors
+def _initial_folder(run: RunConfig) -> Path | None:
+    """Returns INITIAL_CHECKPOINT_PATH as a local path, downloaded if it is a name on the hub, or None."""
+    from t5x_lite.convert import hub
 
-    folder, name = Path(path), Path(path).name or "model"
-    command = f"python -m t5x_lite.convert {path} runs/{name} --to=t5x_lite"
-    then = f"{command}\nThen set INITIAL_CHECKPOINT_PATH = 'runs/{name}'."
-    if peft.is_adapter(folder):
-        return f"is a LoRA folder of PEFT. Convert it first, which adds it to its base:\n  {then}"
-    if (folder / "config.json").exists():
-        return f"is a Hugging Face directory. Convert it first:\n  {then}"
-    if folder.exists() and tensors.is_t5x(folder):
-        return f"is a T5X checkpoint. Convert it first:\n  {then}"
-    if hub.is_name(path):
-        return f"does not exist here. If it is a name on the Hugging Face hub, convert it first:\n  {then}"
-    return None
+    path = run.initial_checkpoint_path
+    return None if path is None or "://" in path else hub.located(path)
+
+
+def restore_params(run: RunConfig, start: checkpoint.Start, abstract: Any, **options: Any) -> Any:
+    """Reads the parameters that a run starts from. The options are those of checkpoint.restore_params."""
+    from t5x_lite import convert
+
+    assert start.path is not None
+    if start.kind == "import":
+        return convert.import_params(start.path, run.model, abstract, **options)
+    if start.kind == "initial":
+        convert.warn_of_another_model(start.path, checkpoint.read_info(start.path).get("model", {}), run.model)
+    return checkpoint.restore_params(start.path, abstract, verified=start.kind == "resume", **options)
 
 
 def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
@@ -406,8 +416,7 @@ def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
     reason = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
     log.info("Reading the checkpoint %s: %s.", start.path, reason)
     step_name = Path(start.path).name
-    restore = partial(checkpoint.restore_params, start.path, verified=start.kind == "resume")
-    return start.path, int(step_name) if step_name.isdecimal() else 0, restore
+    return start.path, int(step_name) if step_name.isdecimal() else 0, partial(restore_params, run, start)
 
 
 def parameter_summary(run: RunConfig, partitioner: Partitioner) -> str:

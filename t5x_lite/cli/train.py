@@ -168,7 +168,7 @@ def _first_state(run: RunConfig, start: checkpoint.Start, partitioner: Partition
         may_be_new = re.compile(f"{ADAPTER_PARAMS}|{heads}")
         names = [name for name in checkpoint.flat(partitioner.abstract.params) if may_be_new.search(name)]
         added = step.init_params(run.model, key, partitioner.abstract, names)
-        params = checkpoint.restore_params(start.path, partitioner.abstract.params, fresh=added, left_out=heads)
+        params = task_setup.restore_params(run, start, partitioner.abstract.params, fresh=added, left_out=heads)
     return step.init_state(run.model, run.optimizer, key, partitioner.abstract, params)
 
 
@@ -231,13 +231,20 @@ def _checkpointer(
     trained, stored_frozen = map(checkpoint.flat, run.optimizer.trainable.partition(partitioner.abstract.params))
     frozen = quantization.plain(stored_frozen)
     base = None
-    stored = checkpoint.parameter_names(start.path) if frozen and start.path is not None else set()
+    own = None if start.kind == "import" else start.path
+    stored = checkpoint.parameter_names(own) if frozen and own is not None else set()
     unused = stored - frozen.keys() - trained.keys()
     heads = model_of(run.model).head_params
     not_needed = all(re.search(heads, name) for name in unused)  # heads that this run has no use for
-    if start.path is not None and frozen and frozen.keys() <= stored and not_needed:
+    if frozen and own != start.path:
+        log.info(
+            "Checkpoints hold all parameters, for %s is in another format: convert it first "
+            "(python -m t5x_lite.convert), and they hold only what is trained.",
+            start.path,
+        )
+    if own is not None and frozen and frozen.keys() <= stored and not_needed:
         resumed = start.kind == "resume"
-        base = checkpoint.read_info(start.path).get("base") if resumed else checkpoint.base_of(start.path)
+        base = checkpoint.read_info(own).get("base") if resumed else checkpoint.base_of(own)
         if base and not resumed:
             in_step = os.path.join(checkpoint.checkpoints_folder(run.model_dir), "step")
             base |= {"unused": sorted(unused)} if unused else {}
@@ -245,7 +252,7 @@ def _checkpointer(
     if not base and frozen.keys() != stored_frozen.keys():
         raise UserError(
             "FROZEN_DTYPE = 'int8' is for parameters that stay in INITIAL_CHECKPOINT_PATH; "
-            + (f"{start.path} lacks {min(frozen.keys() - stored)}" if start.path else "it is not set")
+            + (f"{own} lacks {min(frozen.keys() - stored)}" if own else "convert it to this format first")
         )
     if base:
         info["base"] = base

@@ -13,6 +13,7 @@ devices. Names and formats of other systems are in huggingface.py, peft.py and t
 """
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from t5x_lite import checkpoint, sharding
@@ -39,6 +41,8 @@ Format = Literal["huggingface", "t5x_lite", "peft"]
 
 # Fields of a model's config that belong to a run: they change neither the parameters nor what a model is.
 RUN_SETTINGS = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
+# Fields that change what parameters compute, but not their shapes.
+_MEANING = ("mlp_activations", "tie_embeddings", "prefix_lm", "relative_max_distance", "num_heads", "head_dim")
 # In the info of a checkpoint that was converted from a model on the hub: its name there.
 HUB_NAME = "hub_name"
 TOKENIZER_FILES = ("spiece.model", "sentencepiece.model")
@@ -82,24 +86,68 @@ def read(
     def abstract(config: ModelConfig) -> dict[str, Any]:
         return quantization.stored(abstract_params(config, mesh, rules), params_dtype)
 
-    if peft.is_adapter(path):
-        source = peft.read(path, merged=not keep_lora)
-    elif (path / "config.json").exists():
-        source = huggingface.read(path)
-    elif checkpoint.find_checkpoint(path) is not None:
+    if own_checkpoint(path) is not None:
         config = dataclasses.replace(_own_config(path), **changes)
         return config, checkpoint.restore_params(path, abstract(config))
-    elif path.exists() and tensors.is_t5x(path):
-        source = t5x.read(path)
-    else:
-        content = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
-        raise MissingFileError(
-            f"{path} is not a model: expected a Hugging Face directory (config.json), a PEFT folder "
-            f"({peft.CONFIG}), a MODEL_DIR or one of its checkpoints, or a T5X checkpoint; found: "
-            f"{content or 'an empty folder'}"
-        )
+    source = _source(path, keep_lora)
     config = dataclasses.replace(source.config, **changes)
     return config, _placed(_claim(path, source), abstract(config))
+
+
+def import_params(
+    path: str | Path,
+    config: ModelConfig,
+    abstract: Any,
+    *,
+    fresh: Mapping[str, Any] | None = None,
+    left_out: str | None = None,
+) -> dict[str, Any]:
+    """Return the parameters of a model in another format for a run of `config`. A model with LoRA has a PEFT folder's.
+
+    Args:
+      abstract, fresh, left_out: see `checkpoint.restore_params`, whose errors and those of `read` are raised.
+    """
+    source = _source(Path(path), keep_lora=bool(getattr(config, "lora_rank", 0)))
+    log.info("%s holds %s", path, source.config)
+    warn_of_another_model(path, dataclasses.asdict(source.config), config)
+    parts, shapes = _claim(Path(path), source), tensors.flat(abstract_params(source.config))
+    leaves, new = checkpoint.matched(
+        epath.Path(path), shapes, abstract, fresh, left_out, info(config), info(source.config)
+    )
+    wanted = {k: leaf for k, leaf in tensors.flat(abstract).items() if quantization.plain_name(k) in leaves}
+    placed = tensors.flat(_placed(parts, traverse_util.unflatten_dict(wanted, sep="/")))
+    return checkpoint.like(abstract, traverse_util.unflatten_dict(placed | new, sep="/"))
+
+
+def warn_of_another_model(path: Any, saved: Mapping[str, Any], config: ModelConfig) -> None:
+    """Log the fields of a config that change what parameters of the same shapes compute."""
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    theirs = json.loads(json.dumps(dict(saved)))
+    others = [k for k in ours.keys() & theirs.keys() & set(_MEANING) if ours[k] != theirs[k]]
+    if others:
+        listed = "; ".join(f"{k} = {theirs[k]!r} there, {ours[k]!r} in this run" for k in sorted(others))
+        log.warning("The parameters of %s were trained with another %s: %s", path, type(config).__name__, listed)
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Return whether a path is a model in another format than this project's: see `read`."""
+    path = Path(path).expanduser()
+    return peft.is_adapter(path) or (path / "config.json").exists() or (path.exists() and tensors.is_t5x(path))
+
+
+def _source(path: Path, keep_lora: bool = False) -> Source:
+    if peft.is_adapter(path):
+        return peft.read(path, merged=not keep_lora)
+    if (path / "config.json").exists():
+        return huggingface.read(path)
+    if path.exists() and tensors.is_t5x(path):
+        return t5x.read(path)
+    content = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
+    raise MissingFileError(
+        f"{path} is not a model: expected a Hugging Face directory (config.json), a PEFT folder "
+        f"({peft.CONFIG}), a MODEL_DIR or one of its checkpoints, or a T5X checkpoint; found: "
+        f"{content or 'an empty folder'}"
+    )
 
 
 def info(config: ModelConfig) -> dict[str, Any]:
@@ -204,7 +252,7 @@ def run_folder(path: Path) -> Path:
     return newest.parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
 
 
-def _step_of(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
     """Return the step of a checkpoint, by its name or what it says; None if it is not known."""
     own = own_checkpoint(path)
     if own is None:
@@ -256,7 +304,7 @@ def convert(
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     origin: dict[str, Any] = {HUB_NAME: str(source)} if hub.is_name(source) else {}
     source = hub.located(source)
-    if (step := _step_of(source)) is not None:
+    if (step := step_of(source)) is not None:
         origin["step"] = step
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     with checkpoint.base_at(base):

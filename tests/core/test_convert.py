@@ -117,7 +117,7 @@ def test_the_step_of_a_checkpoint_is_kept(tmp_path):
     saving.save_params(tmp_path / "converted", params, info={"step": 60})
     (tmp_path / "checkpoint_1000000").mkdir()
     names = ("run", "run/checkpoints/70", "converted", "checkpoint_1000000", "checkpoint_1000000/checkpoint", "t5")
-    assert [convert._step_of(tmp_path / name) for name in names] == [70, 70, 60, 1_000_000, 1_000_000, None]
+    assert [convert.step_of(tmp_path / name) for name in names] == [70, 70, 60, 1_000_000, 1_000_000, None]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from t5x_lite import options
 from t5x_lite.bert import BertConfig
 from t5x_lite.cli import main as run
 from t5x_lite.cli import task_setup
+from t5x_lite.convert import hub
 from t5x_lite.errors import UserError
 from t5x_lite.model.families import model_of
 from t5x_lite.model.t5 import T5Config
@@ -326,18 +327,19 @@ def test_what_is_set_of_a_part_that_is_not_used_is_said(caplog):
         configured(SMALL, "--gin.TRAIN_STEPS=-3")
 
 
-def test_models_of_other_kinds_are_answered_with_the_command_that_converts_them(golden, tmp_path):
-    for path, cure in (
-        (golden("hf_t5_v11"), r"is a Hugging Face directory.*\n  python -m t5x_lite\.convert .* --to=t5x_lite"),
-        (golden("peft") / "all", r"is a LoRA folder of PEFT.*\n  python -m t5x_lite\.convert .* --to=t5x_lite"),
-        (
-            "google/flan-t5-small",
-            r"\n  python -m t5x_lite\.convert google/flan-t5-small runs/flan-t5-small --to=t5x_lite",
-        ),
-    ):
-        start = configured(SMALL, f"--gin.INITIAL_CHECKPOINT_PATH='{path}'", f"--gin.MODEL_DIR='{tmp_path}'")
-        with pytest.raises(UserError, match=cure):
-            task_setup.choose_start(start)
+def test_a_start_may_be_a_model_of_another_kind(golden, tmp_path, monkeypatch):
+    def started(path):
+        return task_setup.choose_start(
+            configured(SMALL, f"--gin.INITIAL_CHECKPOINT_PATH='{path}'", f"--gin.MODEL_DIR='{tmp_path}'")
+        )
+
+    for path in (golden("hf_t5_v11"), golden("peft") / "all"):
+        assert (started(path).kind, started(path).path) == ("import", str(path))
+    monkeypatch.setattr(hub, "located", lambda name: golden("hf_t5_v11"))
+    assert started("google/flan-t5-small").path == str(golden("hf_t5_v11"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"holds no checkpoint|does not exist"):
+        started(tmp_path / "nothing")
 
 
 # Packaging: bounds are written in three places, because pip and setuptools read different files.
