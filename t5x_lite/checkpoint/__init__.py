@@ -353,6 +353,13 @@ def base_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"path": str(folder), "checksum": zlib.crc32(file.read_bytes()) if file.exists() else None}
 
 
+def base_in_use(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the entry of a checkpoint's base in its `info`, with the place where it is now; None if it has no base."""
+    folder = _require_checkpoint(path)
+    base = read_info(folder).get("base")
+    return None if base is None else base | {"path": str(_base(folder, base))}
+
+
 def _saved(folder: epath.Path, part: str) -> dict[str, tuple[epath.Path, Any]]:
     """Return name -> (the checkpoint that holds the array, this one or its base; a leaf with shape and dtype)."""
     entries = {name: (folder, leaf) for name, leaf in _saved_here(folder, part).items()}

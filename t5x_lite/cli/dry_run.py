@@ -1,6 +1,6 @@
 """`--dry_run`: check the inputs of a mode without computing anything."""
 
-from t5x_lite.cli import task_setup
+from t5x_lite.cli import task_setup, train
 from t5x_lite.run_config import RunConfig, last_step
 
 
@@ -9,11 +9,13 @@ def dry_run(run: RunConfig, mode: str) -> None:
     partitioner = task_setup.partitioner(run)
     if mode == "train":
         steps = f"{last_step(run):,} of {run.batch_size} rows, in {run.num_microbatches} micro-batch(es)"
-        reason = task_setup.choose_start(run).reason
+        start = task_setup.choose_start(run)
+        if start.step is not None:
+            train.check_model(run, str(start.path))
     print(f"model       {task_setup.parameter_summary(run, partitioner)}: {run.model}")
     print(f"mesh        {partitioner}")
     if mode == "train":
-        print(f"steps       {steps}\nstart       {reason}")
+        print(f"steps       {steps}\nstart       {start.reason}")
     elif mode != "inspect":
         print(f"checkpoint  {task_setup.checkpoint_to_read(run)[0]}")
     name = task_setup.register_tasks(run)

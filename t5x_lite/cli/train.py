@@ -72,7 +72,7 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         log.info(note)
     batches = task_setup.build_train_batches(run, name, partitioner.local_rows(run.batch_size))
     if start.step is not None:
-        _check_model(run, str(start.path))
+        check_model(run, str(start.path))
     if batches.position_problem is not None:
         log.warning(
             "The position in this data cannot be saved: %s. Checkpoints hold all else; a run that resumes begins "
@@ -172,7 +172,7 @@ def _first_state(run: RunConfig, start: checkpoint.Start, partitioner: Partition
     return step.init_state(run.model, run.optimizer, key, partitioner.abstract, params)
 
 
-def _check_model(run: RunConfig, folder: str) -> None:
+def check_model(run: RunConfig, folder: str) -> None:
     """Raises UserError if the checkpoint to resume is of another model, also where all arrays have the same shapes."""
     saved = checkpoint.read_info(folder).get("model", {})
     current = json.loads(json.dumps(convert.info(run.model)["model"]))
@@ -244,10 +244,10 @@ def _checkpointer(
         )
     if own is not None and frozen and frozen.keys() <= stored and not_needed:
         resumed = start.kind == "resume"
-        base = checkpoint.read_info(own).get("base") if resumed else checkpoint.base_of(own)
-        if base and not resumed:
+        base = checkpoint.base_in_use(own) if resumed else checkpoint.base_of(own)
+        if base:
             in_step = os.path.join(checkpoint.checkpoints_folder(run.model_dir), "step")
-            base |= {"unused": sorted(unused)} if unused else {}
+            base |= {"unused": sorted(unused)} if unused and not resumed else {}
             base |= {} if "://" in base["path"] else {"relative": os.path.relpath(base["path"], in_step)}
     if not base and frozen.keys() != stored_frozen.keys():
         raise UserError(

@@ -324,6 +324,8 @@ def test_a_base_that_is_gone_or_another_is_said_so(adapted, tmp_path):
             checkpoint.restore_params(adapted.model_dir)
         with checkpoint.base_at(away):
             restored = checkpoint.restore_params(adapted.model_dir)
+            base = checkpoint.base_in_use(adapted.model_dir)
+        assert base is not None and base["path"] == str(away)  # what the next checkpoint says
         loaded = t5x_lite.load(adapted.model_dir, base=away)
         jax.tree.map(np.testing.assert_array_equal, loaded.params, restored)
         convert.convert(adapted.model_dir, tmp_path / "merged", "t5x_lite", str(away))

@@ -121,6 +121,10 @@ def test_train_stop_resume_evaluate_infer_and_score(command):
     assert list(losses["whole"]) == [1, 2, 3, 4, 5, 6]
     assert len(set(losses["whole"].values())) == 6
 
+    said = command("--gin.TRAIN_STEPS=9", "--gin.MODEL_DIR='parts'", "--gin.T5Config.relative_max_distance=64",
+                   "--dry_run", code=2)  # fmt: skip
+    assert "T5Config.relative_max_distance: was 128, is 64" in said
+
     # Evaluated during training and afterwards, from the file that the run has left: the same scores.
     (during,) = [r for r in records("whole", "validation") if r["step"] == 6]
     said = command("--gin_file=whole/config.gin", "--mode=eval")
