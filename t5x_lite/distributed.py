@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from t5x_lite.errors import UserError
 
@@ -338,6 +339,15 @@ def coordination_client() -> Any:
 
 
 _values: dict[str, str] = {}  # results of `broadcast`, by key
+
+
+def largest(number: int) -> int:
+    """Return the largest of all processes' numbers. All must call it."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def broadcast(key: str, make: Callable[[], str], timeout_s: float = 600) -> str:

@@ -107,6 +107,10 @@ class DataOptions:
     )
     shuffle_train_examples: bool = option(True, "shuffle the training examples")
     pack: bool = option(True, "put several examples into a row; they do not see one another")
+    group_by_length: bool = option(
+        False,
+        "without PACK: batches of examples of similar length, padded to one of eight widths (each compiled once)",
+    )
     data_shards: int | None = option(
         None,
         "independent parts in which data is read, the same on any number of hosts; None: one a host",

@@ -129,7 +129,8 @@ def restore_params(
         leaves = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, (_, leaf) in saved.items()}
         return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
     in_int8 = [name for name in leaves if name not in flat(abstract_params)]
-    params = _read({name: leaf for name, leaf in leaves.items() if name not in in_int8}, origins) | new
+    others = {name: leaf for name, leaf in leaves.items() if name not in in_int8}
+    params = _read(others, {name: origins[name] for name in others}) | new
     for name in in_int8:  # one by one, as each takes four times its memory until it is stored
         params |= quantization.placed(name, _read({name: leaves[name]}, {name: origins[name]})[name], abstract_params)
     return like(abstract_params, traverse_util.unflatten_dict(params, sep="/"))

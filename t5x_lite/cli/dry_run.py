@@ -17,7 +17,7 @@ def dry_run(run: RunConfig, mode: str) -> None:
     if mode == "train":
         print(f"steps       {steps}\nstart       {start.reason}")
     elif mode != "inspect":
-        print(f"checkpoint  {task_setup.checkpoint_to_read(run)[0]}")
+        print(f"checkpoint  {task_setup.checkpoint_to_read(run)[0].path}")
     name = task_setup.register_tasks(run)
     if mode in ("train", "inspect"):
         print(f"data        {name}, this host's batches:")

@@ -13,13 +13,14 @@ from t5x_lite.storage import MirroredDirectory
 
 def evaluate(run: RunConfig) -> None:
     """Evaluates a checkpoint on every task that has EVAL_SPLIT; adds the scores to MODEL_DIR/metrics.jsonl."""
-    _, at_step, restore = task_setup.checkpoint_to_read(run)
+    start, at_step = task_setup.checkpoint_to_read(run)
     partitioner = task_setup.partitioner(run, trains=False)
     name = task_setup.register_tasks(run)
     folder = MirroredDirectory(run.model_dir, bring=(metric_logger.METRICS_FILE,))
     predictor = task_setup.predictor(run, partitioner)
     evaluation = task_setup.build_evaluator(run, name, partitioner, predictor, folder)
-    scores = evaluation(restore(partitioner.abstract.params), at_step)
+    run = task_setup.with_labels(run, name)
+    scores = evaluation(task_setup.restore_params(run, start, partitioner.abstract.params), at_step)
     logger = MetricLogger(folder.path, at_step, publish=folder.publish)
     logger.evaluation(at_step, scores)
     logger.flush()

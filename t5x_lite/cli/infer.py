@@ -31,7 +31,7 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     partitioner = task_setup.partitioner(run, trains=False)
     predictor = task_setup.predictor(run, partitioner)
     predictor.check(mode, has_task=bool(run.mixture_or_task_name))
-    path, at_step, restore = task_setup.checkpoint_to_read(run)
+    start, at_step = task_setup.checkpoint_to_read(run)
     has_task = run.infer_input is None or (run.mixture_or_task_name and not run.train_files)
     name = task_setup.register_tasks(run) if has_task else task_setup.import_tasks(run)
     from t5x_lite.data import pipeline
@@ -55,8 +55,10 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
     else:
         options = {"split": run.eval_split, "num_examples": count, "use_cached": run.use_cached_tasks}
         sources = {task: predictor.task_source(task, lengths, seed=run.random_seed, **options) for task in tasks}
-    params = restore(partitioner.abstract.params)
-    about = _provenance(run, path, features) | predictor.settings(mode)
+    params = task_setup.restore_params(
+        task_setup.with_labels(run, name) if name else run, start, partitioner.abstract.params
+    )
+    about = _provenance(run, str(start.path), features) | predictor.settings(mode)
     folder = MirroredDirectory(run.model_dir)
     for task, source in sources.items():
         output = run.infer_output or folder.path / mode / f"{task}-{at_step}.jsonl"

@@ -11,13 +11,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5x_lite import checkpoint, options, run_config
+from t5x_lite import checkpoint, distributed, options, run_config
 from t5x_lite.data import tensorflow_start
 from t5x_lite.errors import MissingFileError, UserError, nearest
 from t5x_lite.inference.predictor import Predictor, Scores
@@ -289,11 +288,13 @@ def build_train_batches(run: RunConfig, name: str, rows: tuple[int, int] | None 
         seed=run.random_seed,
         converter=feature_converter(run),
         shuffle=run.shuffle_train_examples,
+        group_by_length=run.group_by_length,
         use_cached=run.use_cached_tasks,
         rows=rows,
         shards=run.data_shards,
         facts=facts,
         other_data=run.resume_with_other_data,
+        agreed=distributed.largest,
     )
 
 
@@ -401,13 +402,12 @@ def restore_params(run: RunConfig, start: checkpoint.Start, abstract: Any, **opt
     assert start.path is not None
     if start.kind == "import":
         return convert.import_params(start.path, run.model, abstract, **options)
-    if start.kind == "initial":
-        convert.warn_of_another_model(start.path, checkpoint.read_info(start.path).get("model", {}), run.model)
+    convert.warn_of_another_model(start.path, checkpoint.read_info(start.path).get("model", {}), run.model)
     return checkpoint.restore_params(start.path, abstract, verified=start.kind == "resume", **options)
 
 
-def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
-    """Chooses the checkpoint that eval, infer and score read; returns its path, its step and a restore function."""
+def checkpoint_to_read(run: RunConfig) -> tuple[checkpoint.Start, int]:
+    """Chooses the checkpoint that eval, infer and score read; returns it and its step."""
     start = choose_start(run, parts=("params", "info"))
     if start.path is None:
         raise MissingFileError(
@@ -416,7 +416,7 @@ def checkpoint_to_read(run: RunConfig) -> tuple[str, int, Callable[[Any], Any]]:
     reason = "the newest of MODEL_DIR" if start.kind == "resume" else "INITIAL_CHECKPOINT_PATH; MODEL_DIR holds none"
     log.info("Reading the checkpoint %s: %s.", start.path, reason)
     step_name = Path(start.path).name
-    return start.path, int(step_name) if step_name.isdecimal() else 0, partial(restore_params, run, start)
+    return start, int(step_name) if step_name.isdecimal() else 0
 
 
 def parameter_summary(run: RunConfig, partitioner: Partitioner) -> str:

@@ -207,8 +207,8 @@ def _profiler(run: RunConfig, model_dir: Path) -> loop.Profiler | None:
 
 
 def _flops(run: RunConfig, partitioner: Partitioner) -> float | None:
-    """FLOPs per step, or None if some parameters are frozen (MFU would be wrong)."""
-    if run.optimizer.trainable.partition(partitioner.abstract.params)[1]:
+    """FLOPs per step, or None if some parameters are frozen or rows have several widths (MFU would be wrong)."""
+    if run.group_by_length or run.optimizer.trainable.partition(partitioner.abstract.params)[1]:
         return None
     return model_of(run.model).flops(run.batch_size, run.task_feature_lengths)
 

@@ -124,6 +124,7 @@ def warn_of_another_model(path: Any, saved: Mapping[str, Any], config: ModelConf
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     theirs = json.loads(json.dumps(dict(saved)))
     others = [k for k in ours.keys() & theirs.keys() & set(_MEANING) if ours[k] != theirs[k]]
+    others += ["labels"] * bool(ours.get("labels") and theirs.get("labels") and ours["labels"] != theirs["labels"])
     if others:
         listed = "; ".join(f"{k} = {theirs[k]!r} there, {ours[k]!r} in this run" for k in sorted(others))
         log.warning("The parameters of %s were trained with another %s: %s", path, type(config).__name__, listed)
@@ -313,6 +314,7 @@ def convert(
         saving.save_params(dest, params, info=info(config) | origin)
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
     elif to == "peft":
+        peft.check_lora(config)
         _check_only_lora_was_trained(source)
         peft.write(dest, config, params, base)
     else:

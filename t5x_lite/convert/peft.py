@@ -175,14 +175,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_lora(config: ModelConfig) -> None:
+    if not getattr(config, "lora_rank", 0):
+        raise UserError("this model has no LoRA parameters (T5Config.lora_rank is 0): convert it to another format")
+
+
 def write(folder: Path, config: ModelConfig, params: Mapping[str, Any], base: str | None) -> None:
     """Write the LoRA parameters of a model as a PEFT folder for `base`, a Hugging Face name or folder.
 
     Raises UserError if the model has no LoRA.
     """
+    check_lora(config)
     rank = getattr(config, "lora_rank", 0)
-    if not rank:
-        raise UserError("this model has no LoRA parameters (T5Config.lora_rank is 0): convert it --to=huggingface")
     family, by_name, modules = families.hub_module(config), {}, set()
     for name, leaf in tensors.flat(params).items():
         if (match := re.fullmatch(r"(.+)_lora/([ab])/kernel", name)) is None:

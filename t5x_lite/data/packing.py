@@ -27,6 +27,44 @@ def width(longest: int, limit: int) -> int:
     return min(limit, -(-max(longest, 1) // step) * step)
 
 
+_LEVELS = 8
+
+
+def level(rows: Mapping[str, np.ndarray]) -> int:
+    """Return the least level of width, 1 to 8, that all rows fit into: each array is cut to so many eighths."""
+    return int(max(np.max(-(-sizes_B // step)) for sizes_B, step in _sizes(rows)) or 1)
+
+
+def trimmed(rows: Mapping[str, np.ndarray], level: int) -> dict[str, np.ndarray]:
+    """Cut arrays [B, S] to a level of width; those of numbers, [B, 1], stay."""
+    return {name: x[:, : level * _step(x)] if x.shape[1] > 1 else x for name, x in rows.items()}
+
+
+def grouped(rows: Mapping[str, np.ndarray], size: int, seed: Sequence[int]) -> np.ndarray:
+    """Return the order of rows in which each `size` of them have similar lengths; these batches come in random order.
+
+    Args:
+      rows: arrays [N, S], where N is a multiple of `size`.
+    """
+    sizes = _sizes(rows)
+    levels_N = np.max([-(-sizes_N // step) for sizes_N, step in sizes], axis=0)
+    order = np.lexsort((np.sum([sizes_N for sizes_N, _ in sizes], axis=0), levels_N))[::-1]
+    return np.random.default_rng(seed).permutation(order.reshape(-1, size)).reshape(-1)
+
+
+def _sizes(rows: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, int]]:
+    """Return the lengths of the rows in each array of tokens, without padding at the end, and its step of width."""
+    lengths = []
+    for x in rows.values():
+        if (width := x.shape[1]) > 1:
+            lengths.append((np.where(x.any(1), width - np.argmax(x[:, ::-1] != 0, axis=1), 0), _step(x)))
+    return lengths
+
+
+def _step(rows_BS: np.ndarray) -> int:
+    return -(-rows_BS.shape[1] // (8 * _LEVELS)) * 8
+
+
 def unpacked(inputs_BS: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.ndarray]:
     """Arrange one example in each row, padded with 0. Decoder inputs are the targets shifted right, after a 0."""
     return {

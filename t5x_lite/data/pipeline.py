@@ -16,7 +16,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import fingerprint
+from t5x_lite.data import fingerprint, packing
 from t5x_lite.data.feature_converters import EncDecFeatureConverter
 from t5x_lite.errors import UserError
 from t5x_lite.model.feature_converter import FeatureConverter
@@ -204,11 +205,14 @@ class TrainBatches:
       batch_size: rows of the global batch, over all hosts.
       seed: determines the order, for a given number of shards.
       converter: the model's feature converter; one other than T5's makes other arrays.
+      group_by_length: rows that are not packed come in batches of similar length (the composition of batches is random
+        within a window of some batches), which are cut to one of eight widths.
       use_cached: read SeqIO's offline cache.
       rows: first and last + 1 of this host's rows in the global batch; None means all.
       shards: number of shards; None means one for each host with different rows or, after `restore`, the saved number.
       facts: what the data is made of (`fingerprint.data_facts`); saved with the position, and compared by `restore`.
       other_data: `restore` begins the data anew where these facts or settings differ, instead of raising UserError.
+      agreed: returns the largest of all hosts' numbers, for the width of a batch.
 
     Attributes:
       began_anew: whether `restore` has found no position for this data, so that it begins at the start.
@@ -229,10 +233,12 @@ class TrainBatches:
         shards: int | None = None,
         facts: Mapping[str, Any] | None = None,
         other_data: bool = False,
+        group_by_length: bool = False,
+        agreed: Callable[[int], int] = int,
     ):
         check_lengths(name, lengths, converter)
         check_split(name, split)
-        self._name = name
+        self._name, self._agreed = name, agreed
         self._other_data, self.began_anew = other_data, False
         # All that the position depends on: it is valid only for the same stream.
         self._stream: dict[str, Any] = {
@@ -245,6 +251,7 @@ class TrainBatches:
             "PACK": converter.pack,
             "SHUFFLE_TRAIN_EXAMPLES": shuffle,
             "USE_CACHED_TASKS": use_cached,
+            **({"GROUP_BY_LENGTH": True} if group_by_length else {}),
             **(facts or {}),
         }
         self._converter = converter
@@ -283,7 +290,11 @@ class TrainBatches:
         # Keep sequential maps sequential: passing each example to another thread costs more than the map.
         options.experimental_optimization.map_parallelization = False
         dataset = _rows(self._name, examples, lengths, self._converter)
-        return dataset.rebatch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
+        if "GROUP_BY_LENGTH" in self._stream:
+            dataset = _grouped(dataset, size, self._stream["seed"])
+        else:
+            dataset = dataset.rebatch(size, drop_remainder=True)
+        return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -291,6 +302,7 @@ class TrainBatches:
     def _opened(self) -> list[Any]:
         if self._iterators is None:
             self._iterators = [iter(dataset) for dataset in self._datasets]
+            weakref.finalize(self, _end, self._iterators, self._datasets)
         return self._iterators
 
     def __next__(self) -> Batch:
@@ -304,7 +316,8 @@ class TrainBatches:
                 )
             row_slice = slice(max(first - start, 0), min(last, end) - start)
             parts.append({k: v.numpy()[row_slice] for k, v in batch.items()})
-        return parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        rows = parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        return packing.trimmed(rows, self._agreed(packing.level(rows))) if "GROUP_BY_LENGTH" in self._stream else rows
 
     def save(self, path: str) -> None:
         """Write the position after the last returned batch, with the prefetched batches, into `path`.
@@ -365,6 +378,17 @@ class TrainBatches:
         logger.warning("The data begins anew, with its first examples: %s.", reason.rstrip())
 
 
+def _end(iterators: Sequence[Any], datasets: Sequence[tf.data.Dataset]) -> None:
+    """End iterators by an operation.
+
+    Where Python drops the last reference, it holds its lock while TensorFlow waits for the functions that are being
+    called to read ahead, and these wait for the lock.
+    """
+    for iterator, dataset in zip(iterators, datasets, strict=True):
+        nothing = tf.data.experimental.to_variant(dataset.take(0))
+        tf.raw_ops.MakeIterator(dataset=nothing, iterator=iterator._iterator_resource)
+
+
 def _rows(
     name: str, examples: tf.data.Dataset, lengths: Mapping[str, int], converter: FeatureConverter
 ) -> tf.data.Dataset:
@@ -390,6 +414,26 @@ def _rows(
         return {k: tf.ensure_shape(x, [None, length]) for x, (k, (length, _)) in zip(arrays, row.items(), strict=True)}
 
     return blocks.map(rows, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _grouped(rows: tf.data.Dataset, size: int, seed: int) -> tf.data.Dataset:
+    """Return batches of rows of similar length, from windows of rows; the same order for all shards."""
+    spec: Any = rows.element_spec
+    if "encoder_segment_ids" in spec or "decoder_segment_ids" in spec:
+        raise UserError(
+            "GROUP_BY_LENGTH is for rows of one example: packed rows are full. Set PACK = False, or leave it"
+        )
+
+    def order(index: Any, *arrays: np.ndarray) -> np.ndarray:
+        return packing.grouped(dict(zip(spec, arrays, strict=True)), size, [seed, int(index)])
+
+    def batches(index: tf.Tensor, window: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        rows_N = tf.numpy_function(order, [index, *window.values()], tf.int64, stateful=False)
+        return {k: tf.reshape(tf.gather(x, rows_N), [packing.WINDOW, size, x.shape[1]]) for k, x in window.items()}
+
+    windows = rows.rebatch(packing.WINDOW * size, drop_remainder=True).enumerate()
+    grouped: Any = windows.map(batches, num_parallel_calls=tf.data.AUTOTUNE)
+    return grouped.flat_map(tf.data.Dataset.from_tensor_slices)
 
 
 # Evaluation.

@@ -155,13 +155,16 @@ def file_source(
 ) -> Source:
     """Return one example per row or line: "inputs", or "sentence1" and "sentence2", or the line of a text file.
 
-    "targets", if given, are copied to the results. For the rest see batch_prediction.file_source.
+    Two texts with `between` in "inputs" are a pair, as results have them. "targets", if given, are copied to the
+    results. For the rest see batch_prediction.file_source.
 
     Args:
       between: stands between two texts in the results.
     """
 
     def columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+        if "inputs" in row and "sentence1" in row:
+            raise UserError(f"{path} has inputs and sentence1: a row is one text, or a pair of sentence1 and sentence2")
         return ("inputs",) if "inputs" in row else ("sentence1", "sentence2")
 
     def texts(number: int, row: Mapping[str, Any]) -> dict[str, str]:
@@ -170,7 +173,9 @@ def file_source(
         return {name: readers.as_text(f"{path}:{number}", name, row[name]) for name in names}
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
-        given = [row[name] for name in columns(row)]
+        given = [part for name in columns(row) for part in row[name].split(f" {between} ")]
+        if len(given) > 2:
+            raise UserError(f"{where}: it has more than two texts, with {between} between them")
         first, *rest = (list(vocabulary.encode(text)) for text in given)
         tokens, segments = make_row(first, rest[0] if rest else None, lengths["inputs"])
         return Example(where, f" {between} ".join(given), row.get("targets"), tokens, None, segments)

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +227,9 @@ def load(
     Raises:
       FileNotFoundError, ValueError: see `convert.read`.
     """
+    for name, value, known in (("dtype", dtype, Dtype), ("params_dtype", params_dtype, StoredDtype)):
+        if value not in get_args(known):
+            raise UserError(f"{name} = {value!r} must be one of {', '.join(get_args(known))}")
     folder = hub.located(path)
     with checkpoint.base_at(base):
         config, params = convert.read(folder, mesh, params_dtype=params_dtype, dtype=dtype)

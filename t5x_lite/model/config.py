@@ -144,15 +144,22 @@ def check_labels(config: Any) -> None:
 def with_labels(config: Any, name: str, features: Mapping[str, Any], option: str) -> Any:
     """Return a config with the names of a task's classes; a task of regression has one, without a name.
 
-    Raises UserError if `config.num_labels`, which the gin option sets, is not their number.
+    Raises UserError if `config.num_labels`, which the gin option sets, is not their number, or the config has others.
     """
     labels = features["label"].vocabulary
+    words, kind = tuple(getattr(labels, "words", ())), type(config).__name__
+    if config.labels and words and config.labels != words:
+        raise UserError(
+            f"{name} has the classes {', '.join(words)}, the model {', '.join(config.labels)}: its class 0 is another "
+            f"one. --gin.{kind}.labels=() trains it on the task's classes, in their order"
+        )
     if labels.vocab_size != config.num_labels:
         raise UserError(
             f"{name} has {labels.vocab_size} classes ({labels}), but {option} = {config.num_labels}: "
             f"set --gin.{option}={labels.vocab_size}"
+            + ("" if option.startswith(kind) else f", or {kind}.num_labels where Run.model is @{kind}()")
         )
-    return dataclasses.replace(config, labels=tuple(getattr(labels, "words", ())))
+    return dataclasses.replace(config, labels=words)
 
 
 def check_choices(config: Any, **kinds: Any) -> None:

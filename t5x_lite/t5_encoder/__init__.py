@@ -52,7 +52,11 @@ class T5EncoderConfig(T5Config):
             raise UserError(f"T5EncoderConfig.temperature must be above 0, got {self.temperature}")
 
     def for_task(self, name: str, features: Mapping[str, Any]) -> "T5EncoderConfig":
-        return with_labels(self, name, features, "t5_encoder.num_labels") if self.head == "classify" else self
+        if self.head != "classify":
+            return self
+        if "segments" in features:
+            raise UserError(f"{name} has BERT's rows, [CLS] first [SEP] second [SEP]: see tasks named glue_..._classes")
+        return with_labels(self, name, features, "t5_encoder.num_labels")
 
 
 def t5_encoder(

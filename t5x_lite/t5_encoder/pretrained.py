@@ -73,6 +73,8 @@ class LoadedEncoder:
     def _outputs(self, texts: Texts, size: int, batch_size: int, max_length: int) -> np.ndarray:
         if isinstance(texts, str):
             raise UserError("expected a list of texts, got one text: put it in a list")
+        if isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(text, str) for text in texts):
+            raise UserError("expected a list of texts, got a tuple of two: put the pair, or both texts, in a list")
         rows = [self._row(text) for text in texts]
         if cut := sum(sum(map(len, row)) > max_length for row in rows):
             log.warning("%d of %d texts have more than max_length = %d tokens, and are cut", cut, len(rows), max_length)

@@ -10,6 +10,7 @@ from models import BERT, CONFIGS, batch
 import t5x_lite
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.checkpoint import saving
+from t5x_lite.errors import UserError
 from t5x_lite.model import quantization
 from t5x_lite.model.families import model_of
 from t5x_lite.training import optim, step
@@ -85,6 +86,13 @@ def test_a_model_is_loaded_in_fewer_bits(golden, tmp_path, dtype):
     assert 0 < error.max() < 0.3 * values["logits"].std() < values["logits"].max()
     found, _ = models[0].generate(values["encoder_input_tokens"], max_length=12)
     assert found.shape == (3, 1, 12)
+
+
+def test_other_dtypes_are_named(golden, unchecked_types):
+    for option in ({"params_dtype": "int4"}, {"dtype": "float16"}):
+        (name,) = option
+        with pytest.raises(UserError, match=f"{name} = .* must be one of float32, bfloat16"):
+            t5x_lite.load(golden("families") / "t5", **option)
 
 
 def test_a_checkpoint_is_read_into_int8(tmp_path):

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 import tasks  # noqa: F401  registers C4
 from t5x_lite import convert
-from t5x_lite.data import inspection, pipeline
+from t5x_lite.data import inspection, packing, pipeline
 from t5x_lite.data.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
+from t5x_lite.errors import UserError
 from tasks import vocabulary
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=10)
@@ -96,6 +97,70 @@ def test_the_seed_fixes_the_order(reference):
     text = inspection.describe_batch(reference[0], VOCABULARY) + inspection.describe_batch(reference[1], VOCABULARY)
     assert "long" in text
     assert "short" in text
+
+
+# Batches of similar length
+
+
+def test_a_batch_is_cut_to_the_least_width_that_holds_it():
+    tokens = np.zeros((3, 100), np.int32)
+    tokens[0, :20], tokens[1, :5] = 7, 7
+    rows = {"inputs": tokens, "segments": np.zeros((3, 100), np.int32), "label": np.array([[1], [0], [1]], np.int32)}
+    assert packing.level(rows) == 2  # of steps of 16
+    assert {k: x.shape for k, x in packing.trimmed(rows, 2).items()} == {
+        "inputs": (3, 32),
+        "segments": (3, 32),
+        "label": (3, 1),
+    }
+    tokens[2, 99] = 7
+    assert packing.trimmed(rows, packing.level(rows))["inputs"].shape == (3, 100)
+    assert packing.level({"inputs": tokens * 0, "label": rows["label"]}) == 1
+
+
+GROUPED = {"converter": pipeline.UNPACKED, "group_by_length": True}
+
+
+def test_batches_of_similar_length_hold_the_same_examples(tmp_path):
+    """Sixteen batches at a time have the examples of sixteen others; a position among them can be gone on from."""
+    stream = batches(**GROUPED)
+    made = take(stream, 20)
+    stream.save(str(tmp_path))
+    expected = take(stream, 28)
+    again = batches(**GROUPED)
+    again.restore(str(tmp_path))
+    assert equal(take(again, 28), expected)
+    made += expected
+    plain = take(batches(converter=pipeline.UNPACKED), 48)
+    assert {batch["encoder_input_tokens"].shape[1] for batch in made} == {16}  # 8 is too short for all, 24 is too long
+    spread = [np.mean([np.ptp(np.count_nonzero(b["encoder_input_tokens"], 1)) for b in x]) for x in (made, plain)]
+    assert spread[0] < 0.4 * spread[1]
+    for window in range(3):
+        one, other = (
+            [
+                (*np.trim_zeros(x, "b"), 0, *np.trim_zeros(y, "b"))
+                for batch in source[16 * window : 16 * window + 16]
+                for x, y in zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
+            ]
+            for source in (made, plain)
+        )
+        assert sorted(one) == sorted(other) and one != other
+    with pytest.raises(UserError, match="GROUP_BY_LENGTH is for rows of one example"):
+        batches(group_by_length=True)
+
+
+def test_hosts_agree_on_the_width_of_a_batch():
+    asked = []
+    both = batches(**GROUPED, shards=2)
+    whole = take(both, 16)
+    parts = []
+    for rows in ((0, 2), (2, 4)):
+        stream = batches(**GROUPED, shards=2, rows=rows, agreed=lambda n: asked.append(n) or 8)
+        parts.append(take(stream, 16))
+    levels = np.array(asked).reshape(2, 16).max(0)
+    for batch, level, *halves in zip(whole, levels, *parts, strict=True):
+        for name, x in batch.items():
+            joined = np.concatenate([half[name] for half in halves])
+            np.testing.assert_array_equal(packing.trimmed({name: joined}, int(level))[name], x)
 
 
 @pytest.mark.parametrize("consumed", [1, 37])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+import tiny
 
 import t5x_lite
 from t5x_lite import convert
@@ -22,6 +23,7 @@ from t5x_lite.cli import main as run
 from t5x_lite.data import inspection, pipeline
 from t5x_lite.data.feature_converters import pair
 from t5x_lite.inference import classification
+from t5x_lite.t5_encoder import t5_encoder
 from t5x_lite.training import step
 from t5x_lite.training.optim import adamw, constant, make_optimizer
 from tasks import bert, glue_classes, vocabulary
@@ -139,6 +141,15 @@ def test_a_model_with_another_number_of_classes_is_refused():
         two.for_task("glue_mnli_bert", features)
     three = dataclasses.replace(two, num_labels=3).for_task("glue_mnli_bert", features)
     assert three.labels == ("entailment", "neutral", "contradiction")
+    other = dataclasses.replace(three, labels=("contradiction", "entailment", "neutral"))
+    with pytest.raises(ValueError, match=r"its class 0 is another one. --gin.BertConfig.labels=\(\)"):
+        other.for_task("glue_mnli_bert", features)
+    encoder = t5_encoder(tiny.CONFIG, "classify", num_labels=3)
+    with pytest.raises(ValueError, match=r"has BERT's rows.*glue_..._classes"):
+        encoder.for_task("glue_mnli_bert", features)
+    classes = pipeline.find_provider("glue_rte_classes").output_features
+    with pytest.raises(ValueError, match=r"t5_encoder.num_labels=2, or T5EncoderConfig.num_labels"):
+        encoder.for_task("glue_rte_classes", classes)
 
 
 def test_tasks_of_other_classes_do_not_mix(corpus, bytes_vocabulary):
@@ -455,6 +466,13 @@ def test_the_encoder_of_a_t5_learns_classes(command):
         pair_row, single = jsonl(f"{folder}.jsonl")
         assert pair_row["inputs"] == "aaa </s> zzz" and single["inputs"] == "aaa"
         assert pair_row["prediction"] == model.predict([("aaa", "zzz")])[0]
+    pathlib.Path("ask.jsonl").write_text('{"inputs": "aaa </s> zzz"}\n')
+    command(initial, *ask, "--gin.INFER_OUTPUT='again.jsonl'")
+    assert jsonl("again.jsonl") == [pair_row]
+    pathlib.Path("ask.jsonl").write_text('{"inputs": "aaa", "sentence1": "zzz"}\n')
+    assert "inputs and sentence1" in command(initial, *ask, "--gin.INFER_OUTPUT='both.jsonl'", code=2)
+    with pytest.raises(ValueError, match="a tuple of two"):
+        model.predict(("aaa", "zzz"))
     convert.convert("whole", "hub", "huggingface")
     assert t5x_lite.load("hub").predict(texts) == [row["prediction"] for row in predicted]
     said = command(initial, "--gin.MIXTURE_OR_TASK_NAME='glue_mnli_classes'", "--gin.MODEL_DIR='mnli'", code=2)

@@ -81,6 +81,9 @@ def test_lora_on_a_folder_and_a_lora_folder_itself(byt5, flags, tmp_path, capsys
     convert.convert(byt5, tmp_path / "start", "t5x_lite")
     first = [*lora, f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/start'", f"--gin.MODEL_DIR='{tmp_path}/first'"]
     assert main.main(["run.py", *first]) == 0
+    in_int8 = t5x_lite.load(tmp_path / "first", params_dtype="int8")
+    assert {str(x.dtype) for x in tensors.flat(in_int8.params).values()} == {"int8", "float32", "bfloat16"}
+    assert in_int8.predict(TEXTS, max_length=4)
     convert.convert(tmp_path / "first", tmp_path / "peft", "peft", str(byt5))
     again = [*lora, f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/peft'", f"--gin.MODEL_DIR='{tmp_path}/again'"]
     assert main.main(["run.py", *again, "--gin.LEARNING_RATE=1e-9"]) == 0
