@@ -380,7 +380,7 @@ def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkp
     except MissingFileError:
         from t5x_lite import convert
 
-        place = _initial_folder(run)
+        place = _initial_folder(run) or run.initial_checkpoint_path
         if place is None or not convert.is_foreign(place):
             raise
         reason = f"Starting at step 0 with the parameters of {place}, INITIAL_CHECKPOINT_PATH, and a fresh optimizer."

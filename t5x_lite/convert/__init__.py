@@ -29,6 +29,7 @@ from flax import traverse_util
 from t5x_lite import checkpoint, sharding
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert import hub, huggingface, peft, t5x, tensors, tokenizer
+from t5x_lite.convert.bucket import AnyPath, BucketPath, place_of
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
 from t5x_lite.model import families, quantization
@@ -81,17 +82,17 @@ def read(
       MissingFileError: `path` does not contain a supported format.
       UserError: a tensor is unknown, missing or of the wrong shape, or the model type is unknown.
     """
-    path = Path(path).expanduser()
+    place = place_of(path)
 
     def abstract(config: ModelConfig) -> dict[str, Any]:
         return quantization.stored(abstract_params(config, mesh, rules), params_dtype)
 
-    if own_checkpoint(path) is not None:
-        config = dataclasses.replace(_own_config(path), **changes)
-        return config, checkpoint.restore_params(path, abstract(config))
-    source = _source(path, keep_lora)
+    if is_own(place):
+        config = dataclasses.replace(_own_config(str(place)), **changes)
+        return config, checkpoint.restore_params(str(place), abstract(config))
+    source = _source(place, keep_lora)
     config = dataclasses.replace(source.config, **changes)
-    return config, _placed(_claim(path, source), abstract(config))
+    return config, _placed(_claim(place, source), abstract(config))
 
 
 def import_params(
@@ -107,12 +108,12 @@ def import_params(
     Args:
       abstract, fresh, left_out: see `checkpoint.restore_params`, whose errors and those of `read` are raised.
     """
-    source = _source(Path(path), keep_lora=bool(getattr(config, "lora_rank", 0)))
+    source = _source(place_of(path), keep_lora=bool(getattr(config, "lora_rank", 0)))
     log.info("%s holds %s", path, source.config)
     warn_of_another_model(path, dataclasses.asdict(source.config), config)
-    parts, shapes = _claim(Path(path), source), tensors.flat(abstract_params(source.config))
+    parts, shapes = _claim(path, source), tensors.flat(abstract_params(source.config))
     leaves, new = checkpoint.matched(
-        epath.Path(path), shapes, abstract, fresh, left_out, info(config), info(source.config)
+        epath.Path(str(path)), shapes, abstract, fresh, left_out, info(config), info(source.config)
     )
     wanted = {k: leaf for k, leaf in tensors.flat(abstract).items() if quantization.plain_name(k) in leaves}
     placed = tensors.flat(_placed(parts, traverse_util.unflatten_dict(wanted, sep="/")))
@@ -132,17 +133,32 @@ def warn_of_another_model(path: Any, saved: Mapping[str, Any], config: ModelConf
 
 def is_foreign(path: str | Path) -> bool:
     """Return whether a path is a model in another format than this project's: see `read`."""
-    path = Path(path).expanduser()
-    return peft.is_adapter(path) or (path / "config.json").exists() or (path.exists() and tensors.is_t5x(path))
+    place = place_of(path)
+    if isinstance(place, BucketPath):
+        return not is_own(place) and tensors.is_t5x(place)
+    return peft.is_adapter(place) or (place / "config.json").exists() or tensors.is_t5x(place)
 
 
-def _source(path: Path, keep_lora: bool = False) -> Source:
-    if peft.is_adapter(path):
-        return peft.read(path, merged=not keep_lora)
-    if (path / "config.json").exists():
-        return huggingface.read(path)
-    if path.exists() and tensors.is_t5x(path):
+def is_own(path: AnyPath) -> bool:
+    """Return whether a path is a checkpoint of this project, or holds one."""
+    if isinstance(path, BucketPath):  # what T5X has is seen without listing the bucket
+        has_info = (path / "info" / "metadata").is_file()
+        return has_info or (not tensors.is_t5x(path) and checkpoint.find_checkpoint(str(path)) is not None)
+    return own_checkpoint(path) is not None
+
+
+def _source(path: AnyPath, keep_lora: bool = False) -> Source:
+    if isinstance(path, Path):
+        if peft.is_adapter(path):
+            return peft.read(path, merged=not keep_lora)
+        if (path / "config.json").exists():
+            return huggingface.read(path)
+    if tensors.is_t5x(path):
         return t5x.read(path)
+    if isinstance(path, BucketPath):
+        raise MissingFileError(
+            f"{path} is no T5X checkpoint, and of other models only local folders are read: copy it here"
+        )
     content = ", ".join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else "it does not exist"
     raise MissingFileError(
         f"{path} is not a model: expected a Hugging Face directory (config.json), a PEFT folder "
@@ -156,7 +172,7 @@ def info(config: ModelConfig) -> dict[str, Any]:
     return {"model": dataclasses.asdict(config), "model_type": type(config).__name__}
 
 
-def _own_config(path: Path) -> ModelConfig:
+def _own_config(path: Any) -> ModelConfig:
     stored_info = checkpoint.read_info(path)
     if "model" not in stored_info:
         raise UserError(f"{path}: the checkpoint's info has no model config, so the model cannot be built")
@@ -199,7 +215,7 @@ def _placed(parts: Parts, abstract: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(placed, sep="/")
 
 
-def _claim(path: Path, source: Source) -> dict[str, list[Tensor]]:
+def _claim(path: Any, source: Source) -> dict[str, list[Tensor]]:
     """Return the tensors of each parameter.
 
     Raises UserError that names all tensors that are missing, unknown or of the wrong shape.
@@ -304,22 +320,22 @@ def convert(
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     origin: dict[str, Any] = {HUB_NAME: str(source)} if hub.is_name(source) else {}
-    source = hub.located(source)
-    if (step := step_of(source)) is not None:
+    folder = Path(source) if "://" in str(source) else hub.located(source)
+    if (step := step_of(folder)) is not None:
         origin["step"] = step
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     with checkpoint.base_at(base):
-        config, params = read(source, host, keep_lora=keep_lora)
+        config, params = read(source if "://" in str(source) else folder, host, keep_lora=keep_lora)
     if to == "t5x_lite":
         saving.save_params(dest, params, info=info(config) | origin)
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
     elif to == "peft":
         peft.check_lora(config)
-        _check_only_lora_was_trained(source)
+        _check_only_lora_was_trained(folder)
         peft.write(dest, config, params, base)
     else:
         huggingface.write(dest, *_lora_merged(config, params))
-    copy_tokenizer(source, dest, config)
+    copy_tokenizer(folder, dest, config)
     if to == "huggingface" and tokenizer.describe(dest).config.get("extra_ids_descend"):
         log.warning(
             "%s: its bytes have sentinels of their own, which Hugging Face's ByT5Tokenizer numbers the other way: "

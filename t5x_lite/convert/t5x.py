@@ -8,9 +8,9 @@ import functools
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from t5x_lite.convert import tensors
+from t5x_lite.convert.bucket import AnyPath
 from t5x_lite.convert.tensors import Source, Tensor
 from t5x_lite.errors import UserError
 from t5x_lite.model.layers import ACTIVATIONS
@@ -19,7 +19,7 @@ from t5x_lite.model.t5 import T5Config
 log = logging.getLogger(__name__)
 
 
-def read(path: Path) -> Source:
+def read(path: AnyPath) -> Source:
     """Return tensors and config. It is inferred from shapes and, for activations, from the config.gin of the
     run, if it is there; the other fields are T5's defaults.
 
@@ -55,7 +55,7 @@ def _unscanned(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{stack}/layers_{i}/{rest}": tensor.at(i, 1) for i in range(tensor.shape[1])}
 
 
-def _inferred(path: Path, stored: Mapping[str, Tensor]) -> T5Config:
+def _inferred(path: AnyPath, stored: Mapping[str, Tensor]) -> T5Config:
     def shape(name: str) -> tuple[int, ...]:
         if name not in stored:
             raise UserError(f"{path} has no {name}: it is not a T5. It has " + ", ".join(sorted(stored)[:12]))
@@ -88,7 +88,7 @@ def _inferred(path: Path, stored: Mapping[str, Tensor]) -> T5Config:
     )
 
 
-def _activations(path: Path, gated: bool) -> tuple[str, ...]:
+def _activations(path: AnyPath, gated: bool) -> tuple[str, ...]:
     """Return the MLP's activations from the run's config.gin, or T5's own, with a warning where others are possible."""
     for folder in (path, *path.absolute().parents[:2]):
         gin = folder / "config.gin"

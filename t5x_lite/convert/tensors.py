@@ -21,11 +21,10 @@ import flax.serialization
 import jax
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
 from flax import traverse_util
 
+from t5x_lite.convert.bucket import AnyPath, BucketPath
 from t5x_lite.errors import MissingFileError, MissingPackageError, UserError
 
 log = logging.getLogger(__name__)
@@ -248,12 +247,12 @@ def _read_whole_or_shards(folder: Path, stem: str, read: Callable[[Path], dict[s
 # T5X and Orbax: a tree whose leaves are in a msgpack file, in zarr folders, or in a key-value store (OCDBT).
 
 
-def is_t5x(path: Path) -> bool:
+def is_t5x(path: AnyPath) -> bool:
     """Return whether `path` is a T5X checkpoint: a msgpack file, a folder with one, or an Orbax folder."""
     return path.is_file() or (path / "checkpoint").is_file() or _orbax_folder(path) is not None
 
 
-def read_t5x(path: Path) -> dict[str, Tensor]:
+def read_t5x(path: AnyPath) -> dict[str, Tensor]:
     """Read the whole training state, keyed by "a/b/c".
 
     Raises UserError if the file is not msgpack, MissingFileError if an array's folder is missing.
@@ -273,7 +272,7 @@ def read_t5x(path: Path) -> dict[str, Tensor]:
         if hasattr(leaf, "shape"):
             state[name] = in_memory(leaf)
         elif (folder := _array_folder(leaf)) is not None:
-            state[name] = _open({"driver": "file", "path": str(path / folder)})
+            state[name] = _open(path / folder)
     return state
 
 
@@ -287,29 +286,36 @@ def _array_folder(leaf: Any) -> str | None:
     return None
 
 
-def _orbax_folder(path: Path) -> Path | None:
+def _orbax_folder(path: AnyPath) -> AnyPath | None:
     """Return the folder of Orbax's tree: `path`, or one item of a checkpoint with several items."""
-    folders: Iterable[Path] = (path, path / "state", path / "default", path / "items", path / "params")
+    folders: Iterable[AnyPath] = (path, path / "state", path / "default", path / "items", path / "params")
     return next((p for p in folders if (p / "_METADATA").exists()), None)
 
 
-def _read_orbax(folder: Path) -> dict[str, Tensor]:
-    folder = folder.absolute()
-    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+def _read_orbax(folder: AnyPath) -> dict[str, Tensor]:
+    entries = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()
+    names = [
+        [str(part["key"]) for part in entry["key_metadata"]]
+        for entry in entries
+        if not entry["value_metadata"].get("skip_deserialize") and entry["value_metadata"].get("value_type") != "None"
+    ]
     ocdbt = (folder / "manifest.ocdbt").exists()
 
-    def open_leaf(name: str) -> Tensor:
-        key = name.replace("/", ".")
-        if ocdbt:
-            return _open({"driver": "ocdbt", "base": f"file://{folder}", "path": f"{key}/"})
-        return _open({"driver": "file", "path": str(folder / key)})
+    def open_leaf(key: str) -> Tensor:
+        return _open(folder, key) if ocdbt else _open(folder / key)
 
-    return {name: open_leaf(name) for name, leaf in flat(tree).items() if getattr(leaf, "shape", None) is not None}
+    return {"/".join(name): open_leaf(".".join(name)) for name in names}
 
 
-def _open(store: dict[str, Any]) -> Tensor:
+def _open(folder: AnyPath, ocdbt_key: str | None = None) -> Tensor:
+    """Open the array in a folder, or under a key of a folder that is a key-value store."""
+    url = str(folder) if isinstance(folder, BucketPath) else f"file://{folder.absolute()}"
+    store: Any = f"{url}/"
+    if ocdbt_key is not None:
+        store = {"driver": "ocdbt", "base": url, "path": f"{ocdbt_key}/"}
     try:
         array = tensorstore.open({"driver": "auto", "kvstore": store}, read=True).result()  # zarr, version 2 or 3
     except (ValueError, OSError) as error:
-        raise MissingFileError(f"{store['path']} has no array, but the checkpoint refers to one: {error}") from error
+        place = ocdbt_key or str(folder)
+        raise MissingFileError(f"{place} has no array, but the checkpoint refers to one: {error}") from error
     return Tensor(tuple(array.shape), lambda index: array[index].read().result())

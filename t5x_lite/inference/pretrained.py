@@ -230,9 +230,11 @@ def load(
     for name, value, known in (("dtype", dtype, Dtype), ("params_dtype", params_dtype, StoredDtype)):
         if value not in get_args(known):
             raise UserError(f"{name} = {value!r} must be one of {', '.join(get_args(known))}")
-    folder = hub.located(path)
+    folder = Path(path) if "://" in str(path) else hub.located(path)
     with checkpoint.base_at(base):
-        config, params = convert.read(folder, mesh, params_dtype=params_dtype, dtype=dtype)
+        config, params = convert.read(
+            path if "://" in str(path) else folder, mesh, params_dtype=params_dtype, dtype=dtype
+        )
     return families.model_of(config).pretrained(params, folder, mesh)
 
 

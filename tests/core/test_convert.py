@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import flax.serialization
@@ -16,6 +19,7 @@ import tiny
 from core.conftest import stack_layers
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, init, logits
 from flax import traverse_util
+from gcs_server import bucket_of
 from repeats import fast
 from safetensors.numpy import load_file, save_file
 
@@ -203,11 +207,8 @@ def t5x_names(config, params):
     return flat
 
 
-@pytest.mark.parametrize("form", fast(["specs", "placeholders", "orbax", "ocdbt", "scanned"], "ocdbt"))
-def test_t5x_folders(form, tmp_path):
-    params = init(tiny.CONFIG)
+def write_t5x(folder, params, form):
     flat = t5x_names(tiny.CONFIG, params)
-    folder = tmp_path / "checkpoint_7"
     if form == "scanned":
         flat = {
             name.replace("encoder/layers/", "encoder/encoder/"): np.moveaxis(v, 0, 1) if "/layers/" in name else v
@@ -218,7 +219,7 @@ def test_t5x_folders(form, tmp_path):
         writer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=form != "orbax"))
         writer.save(folder, args=ocp.args.PyTreeSave(tree))
     else:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         stands_for = {}
         for name, value in flat.items():
             key = f"target.{name.replace('/', '.')}"
@@ -229,6 +230,27 @@ def test_t5x_folders(form, tmp_path):
             stands_for[name] = spec if form == "specs" else f"PLACEHOLDER://{key}"
         tree["target"] = traverse_util.unflatten_dict(stands_for, sep="/")
         (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize({"version": 3, "optimizer": tree}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["specs", pytest.param("orbax", marks=pytest.mark.exhaustive), "ocdbt"])
+def test_t5x_folders_in_a_bucket(form, tmp_path):
+    """A process of its own, for TensorStore reads the address once."""
+    params = init(tiny.CONFIG)
+    write_t5x(tmp_path / "models" / "checkpoint_7", params, form)
+    with bucket_of(tmp_path / "models") as url:
+        command = [sys.executable, "-m", "t5x_lite.convert", "gs://bucket/checkpoint_7", str(tmp_path / "own")]
+        environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": url}
+        done = subprocess.run([*command, "--to=t5x_lite"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_info(tmp_path / "own")["step"] == 7
+    assert_same(convert.read(tmp_path / "own")[1], params)
+
+
+@pytest.mark.parametrize("form", fast(["specs", "placeholders", "orbax", "ocdbt", "scanned"], "ocdbt"))
+def test_t5x_folders(form, tmp_path):
+    params, folder = init(tiny.CONFIG), tmp_path / "checkpoint_7"
+    write_t5x(folder, params, form)
     config, got = convert.read(folder)
     assert_same(got, params)
     np.testing.assert_array_equal(
