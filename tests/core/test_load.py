@@ -54,7 +54,7 @@ def test_rows_need_not_divide_over_a_mesh(model, golden, golden_t5):
     assert len(set(answers)) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_samples_and_limits_of_each_row(model, golden_t5):
     inputs = golden_t5.batch["encoder_input_tokens"]
     together, _ = model.generate(inputs, "sample", 9, seed=[5, 6, 7, 8], max_lengths=np.array([9, 9, 9, 2]))
