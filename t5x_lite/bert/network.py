@@ -234,10 +234,9 @@ def forward(
 def targets(batch: Mapping[str, Array]) -> dict[str, tuple[Num[Array, "B _"], Num[Array, "B _"]]]:
     """Return targets and weights of each head that the batch has targets for; ignored positions have weight 0.
 
-    "mlm": `targets` [B, S], where not 0. "nsp": `random` [B, 1]. "classify": see classes.targets.
-    Padding rows have weight 0. The loss is the sum of the heads'
-    weighted means over the batch: cross entropy (run_pretraining.py and run_classifier.py of google-research/bert) or,
-    for regression, squared error.
+    "mlm": `targets` [B, S], where not 0. "nsp": `random` [B, 1]. "classify": see
+    classes.targets. Padding rows have weight 0. The loss is the sum of the heads' weighted means over the batch: cross
+    entropy (run_pretraining.py and run_classifier.py of google-research/bert) or, for regression, squared error.
     """
     real_B1 = jnp.any(batch["inputs"] != 0, axis=-1, keepdims=True)
     by_head: dict[str, tuple[Array, Array]] = {}

@@ -128,7 +128,8 @@ def restore_params(
     if abstract_params is None:
         leaves = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, (_, leaf) in saved.items()}
         return traverse_util.unflatten_dict(_read(leaves, origins, np.ndarray), sep="/")
-    in_int8 = [name for name in leaves if name not in flat(abstract_params)]
+    as_stored = flat(abstract_params)
+    in_int8 = [name for name in leaves if name not in as_stored]  # in the same order on all hosts
     others = {name: leaf for name, leaf in leaves.items() if name not in in_int8}
     params = _read(others, {name: origins[name] for name in others}) | new
     for name in in_int8:  # one by one, as each takes four times its memory until it is stored

@@ -173,7 +173,7 @@ def file_source(
         return {name: readers.as_text(f"{path}:{number}", name, row[name]) for name in names}
 
     def example(where: str, row: Mapping[str, Any]) -> Example:
-        given = [part for name in columns(row) for part in row[name].split(f" {between} ")]
+        given = row["inputs"].split(f" {between} ") if "inputs" in row else [row[name] for name in columns(row)]
         if len(given) > 2:
             raise UserError(f"{where}: it has more than two texts, with {between} between them")
         first, *rest = (list(vocabulary.encode(text)) for text in given)

@@ -469,6 +469,9 @@ def test_the_encoder_of_a_t5_learns_classes(command):
     pathlib.Path("ask.jsonl").write_text('{"inputs": "aaa </s> zzz"}\n')
     command(initial, *ask, "--gin.INFER_OUTPUT='again.jsonl'")
     assert jsonl("again.jsonl") == [pair_row]
+    pathlib.Path("ask.jsonl").write_text('{"sentence1": "aaa </s> zzz", "sentence2": "zzz"}\n')
+    command(initial, *ask, "--gin.INFER_OUTPUT='text.jsonl'")  # a column is one text, whatever it holds
+    assert jsonl("text.jsonl")[0]["inputs"] == "aaa </s> zzz </s> zzz"
     pathlib.Path("ask.jsonl").write_text('{"inputs": "aaa", "sentence1": "zzz"}\n')
     assert "inputs and sentence1" in command(initial, *ask, "--gin.INFER_OUTPUT='both.jsonl'", code=2)
     with pytest.raises(ValueError, match="a tuple of two"):
