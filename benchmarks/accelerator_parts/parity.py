@@ -5,6 +5,7 @@ bfloat16 is compared with float32 at the same, rounded arguments.
 """
 
 import dataclasses
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
@@ -55,14 +56,17 @@ class Sizes:
     head_dim: int = 64
 
 
-SIZES = Sizes(((512, 512), (114, 114), (114, 512), (113, 113), (113, 511)))
-TOY = Sizes(((17, 17),), ("segments", "prefix"), batch=2, heads=2, head_dim=8)
+SIZES = (
+    Sizes(((512, 512), (114, 114), (114, 512), (113, 113), (113, 511))),
+    Sizes(((2048, 2048), (8192, 8192)), ("segments", "prefix"), batch=1),
+)
+TOY = (Sizes(((17, 17),), ("segments", "prefix"), batch=2, heads=2, head_dim=8),)
 
 
 def items(settings: Settings) -> list[Item]:
-    sizes = TOY if settings.toy else SIZES
     return three_steps.items(settings.toy) + [
-        Item(f"{queries} x {keys}, {name}", lambda q=queries, k=keys, case=case: compare(sizes, q, k, case))
+        Item(f"{queries} x {keys}, {name}", functools.partial(compare, sizes, queries, keys, case))
+        for sizes in (TOY if settings.toy else SIZES)
         for queries, keys in sizes.lengths
         for name, case in ((name, CASES[name]) for name in sizes.cases)
         if queries == keys or not case.causal  # T5's causal attention is within one sequence
@@ -113,7 +117,7 @@ def random_inputs(
     """Returns [query, key, value, bias], what is visible, and the cotangent, which is 0 where a query is padding."""
     random = np.random.default_rng(queries * 1000 + keys)
     B, H, K = sizes.batch, sizes.heads, sizes.head_dim
-    shapes = ((B, queries, H, K), (B, keys, H, K), (B, keys, H, K), (H, queries, keys), (B, queries, H, K))
+    shapes = ((B, queries, H, K), (B, keys, H, K), (B, keys, H, K), (H, 257), (B, queries, H, K))
     query, key, value, bias, cotangent = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
     args = [jnp.asarray(x, dtype) for x in (query * K**-0.5, key, value)] + [jnp.asarray(bias) if case.bias else None]
     if not case.segments:

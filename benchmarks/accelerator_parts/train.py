@@ -52,7 +52,7 @@ def variants(shape: Shapes, fused: Implementation | None) -> Iterator[Variant]:
         yield Variant(sizes[0], attention=fused)
     yield from (Variant(size, attention="batch") for size in sizes)
     yield from (Variant(size, scan_layers=False) for size in reversed(sizes))
-    yield from (Variant(size, attention="rows") for size in sizes)
+    yield from (Variant(size, attention="blocks") for size in sizes)
 
 
 def items(settings: Settings) -> list[Item]:

@@ -1,8 +1,8 @@
 """Dot-product attention with T5's relative-position bias.
 
-Every implementation takes queries, keys, values, an additive bias and an `AttentionMask`. The mask is symbolic
-(segment ids, a causal flag), so a fused kernel never builds the dense [B, 1, T, S] array. This module handles arrays
-only: no parameters, layers or configs.
+Every implementation takes queries, keys, values, a bias by distance and an `AttentionMask`. Both are symbolic (values
+for each distance; segment ids and a causal flag), so a fused kernel never builds a dense [H, T, S] or [B, 1, T, S]
+array. This module handles arrays only: no parameters, layers or configs.
 """
 
 import functools
@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t5x_lite import sharding
-from t5x_lite.model import flash_attention, kernel_checks, remat
+from t5x_lite.model import block_attention, flash_attention, kernel_checks, remat
+from t5x_lite.model.block_attention import materialize_bias
 from t5x_lite.model.config import Implementation
 
 # A logit of this size vanishes in a float32 softmax, and adding a bias to it does not overflow.
@@ -31,6 +32,9 @@ CACHED_LOGITS = 2**21  # 8 MiB in float32
 FLASH_LOGITS = 2**15
 CHECKED_LOGITS = 2**26  # upper limit in a check of a fused kernel: 256 MiB for the reference
 CUDNN_HEAD_DIM = 128  # the largest that cuDNN supports on every GPU
+CUDNN_BIAS = 2**28  # elements of [H, T, S], which cuDNN reads and whose gradient it writes: 0.5 GiB each in bfloat16
+GPU_LOGITS = 2**29  # logits of a device that XLA's attention may write to memory: 2 GiB in float32
+GPU_BLOCK, CPU_BLOCK = 512, 1024  # queries and keys of a block
 
 
 @flax.struct.dataclass
@@ -51,20 +55,9 @@ class AttentionMask:
 
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
         """Return the dense mask, True where visible (batch axis 1 if rows are equal); None if all keys are visible."""
-        mask = None
-        if self.key_segments is not None:
-            if self.query_segments is None:
-                mask = (self.key_segments != 0)[:, None, None, :]
-            else:
-                q_B1T1 = self.query_segments[:, None, :, None]
-                k_B11S = self.key_segments[:, None, None, :]
-                mask = (q_B1T1 == k_B11S) & (k_B11S != 0)
-        if self.causal:
-            causal_mask = (jnp.arange(key_length)[None, :] <= self.query_positions(query_length)[:, None])[None, None]
-            if self.key_prefix is not None:
-                causal_mask = causal_mask | (self.key_prefix != 0)[:, None, None, :]
-            mask = causal_mask if mask is None else mask & causal_mask
-        return mask
+        positions = self.query_positions(query_length), jnp.arange(key_length)
+        segments = self.query_segments, self.key_segments
+        return block_attention.visible(*segments, self.key_prefix, *positions, self.causal)
 
     def query_positions(self, query_length: int) -> Int[Array, " T"]:
         """Return the position of each query among the keys."""
@@ -75,7 +68,7 @@ class AttentionMask:
         """Segment ids of queries and keys, or (None, None)."""
         if self.key_segments is None or self.query_segments is not None:
             return (None, None) if self.key_segments is None else (self.query_segments, self.key_segments)
-        return jnp.ones((len(self.key_segments), query_length), jnp.int32), (self.key_segments != 0).astype(jnp.int32)
+        return jnp.ones((self.key_segments.shape[0], query_length), jnp.int32), (self.key_segments != 0).astype(jnp.int32)
 
     def most_segments(self, key_length: int) -> int:
         """Return an upper bound of the ids in `segments`."""
@@ -88,7 +81,7 @@ def dot_product_attention(
     query_BTHK: Float[Array, "B T H K"],
     key_BSHK: Float[Array, "B S H K"],
     value_BSHK: Float[Array, "B S H K"],
-    bias_HTS: Float[Array, "H T S"] | None,
+    bias_HR: Float[Array, "H R"] | None,
     attention_mask: AttentionMask,
     *,
     dropout_rate: float = 0.0,
@@ -102,12 +95,14 @@ def dot_product_attention(
     an average over some or all keys: it is padding, and its output is not used.
 
     Args:
-      implementation: "batch" materialises the weights of all rows at once. "rows" computes row by row, forward and
-        backward, so that a row's weights stay in the CPU's cache: twice as fast at [8, 6, 512, 512], in a fraction of
-        the memory. "flash" is the TPU kernel (flash_attention.py), interpreted (slow) on other platforms. "cudnn" is
-        cuDNN's kernel for NVIDIA GPUs. Neither fused kernel writes the weights to memory. If an implementation does
-        not support the arguments (decoding one token, for example), "batch" is used. None selects by platform and
-        shape, see `choose`.
+      bias_HR: added to the logits. Element r is for keys r - R // 2 positions after the query (R is odd), and the first
+        and last also for all beyond.
+      implementation: "batch" materialises the weights of all rows at once. "blocks" computes block by block of rows,
+        queries and keys, forward and backward (block_attention.py): memory is linear in the length, and a CPU, whose
+        cache holds a block, is twice as fast at [8, 6, 512, 512]. "flash" is the TPU kernel (flash_attention.py),
+        interpreted (slow) on other platforms. "cudnn" is cuDNN's kernel for NVIDIA GPUs. Neither fused kernel writes
+        the weights to memory. If an implementation does not support the arguments (decoding one token, for example),
+        "batch" is used. None selects by platform and shape, see `choose`.
     """
     rows, _, heads, _ = query_BTHK.shape
     with jax.named_scope("attention"):
@@ -117,71 +112,64 @@ def dot_product_attention(
                 jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, (rows, heads, 1, key_BSHK.shape[1])), 3, 1
             )
             value_BSHK = value_BSHK * (keep_mask_BSH1 / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
-        chosen = choose(implementation, query_BTHK, key_BSHK, bias_HTS, attention_mask)
-        if chosen in FUSED:
-            arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HTS, attention_mask)
-            y_BTHK = sharding.on_parts(_kernel(chosen, key_BSHK.shape[1], attention_mask), arrays, AXES, SPREAD)
-            # remat saves cuDNN's results by primitive, in the form that its backward pass reads.
-            return y_BTHK if chosen == "cudnn" else remat.keep(y_BTHK)
-        mask_B1TS = attention_mask.materialize(query_BTHK.shape[1], key_BSHK.shape[1])
-        arrays = (query_BTHK, key_BSHK, value_BSHK, mask_B1TS)
+        chosen = choose(implementation, query_BTHK, key_BSHK, bias_HR, attention_mask)
+        arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HR, attention_mask)
+        kernel = _kernel(chosen, key_BSHK.shape[1], attention_mask)
         if chosen == "batch":
-            return remat.keep(_attend(bias_HTS, *arrays))
-        return _attend_rows(bias_HTS, jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), arrays))
+            return remat.keep(kernel(*arrays))
+        return sharding.on_parts(kernel, arrays, AXES, SPREAD)  # each kernel marks itself what remat saves
 
 
 def choose(
     wanted: Implementation | None,
     query_BTHK: Float[Array, "B T H K"],
     key_BSHK: Float[Array, "B S H K"],
-    bias_HTS: Float[Array, "H T S"] | None,
+    bias_HR: Float[Array, "H R"] | None,
     attention_mask: AttentionMask,
 ) -> Implementation:
     """Return `wanted` if it supports the arguments, else "batch".
 
-    None selects "rows" on a single CPU device if the logits exceed its caches. On a TPU or GPU, None selects the
+    None selects "blocks" on a single CPU device if the logits exceed its caches. On a TPU or GPU, None selects the
     platform's fused kernel if a check on the device finds it correct and not slower than "batch" (see
-    `kernel_checks.fastest`). If the program is only compiled for the hardware, the check counts as passed.
+    `kernel_checks.fastest`); on a GPU "blocks" where cuDNN does not support the arguments, or would read a bias of
+    quadratic size, and the logits are too many to write. If the program is only compiled for the hardware, the check
+    counts as passed.
     """
-    rows, queries, heads, _ = query_BTHK.shape
-    keys, device = key_BSHK.shape[1], sharding.device()
-    if not isinstance(rows, int):  # an export with a symbolic batch size, for any platform
+    queries, keys, device = query_BTHK.shape[1], key_BSHK.shape[1], sharding.device()
+    part = sharding.part_shape(query_BTHK.shape, SPREAD)
+    if not isinstance(query_BTHK.shape[0], int):  # an export with a symbolic batch size, for any platform
         return "batch"
-    if wanted is not None:
-        able = wanted in ("batch", "rows") or _able(wanted, device, query_BTHK, key_BSHK, bias_HTS, attention_mask)
-        return wanted if able else "batch"
-    fused = PLATFORM_KERNELS.get(device.platform)
-    if fused is None:
-        large = rows * heads * queries * keys > CACHED_LOGITS
-        return "rows" if device.platform == "cpu" and jax.device_count() == 1 and large else "batch"
-    if not _able(fused, device, query_BTHK, key_BSHK, bias_HTS, attention_mask):
-        return "batch"
-    if fused == "flash" and queries * keys < FLASH_LOGITS:
-        return "batch"
-    return _checked(fused, query_BTHK, key_BSHK, bias_HTS, attention_mask) if device in jax.devices() else fused
-
-
-def _able(
-    fused: str, device: Any, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, attention_mask: AttentionMask
-) -> bool:
-    """Return whether a fused kernel supports these shapes, dtypes and masks."""
-    _, queries, _, width = query_BTHK.shape
-    keys, part = key_BSHK.shape[1], sharding.part_shape(query_BTHK.shape, SPREAD)
     if queries == 1 or part is None:
-        return False
-    if fused == "flash":
-        return flash_attention.fits(part[2], keys, width, key_BSHK.dtype)
+        return "batch"
+    cudnn_able = _cudnn_able(device, query_BTHK, keys, bias_HR, attention_mask)
+    if wanted is not None:
+        return "batch" if wanted == "cudnn" and not cudnn_able else wanted
+    small_bias = bias_HR is None or part[2] * queries * keys <= CUDNN_BIAS
+    worthwhile = {"flash": queries * keys >= FLASH_LOGITS, "cudnn": cudnn_able and small_bias}
+    fused = PLATFORM_KERNELS.get(device.platform)
+    if fused is not None and worthwhile[fused]:
+        return _checked(fused, query_BTHK, key_BSHK, bias_HR, attention_mask) if device in jax.devices() else fused
+    most = {"gpu": GPU_LOGITS, "cpu": CACHED_LOGITS if jax.device_count() == 1 else math.inf}
+    logits = part[0] * part[2] * queries * keys
+    return "blocks" if logits > most.get(device.platform, math.inf) else "batch"
+
+
+def _cudnn_able(
+    device: Any, query_BTHK: Array, keys: int, bias_HR: Array | None, attention_mask: AttentionMask
+) -> bool:
+    """Return whether cuDNN supports these shapes, dtypes and masks on this device."""
+    _, queries, _, width = query_BTHK.shape
     causal_only = attention_mask.key_prefix is None and attention_mask.offset is None
     capability = str(getattr(device, "compute_capability", ""))  # a name on AMD GPUs
     able = device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8.0
     able &= query_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     able &= width % 8 == 0 and width + 2 * _segment_bits(attention_mask.most_segments(keys)) <= CUDNN_HEAD_DIM
-    able &= bias_HTS is None or queries % 2 == keys % 2 == 0
+    able &= bias_HR is None or queries % 2 == keys % 2 == 0
     return able and (causal_only or not attention_mask.causal)
 
 
 def _checked(
-    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HTS: Array | None, attention_mask: AttentionMask
+    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HR: Array | None, attention_mask: AttentionMask
 ) -> Implementation:
     """Return `fused` or "batch", as a check on this device at the shape of one device's shard decides."""
     rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
@@ -210,7 +198,7 @@ def _checked(
         return (
             (normal(rows, queries, heads, width) * width**-0.5).astype(query_BTHK.dtype),
             *(normal(rows, keys, heads, width).astype(key_BSHK.dtype) for _ in range(2)),
-            None if bias_HTS is None else normal(heads, queries, keys).astype(bias_HTS.dtype),
+            None if bias_HR is None else normal(heads, bias_HR.shape[1]).astype(bias_HR.dtype),
             *((query_segments, key_segments) if padding else (None, None)),
             None if attention_mask.key_prefix is None else in_every_row(key_index % 3 == 0),
             np.asarray(offset, np.int32),
@@ -220,7 +208,7 @@ def _checked(
         "attention": [rows, queries, heads, width],
         "keys": keys,
         "dtype": jnp.dtype(query_BTHK.dtype).name,
-        "bias": bias_HTS is not None,
+        "bias": bias_HR is not None,
         "segments": "packed" if packed else "padding" if padding else None,
         "causal": attention_mask.causal,
         "prefix": attention_mask.key_prefix is not None,
@@ -234,13 +222,13 @@ def _checked(
 def _source_hash() -> str:
     """Return a hash of the kernels' source code, so that a new version is checked again."""
     return hashlib.sha256(
-        b"".join(Path(file).read_bytes() for file in (__file__, flash_attention.__file__))
+        b"".join(Path(file).read_bytes() for file in (__file__, block_attention.__file__, flash_attention.__file__))
     ).hexdigest()[:8]
 
 
 # Every kernel takes the arrays of `_arrays`, with the logical axes `AXES`, and runs on one device's shard of them.
 SPREAD = ("batch", None, "heads", None)  # logical axes of queries, keys and values
-AXES = (SPREAD, SPREAD, SPREAD, ("heads", None, None), ("batch",), ("batch",), ("batch",), ())
+AXES = (SPREAD, SPREAD, SPREAD, ("heads", None), ("batch",), ("batch",), ("batch",), ())
 
 
 def _arrays(
@@ -253,7 +241,7 @@ def _arrays(
 
 def _kernel(name: str, key_length: int, attention_mask: AttentionMask) -> Callable[..., Array]:
     options = {"causal": attention_mask.causal, "most_segments": attention_mask.most_segments(key_length)}
-    return functools.partial({"batch": _batch, **FUSED}[name], **options)
+    return functools.partial(KERNELS[name], **options)
 
 
 def _batch(
@@ -261,7 +249,25 @@ def _batch(
 ) -> Array:
     del most_segments
     attention_mask = AttentionMask(*masks, causal=causal)
-    return _attend(bias, query, key, value, attention_mask.materialize(query.shape[1], key.shape[1]))
+    mask_B1TS = attention_mask.materialize(query.shape[1], key.shape[1])
+    logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits_BHTS += materialize_bias(bias, query.shape[1], key.shape[1], masks[-1]).astype(jnp.float32)
+    if mask_B1TS is not None:
+        logits_BHTS = jnp.where(mask_B1TS, logits_BHTS, NEG_INF)
+    weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(value.dtype)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value)
+
+
+def _blocks(query: Array, *arrays: Any, causal: bool, most_segments: int) -> Array:
+    del most_segments
+    rows, _, heads, _ = query.shape
+    blocks = block_attention.Blocks(1, CPU_BLOCK, CPU_BLOCK)
+    if sharding.device().platform != "cpu":  # as many rows as fill it
+        blocks = block_attention.Blocks(
+            max(1, min(rows, CHECKED_LOGITS // (heads * GPU_BLOCK**2))), GPU_BLOCK, GPU_BLOCK
+        )
+    return block_attention.block_attention(query, *arrays, causal=causal, masked=NEG_INF, blocks=blocks)
 
 
 def _flash(*arrays: Any, causal: bool, most_segments: int) -> Array:
@@ -294,13 +300,13 @@ def _cudnn(
         query = _widen(query, -(2.0**14) * jnp.concatenate([query_bits, 1 - query_bits], -1))
         key = _widen(key, jnp.concatenate([1 - key_bits, key_bits], -1))
         value = _widen(value, jnp.zeros((1, 1, 1, 2 * len(bits))))
-    bias = None if bias is None else bias[None].astype(dtype)
+    bias = None if bias is None else materialize_bias(bias, query.shape[1], key.shape[1])[None].astype(dtype)
     y = jax.nn.dot_product_attention(query, key, value, bias, scale=1.0, is_causal=causal, implementation="cudnn")
     return y[..., :width]
 
 
-FUSED: Mapping[str, Callable[..., Array]] = {"flash": _flash, "cudnn": _cudnn}
 PLATFORM_KERNELS: Mapping[str, Implementation] = {"tpu": "flash", "gpu": "cudnn"}
+KERNELS: Mapping[str, Callable[..., Array]] = {"batch": _batch, "blocks": _blocks, "flash": _flash, "cudnn": _cudnn}
 
 
 def _segment_bits(most_segments: int) -> int:
@@ -310,78 +316,3 @@ def _segment_bits(most_segments: int) -> int:
 
 def _widen(x: Float[Array, "B S H K"], more: Array) -> Float[Array, "B S H _"]:
     return jnp.concatenate([x, jnp.broadcast_to(more, (*x.shape[:3], more.shape[-1])).astype(x.dtype)], -1)
-
-
-def _logits(
-    bias_HTS: Float[Array, "H T S"] | None,
-    query: Float[Array, "*B T H K"],
-    key: Float[Array, "*B S H K"],
-    mask: Bool[Array, "*_ 1 #T S"] | None,
-) -> Float[Array, "*B H T S"]:
-    logits = jnp.einsum("...THK,...SHK->...HTS", query, key, preferred_element_type=jnp.float32)
-    if bias_HTS is not None:
-        logits += bias_HTS.astype(jnp.float32)
-    return logits if mask is None else jnp.where(mask, logits, NEG_INF)
-
-
-def _attend(
-    bias_HTS: Float[Array, "H T S"] | None,
-    query_BTHK: Float[Array, "B T H K"],
-    key_BSHK: Float[Array, "B S H K"],
-    value_BSHK: Float[Array, "B S H K"],
-    mask_B1TS: Bool[Array, "_ 1 #T S"] | None,
-) -> Float[Array, "B T H K"]:
-    weights_BHTS = jax.nn.softmax(_logits(bias_HTS, query_BTHK, key_BSHK, mask_B1TS), axis=-1).astype(value_BSHK.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value_BSHK)
-
-
-@jax.custom_vjp
-def _attend_rows(bias_HTS: Float[Array, "H T S"] | None, arrays: tuple[Array | None, ...]) -> Float[Array, "B T H K"]:
-    """Run `_attend` row by row. The backward pass recomputes a row's weights from their maxima and sums."""
-    return _attend_rows_forward(bias_HTS, arrays)[0]
-
-
-def _attend_rows_forward(bias_HTS: Array | None, arrays: tuple[Array | None, ...]) -> tuple[Array, tuple]:
-    def attend(row: tuple) -> tuple[Array, Array, Array]:
-        query_THK, key_SHK, value_SHK, mask_1TS = row
-        logits_HTS = _logits(bias_HTS, query_THK, key_SHK, mask_1TS)
-        max_HT1 = jnp.max(logits_HTS, axis=-1, keepdims=True)
-        exp_HTS = jnp.exp(logits_HTS - max_HT1)
-        sum_HT1 = jnp.sum(exp_HTS, axis=-1, keepdims=True)
-        y_THK = jnp.einsum(
-            "HTS,SHK->THK", exp_HTS.astype(value_SHK.dtype), value_SHK, preferred_element_type=jnp.float32
-        )
-        return (y_THK / jnp.swapaxes(sum_HT1, 0, 1)).astype(value_SHK.dtype), max_HT1, sum_HT1
-
-    y_BTHK, *normalizers = map(remat.keep, jax.lax.map(attend, arrays))
-    return y_BTHK, (bias_HTS, arrays, y_BTHK, normalizers)
-
-
-def _attend_rows_backward(saved: tuple, d_y_BTHK: Array) -> tuple[Array | None, tuple[Array | None, ...]]:
-    bias_HTS, arrays, y_BTHK, normalizers = saved
-
-    def attend(d_bias_HTS: Array | None, row: tuple) -> tuple[Array | None, tuple[Array, Array, Array]]:
-        (query_THK, key_SHK, value_SHK, mask_1TS), y_THK, (max_HT1, sum_HT1), d_y_THK = row
-        dtype = value_SHK.dtype
-        weights_HTS = jnp.exp(_logits(bias_HTS, query_THK, key_SHK, mask_1TS) - max_HT1) / sum_HT1
-        d_weights_HTS = jnp.einsum("THK,SHK->HTS", d_y_THK, value_SHK, preferred_element_type=jnp.float32)
-        # The backward pass of the softmax needs sum_S(d_weights * weights), which equals the smaller sum_K(d_y * y).
-        inner_TH = jnp.sum(d_y_THK.astype(jnp.float32) * y_THK, axis=-1)
-        d_logits_HTS = weights_HTS * (d_weights_HTS - inner_TH.T[..., None])
-        if mask_1TS is not None:
-            d_logits_HTS = jnp.where(mask_1TS, d_logits_HTS, 0.0)
-        if d_bias_HTS is not None:
-            d_bias_HTS += d_logits_HTS
-        d_logits_HTS = d_logits_HTS.astype(dtype)
-        return d_bias_HTS, (
-            jnp.einsum("HTS,SHK->THK", d_logits_HTS, key_SHK),
-            jnp.einsum("HTS,THK->SHK", d_logits_HTS, query_THK),
-            jnp.einsum("HTS,THK->SHK", weights_HTS.astype(dtype), d_y_THK),
-        )
-
-    d_bias_HTS = None if bias_HTS is None else jnp.zeros_like(bias_HTS)
-    d_bias_HTS, d_arrays = jax.lax.scan(attend, d_bias_HTS, (arrays, y_BTHK, normalizers, d_y_BTHK))
-    return d_bias_HTS, (*d_arrays, None)
-
-
-_attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16"]
 StoredDtype = Literal["float32", "bfloat16", "int8"]
 Remat = Literal["none", "minimal", "full"]
-Implementation = Literal["batch", "rows", "flash", "cudnn"]
+Implementation = Literal["batch", "blocks", "flash", "cudnn"]
 RelativeBias = Literal["shared", "per_layer"]
 Activation = Literal["relu", "gelu", "silu", "linear"]
 

@@ -168,17 +168,18 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, query_positions_T: Int[Array, " T"], key_positions_S: Int[Array, " S"]) -> Float[Array, "H T S"]:
+    def __call__(self) -> Float[Array, "H R"]:
+        """Return the bias by distance, as `attention.dot_product_attention` takes it."""
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         init = named_axes(init, "heads", "relpos_buckets")
         table_HN = self.param("rel_embedding", init, (self.num_heads, self.num_buckets), jnp.float32)
-        buckets_TS = relative_position_bucket(
-            key_positions_S[None, :] - query_positions_T[:, None],
+        buckets_R = relative_position_bucket(
+            jnp.arange(-self.max_distance, self.max_distance + 1),
             bidirectional=self.bidirectional,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        return jnp.take(table_HN, buckets_TS, axis=1)
+        return jnp.take(table_HN, buckets_R, axis=1)
 
 
 ACTIVATIONS: Mapping[str, Callable] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "linear": lambda x: x}

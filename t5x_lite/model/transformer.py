@@ -99,7 +99,7 @@ class Attention(nn.Module):
         x_BTD: Float[Array, "B T D"],
         key_BSHK: Float[Array, "B S H K"],
         value_BSHK: Float[Array, "B S H K"],
-        bias_HTS: Float[Array, "H T S"] | None,
+        bias_HR: Float[Array, "H R"] | None,
         attention_mask: AttentionMask,
     ) -> Float[Array, "B T D"]:
         rate = self.config.dropout_rate if self.train else 0.0
@@ -107,7 +107,7 @@ class Attention(nn.Module):
             self._split_heads(self._product("query", x_BTD)),
             key_BSHK,
             value_BSHK,
-            bias_HTS,
+            bias_HR,
             attention_mask,
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate else None,
@@ -128,16 +128,15 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], bias_HSS: Float[Array, "H S S"] | None, attention_mask: AttentionMask
+        self, x_BSD: Float[Array, "B S D"], bias_HR: Float[Array, "H R"] | None, attention_mask: AttentionMask
     ) -> tuple[Float[Array, "B S D"], None]:
         c = self.config
-        if bias_HSS is None:
-            positions_S = jnp.arange(x_BSD.shape[1])
-            bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
+        if bias_HR is None:
+            bias_HR = _relative_bias(c, bidirectional=True, name="relpos_bias")()
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_attention_layer_norm")(x_BSD)
         attention = Attention(c, self.train, name="attention")
-        h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HSS, attention_mask)
+        h_BSD = attention(h_BSD, *attention.keys_values(h_BSD), bias_HR, attention_mask)
         x_BSD += dropout(h_BSD)
         h_BSD = RMSNorm(c.compute_dtype, name="pre_mlp_layer_norm")(x_BSD)
         lora = {"lora_rank": c.lora_rank, "lora_targets": c.lora}
@@ -179,7 +178,7 @@ class DecoderLayer(nn.Module):
         state: tuple[Float[Array, "B T D"], Cache | None],
         layer: Int[Array, ""],
         encoded_BSD: Float[Array, "B S D"] | None,
-        bias_HTS: Float[Array, "H T _"] | None,
+        bias_HR: Float[Array, "H R"] | None,
         self_attention_mask: AttentionMask,
         cross_attention_mask: AttentionMask,
         parents_B: Int[Array, " B"] | None,
@@ -193,10 +192,9 @@ class DecoderLayer(nn.Module):
             self_key, key = _append_to_cache(cache.self_key, key, layer, offset, parents_B)
             self_value, value = _append_to_cache(cache.self_value, value, layer, offset, parents_B)
             cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
-        if bias_HTS is None:
-            positions_T = self_attention_mask.query_positions(x_BTD.shape[1])
-            bias_HTS = self.relpos_bias(positions_T, jnp.arange(key.shape[1]))
-        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HTS, self_attention_mask))
+        if bias_HR is None:
+            bias_HR = self.relpos_bias()
+        x_BTD += self.dropout(self.self_attention(h_BTD, key, value, bias_HR, self_attention_mask))
 
         if not self.config.decoder_only:
             h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
@@ -249,13 +247,12 @@ class Encoder(nn.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"], attention_mask: AttentionMask) -> Float[Array, "B S D"]:
         c = self.config
         dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train)
-        bias_HSS = None
+        bias_HR = None
         if c.relative_bias == "shared":
-            positions_S = jnp.arange(x_BSD.shape[1])
-            bias_HSS = _relative_bias(c, bidirectional=True, name="relpos_bias")(positions_S, positions_S)
+            bias_HR = _relative_bias(c, bidirectional=True, name="relpos_bias")()
         layers = stack(EncoderLayer, c, c.num_encoder_layers, __call__=(nn.broadcast, nn.broadcast))
         x_BSD = dropout(constrain(x_BSD, "batch", "length", "embed"))
-        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias_HSS, attention_mask)
+        x_BSD, _ = layers(c, self.train, name="layers")(x_BSD, bias_HR, attention_mask)
         return dropout(RMSNorm(c.compute_dtype, name="encoder_norm")(x_BSD))
 
 
@@ -293,15 +290,13 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         parents_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        bias_HTS = None
+        bias_HR = None
         if self.config.relative_bias == "shared":
-            length = x_BTD.shape[1]
-            keys = length if cache is None else cache.self_key.shape[-1]
-            bias_HTS = self.relpos_bias(self_attention_mask.query_positions(length), jnp.arange(keys))
+            bias_HR = self.relpos_bias()
         x_BTD = self.dropout(constrain(x_BTD, "batch", "length", "embed"))
         layers = jnp.arange(self.config.num_decoder_layers)
         (x_BTD, cache), _ = self.layers(
-            (x_BTD, cache), layers, encoded_BSD, bias_HTS, self_attention_mask, cross_attention_mask, parents_B
+            (x_BTD, cache), layers, encoded_BSD, bias_HR, self_attention_mask, cross_attention_mask, parents_B
         )
         return self.dropout(self.decoder_norm(x_BTD)), cache
 

@@ -233,8 +233,12 @@ def matmul_flops(jaxpr: Any) -> float:
     A `while` loop that is not a scan counts once; of the branches of a `cond` the most expensive counts.
     """
     total = 0.0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    used = {id(x) for x in (*jaxpr.outvars, *(x for equation in jaxpr.eqns for x in equation.invars))}
+    for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
+        if name == "pallas_call" and not used.intersection(map(id, equation.outvars)):
+            continue  # remat saves its results; JAX keeps the call, and XLA removes it
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape

@@ -213,7 +213,7 @@ def test_rows_to_begin_with_grow_with_the_memory():
 
 def test_parity_sees_a_wrong_gradient_and_takes_nothing_for_another(monkeypatch):
     real = parity.outputs_and_gradients
-    sizes, case = parity.TOY, parity.CASES["segments"]
+    (sizes,), case = parity.TOY, parity.CASES["segments"]
 
     def fake(name, *args):
         if name == "cudnn":
@@ -221,7 +221,7 @@ def test_parity_sees_a_wrong_gradient_and_takes_nothing_for_another(monkeypatch)
         if name == "flash":
             raise ValueError("no such kernel")
         arrays = [np.ones(3, np.float32) for _ in parity.ARRAYS]
-        if name == "rows":
+        if name == "blocks":
             arrays[2] = np.array([1, 1, np.nan if args[0][0].dtype == "float32" else 1.1], np.float32)
         return arrays
 
@@ -230,9 +230,11 @@ def test_parity_sees_a_wrong_gradient_and_takes_nothing_for_another(monkeypatch)
     errors = result["errors"]
     assert not result["ok"] and errors["batch, float32"]["ok"] and errors["batch, bfloat16"]["ok"]
     assert (
-        not errors["rows, float32"]["ok"] and not errors["rows, bfloat16"]["ok"] and not errors["flash, float32"]["ok"]
+        not errors["blocks, float32"]["ok"]
+        and not errors["blocks, bfloat16"]["ok"]
+        and not errors["flash, float32"]["ok"]
     )
-    assert errors["rows, bfloat16"]["output"] == 0 < errors["rows, bfloat16"]["key"]
+    assert errors["blocks, bfloat16"]["output"] == 0 < errors["blocks, bfloat16"]["key"]
     assert errors["cudnn, float32"] == errors["cudnn, bfloat16"] == "not available"
 
 

@@ -20,11 +20,12 @@ from t5x_lite.model import attention, flash_attention
 from t5x_lite.model.attention import AttentionMask, dot_product_attention
 
 B, T, S, H, K = 3, 5, 7, 2, 4
+LIMIT = 3  # from this distance on, the bias is constant
 
 
 def arrays(dtype=jnp.float32, rows=B, queries=T, keys=S, heads=H, width=K) -> tuple[jax.Array, ...]:
     random = jax.random.split(jax.random.key(0), 4)
-    shapes = (rows, queries, heads, width), *[(rows, keys, heads, width)] * 2, (heads, queries, keys)
+    shapes = (rows, queries, heads, width), *[(rows, keys, heads, width)] * 2, (heads, 2 * LIMIT + 1)
     made = [jax.random.normal(key, shape) for key, shape in zip(random, shapes, strict=True)]
     made[0] *= width**-0.5
     return *(x.astype(dtype) for x in made[:3]), made[3]
@@ -71,7 +72,7 @@ def assert_equal(a, b, inputs, atol):
 
 
 @pytest.mark.parametrize("case", fast(CASES.keys(), "prefix", "causal, later queries"))
-@pytest.mark.parametrize("implementation", ["rows", "flash"])
+@pytest.mark.parametrize("implementation", ["blocks", "flash"])
 def test_outputs_and_gradients_are_those_of_batch(case, implementation):
     inputs = arrays()
     batch, other = (program(CASES[case], i, inputs) for i in ("batch", implementation))
@@ -79,27 +80,39 @@ def test_outputs_and_gradients_are_those_of_batch(case, implementation):
     assert_equal(batch, other, inputs, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [CASES["prefix"], (SEGMENTS, False, 0.0)], ids=["prefix", "no bias"])
-def test_flash_in_blocks_of_queries_and_groups_of_heads(case, monkeypatch):
-    # Queries: two blocks of 16 and an incomplete one. Heads: two groups of two, 128 lanes each.
-    attention_mask, with_bias, rate = case
-    queries, keys, heads, width = 37, 40, 4, 64
-    segments = [jnp.sort(jax.random.randint(jax.random.key(n), (B, n), 1, 4)) for n in (queries, keys)]
-    prefix = None if attention_mask.key_prefix is None else jax.random.randint(jax.random.key(2), (B, keys), 0, 2)
-    attention_mask = dataclasses.replace(
-        attention_mask, query_segments=segments[0], key_segments=segments[1], key_prefix=prefix
+def packed(queries: int, keys: int, causal: bool, prefix: bool) -> AttentionMask:
+    """Rows of three segments; the last is padding in the second row."""
+    query_segments, key_segments = (
+        jnp.stack([jnp.arange(n) * 3 // n + 1, (jnp.arange(n) * 3 // n + 1) % 3]) for n in (queries, keys)
     )
-    case = attention_mask, with_bias, rate
-    inputs = arrays(queries=queries, keys=keys, heads=heads, width=width)
-    whole = program(case, "flash", inputs)
-    monkeypatch.setattr(flash_attention, "BLOCK_LOGITS", 2 * 16 * keys)
-    blocks = program(case, "flash", inputs)
-    passes = [p.as_text().count("stablehlo.while") for p in (whole, blocks)]
-    assert passes[0] < passes[1]  # the backward pass goes over the logits in two orders
-    batch = program(case, "batch", inputs)
-    assert_equal(batch, whole, inputs, 1e-4)
-    assert_equal(batch, blocks, inputs, 1e-4)
+    key_prefix = jax.random.randint(jax.random.key(2), (2, keys), 0, 2) if prefix else None
+    return AttentionMask(query_segments, key_segments, key_prefix, causal=causal)
+
+
+# Tiles of 128: several and an incomplete one of queries, of keys, and of both, whose backward pass goes over the logits
+# twice; the bias within LIMIT of the diagonal and the constants beyond; tiles that are hidden as a whole.
+TILED = {
+    "one tile": (100, 120, packed(100, 120, False, False), True),
+    "queries": (300, 100, packed(300, 100, False, False), True),
+    "keys": (100, 300, packed(100, 300, True, True), True),
+    "both": (300, 390, AttentionMask(), True),
+    "packed": (300, 300, packed(300, 300, False, False), True),
+    "causal": (300, 300, AttentionMask(causal=True), True),
+    "prefix": (300, 300, packed(300, 300, True, True), True),
+    "no bias": (300, 200, packed(300, 200, False, False), False),
+    "later queries": (200, 300, AttentionMask(offset=100, causal=True), True),
+}
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "flash"])
+@pytest.mark.parametrize("case", fast(TILED.keys(), "prefix"))
+def test_in_tiles_of_queries_and_keys_and_groups_of_heads(case, implementation, monkeypatch):
+    queries, keys, attention_mask, with_bias = TILED[case]
+    monkeypatch.setattr(flash_attention, "TILE_LOGITS", 2 * 128**2)
+    monkeypatch.setattr(attention, "CPU_BLOCK", 128)
+    inputs = arrays(rows=2, queries=queries, keys=keys, heads=4, width=64)  # two groups of two heads: 128 lanes each
+    batch, tiled = (program((attention_mask, with_bias, 0.0), i, inputs) for i in ("batch", implementation))
+    assert_equal(batch, tiled, inputs, 2e-4)
 
 
 @pytest.mark.slow
@@ -178,7 +191,7 @@ LONG = {"queries": 512, "keys": 512, "width": 64}
         (TPU, {**LONG, "queries": 114}, {}, AttentionMask(), "flash"),
         (TPU, {"queries": 114, "keys": 114, "width": 64}, {}, AttentionMask(causal=True), "batch"),  # little to gain
         (TPU, {**LONG, "queries": 1}, {}, AttentionMask(offset=5, causal=True), "batch"),  # decoding
-        (TPU, {**LONG, "keys": 8192}, {}, AttentionMask(), "batch"),  # more than VMEM holds
+        (TPU, {"queries": 16384, "keys": 16384, "width": 64}, {}, AttentionMask(), "flash"),
         (TPU, LONG, {"wanted": "batch"}, AttentionMask(), "batch"),
         (TPU, LONG, {"wanted": "cudnn"}, AttentionMask(), "batch"),
         (A100, LONG, {}, SEGMENTS, "cudnn"),
@@ -190,6 +203,8 @@ LONG = {"queries": 512, "keys": 512, "width": 64}
         (A100, {**LONG, "keys": 511}, {}, SEGMENTS, "batch"),  # odd, with a bias
         (A100, {**LONG, "width": 128}, {}, SEGMENTS, "batch"),  # no room for the segments
         (A100, {**LONG, "width": 128}, {}, AttentionMask(), "cudnn"),
+        (A100, {"queries": 16384, "keys": 16384, "width": 64}, {}, SEGMENTS, "blocks"),  # a bias of 1 GiB
+        (A100, {"queries": 16384, "keys": 16384, "width": 64}, {"bias": False}, SEGMENTS, "cudnn"),
         (device("gpu", compute_capability="7.0"), LONG, {}, SEGMENTS, "batch"),
         (device("gpu", compute_capability="gfx942"), LONG, {}, SEGMENTS, "batch"),
         (device("cpu"), LONG, {}, AttentionMask(), "batch"),
@@ -202,6 +217,7 @@ def test_implementation_is_chosen_by_platform_and_shape(on, shape, options, atte
 
     def trace():
         query, key, _, bias = arrays(options.get("dtype", jnp.bfloat16), **shape)
+        bias = bias if options.get("bias", True) else None
         chosen.append(attention.choose(options.get("wanted"), query, key, bias, attention_mask))
 
     jax.eval_shape(trace)
@@ -226,15 +242,13 @@ from t5x_lite.model.attention import AttentionMask, choose, dot_product_attentio
 
 topology = topologies.find(sys.argv[1])
 mesh = sharding.make_mesh(data=1, devices=topology.devices[:1])
-rows, heads, width, found = 32, 12, 64, {}
-for queries, keys, causal, segments, with_bias in (
-    (512, 512, False, True, True), (512, 512, True, True, True), (114, 512, False, True, False),
-    (600, 1000, True, False, True), (2048, 2048, True, True, True),
-):
+heads, width = 12, 64
+
+def compiled(implementation, rows, queries, keys, causal, segments, with_bias):
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(topology.devices[0]))
 
-    def loss(query, key, value, bias, query_segments, key_segments, implementation):
+    def loss(query, key, value, bias, query_segments, key_segments):
         attention_mask = AttentionMask(query_segments, key_segments, causal=causal)
         with sharding.use_mesh(mesh):
             chosen.append(choose(implementation, query, key, bias, attention_mask))
@@ -243,43 +257,52 @@ for queries, keys, causal, segments, with_bias in (
 
     arrays = [
         array(rows, queries, heads, width), *[array(rows, keys, heads, width)] * 2,
-        array(heads, queries, keys, dtype=jnp.float32) if with_bias else None,
+        array(heads, 257, dtype=jnp.float32) if with_bias else None,
         *([array(rows, n, dtype=jnp.int32) for n in (queries, keys)] if segments else (None, None)),
     ]
-    of = (0, 1, 2, 3) if with_bias else (0, 1, 2)
-    for implementation in (None, "batch"):
-        chosen = []
-        function = jax.jit(jax.grad(loss, argnums=of), static_argnums=6)
-        compiled = function.lower(*arrays, implementation).compile(compiler_options=topology.compiler_options)
-        logits = rows * heads * queries * keys
-        found.setdefault(f"{queries} x {keys}, {causal=}", {})[implementation or "default"] = [
-            chosen[0], compiled.memory_analysis().temp_size_in_bytes / logits,
-            compiled.as_text().count(f"{rows},{heads},{queries},{keys}]"),
-        ]
-print(json.dumps(found))
+    chosen = []
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3) if with_bias else (0, 1, 2)))
+    program = gradient.lower(*arrays).compile(compiler_options=topology.compiler_options)
+    logits = program.as_text().count(f"{rows},{heads},{queries},{keys}]")
+    return chosen[0], program.memory_analysis().temp_size_in_bytes, logits
+
+of_shape = {
+    str(shape): [compiled(implementation, *shape) for implementation in (None, "batch")]
+    for shape in (
+        (32, 512, 512, False, True, True), (32, 512, 512, True, True, True), (32, 114, 512, False, True, False),
+        (32, 600, 1000, True, False, True), (4, 2048, 2048, True, True, True),
+    )
+}
+long = [compiled(sys.argv[2], 2, 16384, 16384, causal, True, True) for causal in (False, True)]
+print(json.dumps([of_shape, long]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "topology, fused, module",
-    [("v5e:1x1", "flash", "libtpu"), ("v4:2x2x1", "flash", "libtpu"), ("h100:1", "cudnn", "jax_plugins.xla_cuda13")],
+    "topology, fused, for_long, module",
+    [
+        ("v4:2x2x1", "flash", "flash", "libtpu"),
+        ("v5e:1x1", "flash", "flash", "libtpu"),
+        ("v6e:1x1", "flash", "flash", "libtpu"),
+        ("h100:1", "cudnn", "blocks", "jax_plugins.xla_cuda13"),
+    ],
 )
-def test_compiled_for_a_chip_the_fused_form_has_no_array_of_the_logits(topology, fused, module):
-    """Compiled, not run: neither chip is here."""
+def test_compiled_for_a_chip_the_fused_form_has_no_array_of_the_logits(topology, fused, for_long, module):
+    """Compiled, not run: none of the chips is here."""
     if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
         pytest.skip(f"needs {module} to compile for {topology}")
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, topology], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-c", COMPILED, topology, for_long]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 5
-    for shape, of in found.items():
-        (chosen, temporaries, arrays_of_logits), (_, in_batch, arrays_in_batch) = of["default"], of["batch"]
-        assert chosen == fused and not arrays_of_logits and arrays_in_batch, shape
-        assert temporaries < 0.6 * in_batch, shape  # bytes a logit
+    of_shape, long = json.loads(done.stdout.splitlines()[-1])
+    assert len(of_shape) == 5
+    for shape, ((chosen, temporaries, logits), (_, in_batch, logits_in_batch)) in of_shape.items():
+        assert chosen == fused and not logits and logits_in_batch, shape
+        assert temporaries < 0.6 * in_batch, shape
+    for name, temporaries, logits in long:  # queries, keys and values take 0.14 GiB, logits would take 24
+        assert name == for_long and not logits and temporaries < 2**30
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda")
@@ -309,7 +332,9 @@ def test_on_a_gpu_cudnn_is_as_near_to_float32_as_batch_is(case):
 
 
 def test_attention_is_softmax_of_unscaled_products_and_bias():
-    query, key, value, bias = (np.asarray(x, np.float64) for x in arrays())
+    query, key, value, by_distance = (np.asarray(x, np.float64) for x in arrays())
+    distance = np.arange(S) - np.arange(T)[:, None]
+    bias = by_distance[:, np.clip(distance, -LIMIT, LIMIT) + LIMIT]
     logits = np.einsum("bthk,bshk->bhts", query, key) + bias
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshk->bthk", weights, value)

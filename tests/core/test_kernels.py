@@ -219,7 +219,7 @@ def shapes(dtype=jnp.bfloat16, queries=16, keys=16):
     def normal(*shape):
         return jnp.asarray(random.standard_normal(shape, np.float32), dtype)
 
-    return normal(4, queries, 2, 8), normal(4, keys, 2, 8), normal(4, keys, 2, 8), normal(2, queries, keys)
+    return normal(4, queries, 2, 8), normal(4, keys, 2, 8), normal(4, keys, 2, 8), normal(2, 9)
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_a_sound_kernel_passes_the_check_at_every_mask(attention_mask, flash_on_
 
 
 def test_a_broken_kernel_leaves_attention_to_xla_inside_a_traced_step(flash_on_cpu, monkeypatch, caplog):
-    monkeypatch.setitem(attention.FUSED, "flash", lambda *args, **options: raising())
+    monkeypatch.setitem(attention.KERNELS, "flash", lambda *args, **options: raising())
     arrays, attention_mask = shapes(), AttentionMask(SEGMENTS, SEGMENTS)
 
     def loss(query, *others, implementation=None):
@@ -275,12 +275,12 @@ def test_a_broken_kernel_leaves_attention_to_xla_inside_a_traced_step(flash_on_c
 @pytest.mark.slow
 def test_a_kernel_that_ignores_the_mask_is_dropped(flash_on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(kernel_checks, "FASTER", 1e6)
-    sound = attention.FUSED["flash"]
+    sound = attention.KERNELS["flash"]
 
     def unmasked(query, key, value, bias, *masks, **options):
         return sound(query, key, value, bias, None, None, *masks[2:], **options)
 
-    monkeypatch.setitem(attention.FUSED, "flash", unmasked)
+    monkeypatch.setitem(attention.KERNELS, "flash", unmasked)
     query, key, _, bias = shapes()
     assert attention.choose(None, query, key, bias, AttentionMask(None, SEGMENTS)) == "batch"
     assert "differs" in caplog.text

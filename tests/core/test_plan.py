@@ -118,10 +118,7 @@ def test_flops_of_a_fused_kernel_count_on_every_device_and_its_weights_twice(tin
     # Two layers of the encoder on 12 inputs; one of the decoder on 10 targets, alone and with the inputs.
     once = 2 * 16 * 4 * 6 * (2 * 12 * 12 + 10 * 10 + 10 * 12)
     assert flops("flash", "none") == flops("batch", "none") + once
-    assert (
-        flops("flash", "minimal")
-        == flops("flash", "none") + (flops("batch", "minimal") - flops("batch", "none")) - once
-    )
+    assert flops("flash", "minimal") == flops("flash", "none")  # the results are saved, with the sum of the weights
 
 
 @pytest.mark.parametrize("memory, fits", [(1e3, False), (1e12, True), (None, None)])
