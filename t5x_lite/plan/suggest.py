@@ -91,7 +91,7 @@ class Search:
     topology: Topology
     compiled: list[Candidate] = dataclasses.field(default_factory=list)
     too_large: list[Setting] = dataclasses.field(default_factory=list)
-    error: ValueError | None = None  # the first, unless something could be planned
+    error: ValueError | None = None  # the first setting's that could not be planned
 
     def run(self) -> Candidate:
         """Compile what may be on the frontier; return the quickest candidate that has the run's own batch size.
@@ -133,6 +133,8 @@ class Search:
             for remat in policies:
                 self._fewest_parts(self.batch_size, name, mesh, remat)
             return
+        if len(self.topology.devices) == 1:
+            return  # all meshes are the same
         best = frontier(self.fitting)
         if best[-1].plan.step_seconds and best[-1].plan.step_seconds == best[-1].plan.times.compute:
             return  # no mesh is quicker, and the first needs the least memory
