@@ -1,8 +1,8 @@
 """Search settings around a run's own: batch sizes, meshes, remat policies, with the fewest micro-batches that fit.
 
 The frontier has the settings to choose from: for each batch size those for which no other needs less memory and has as
-good a bound on the step time. What is unlikely to be on it, or whose estimated memory exceeds the chip's, is not compiled.
-Mesh names are those in gin_configs/mesh.
+good a bound on the step time. What is unlikely to be on it, or whose estimated memory exceeds the chip's, is not
+compiled. Mesh names are those in gin_configs/mesh.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ class Search:
     error: ValueError | None = None  # the first setting's that could not be planned
 
     def run(self) -> Candidate:
-        """Compile what is likely to be on the frontier; return the quickest candidate that has the run's own batch size.
+        """Compile what may be on the frontier; return the quickest candidate that has the run's own batch size.
 
         On the first mesh that fits the model every remat policy is compiled. Unless the quickest is bound by compute,
         those on the frontier follow on other meshes, the quickest first, as long as they improve on it. The frontier is
