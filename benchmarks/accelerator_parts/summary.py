@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accelerator_parts.results import FILE, Line, Results, is_result
+from benchmarks.sizes import ROOT
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "published.json"
+PUBLISHED = ROOT / "t5x_lite" / "plan" / "published.json"
 LONG_TEXT = 200
 
 
@@ -134,10 +135,9 @@ def published_training(figures: list[dict[str, Any]]) -> list[str]:
         sequences, tokens = figure.get("per_device"), figure.get("tokens_per_device")
         rate = f"{sequences:,} sequences/s" if sequences else f"{tokens:,} tokens/s" if tokens else None
         mfu = figure["mfu"] and f"{figure['mfu']:.1%}" + (" by our count" if figure["mfu_by"] == "us" else "")
+        conditions = ", ".join(f"{name} {value}" for name, value in figure["conditions"].items())
         source = figure["source"] + (" (recalled)" if figure["recalled"] else "")
-        rows.append(
-            [figure["what"], f"{figure['devices']} x {figure['hardware']}", rate, mfu, figure["conditions"], source]
-        )
+        rows.append([figure["what"], f"{figure['devices']} x {figure['hardware']}", rate, mfu, conditions, source])
     return table(("what", "on", "a device", "MFU", "conditions", "source"), rows)
 
 

@@ -117,7 +117,9 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
         "topology", None, "--mode=plan: of what, such as v5e:4x4, 2xv5e:16x16, h100:8, cpu:8.", **module
     )
     flags.DEFINE_boolean("decode", False, "--mode=plan: of decoding, too.", **module)
-    flags.DEFINE_boolean("suggest", False, "--mode=plan: find mesh, REMAT and NUM_MICROBATCHES that fit.", **module)
+    flags.DEFINE_boolean(
+        "suggest", False, "--mode=plan: a table of batch sizes, meshes and REMAT that fit, and the quickest.", **module
+    )
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it.", **module)
     flags.DEFINE_integer("process_count", None, "Number of processes; 1: train alone, search for none.", **module)
     flags.DEFINE_integer("process_index", None, "Of this process, from 0; with --coordinator_address.", **module)

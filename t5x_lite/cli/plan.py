@@ -22,23 +22,27 @@ def plan(run: RunConfig, topology: str, decode: bool, suggest: bool) -> None:
 
     Args:
       decode: also compile decoding.
-      suggest: first find a mesh, REMAT and NUM_MICROBATCHES that fit, and plan with these.
+      suggest: first print a table of batch sizes, meshes, REMAT and NUM_MICROBATCHES, and plan with the quickest that
+        fits the run's own BATCH_SIZE.
     """
     if not (planning := task_setup.tool("plan")):
         raise UserError("--mode=plan: the package t5x_lite.plan has been removed")
-    from t5x_lite.plan import topologies
+    from t5x_lite.plan import evidence, rows, topologies
 
     place = topologies.find(topology)
+    candidates = []
     if suggest:
-        run, step = _suggested(run, place)
+        run, step, candidates = _suggested(run, place)
     else:
         step = step_plan(run, place)
     if decode:
         step.decode_memory = decode_memory(run, place)
     print(planning.table(step))
+    for line in evidence.lines(step, place, run.model, run.pack):
+        print(line)
     folder = MirroredDirectory(run.model_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(step) | {"fits": step.fits}
+    values = rows.values(step) | ({"candidates": [rows.values(each) for each in candidates]} if candidates else {})
     (folder.path / "plan.json").write_text(json.dumps(values, indent=1) + "\n")
     folder.publish()
     print(f"as JSON: {folder}/plan.json")
@@ -81,14 +85,25 @@ def decode_memory(run: RunConfig, place: "Topology") -> "Memory":
     return planning.compile_within(predictor.lower(run.eval_batch_size, run.task_feature_lengths), place)[0]
 
 
-def _suggested(run: RunConfig, place: "Topology") -> tuple[RunConfig, "Plan"]:
-    from t5x_lite.plan import suggest
+def _suggested(run: RunConfig, place: "Topology") -> tuple[RunConfig, "Plan", list["Plan"]]:
+    """Prints the frontier of settings; returns the suggested run and its plan, and the plans of all settings."""
+    from t5x_lite.plan import rows, suggest
 
     def with_setting(setting: suggest.Setting) -> RunConfig:
         model: Any = dataclasses.replace(run.model, remat=setting.remat)  # pyright: ignore[reportArgumentType]
-        return dataclasses.replace(run, model=model, mesh=setting.mesh, num_microbatches=setting.num_microbatches)
+        return dataclasses.replace(
+            run,
+            model=model,
+            mesh=setting.mesh,
+            batch_size=setting.batch_size,
+            num_microbatches=setting.num_microbatches,
+        )
 
-    setting, step = suggest.best(
-        lambda setting: step_plan(with_setting(setting), place, on_paper=True), run.batch_size, place
+    search = suggest.Search(
+        lambda setting: step_plan(with_setting(setting), place, on_paper=True), run.batch_size, run.mesh, place
     )
-    return with_setting(setting), step
+    setting, step = search.run()
+    best = [rows.values(candidate.plan) for candidate in suggest.frontier(search.fitting)]
+    print(rows.markdown(best, rows.COLUMNS_OF_ONE_RUN))
+    print(f"suggested for BATCH_SIZE = {run.batch_size}: {setting.flags}\n")
+    return with_setting(setting), step, [candidate.plan for candidate in search.compiled]

@@ -18,12 +18,15 @@ from core.test_run import configured, refused
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite import plan, sharding
+from t5x_lite.bert import BertConfig
 from t5x_lite.cli import main as command
 from t5x_lite.cli import plan as plan_mode
 from t5x_lite.cli import task_setup
+from t5x_lite.errors import UserError
 from t5x_lite.metrics import hardware
 from t5x_lite.model.families import model_of
-from t5x_lite.plan import hlo, suggest, topologies
+from t5x_lite.plan import evidence, hlo, rows, suggest, topologies
+from t5x_lite.plan.__main__ import main
 from t5x_lite.plan.topologies import Topology
 from t5x_lite.training import step
 
@@ -383,24 +386,102 @@ def test_presets_are_those_of_the_gin_files():
         assert configured(*TINY[:-2], f"--gin_file=mesh/{name}.gin").mesh == mesh
 
 
-def test_the_quickest_of_what_fits_is_suggested(tiny_plan, capsys):
-    made = []
+def setting(remat="none", name="fsdp", rows=16, parts=1):
+    return suggest.Setting(rows, name, suggest.MESHES[name], remat, parts)
 
-    def make(setting):
-        made.append((dict(setting.mesh), setting.remat, setting.num_microbatches))
-        seconds = {"none": 4.0, "minimal": 2.0, "full": 3.0}[setting.remat] - 0.5 * (setting.mesh["data"] == -1)
-        needed = {"none": 15 * 10**9, "minimal": 10**11, "full": 10**9}[setting.remat] // setting.num_microbatches
+
+def test_frontier_has_what_no_setting_of_its_batch_beats(tiny_plan):
+    def candidate(rows, needed, seconds):
         memory = dataclasses.replace(tiny_plan.memory, needed=needed)
-        return dataclasses.replace(tiny_plan, memory=memory, step_seconds=seconds, capacity=10e9)
+        return suggest.Candidate(
+            setting(rows=rows), dataclasses.replace(tiny_plan, memory=memory, step_seconds=seconds)
+        )
 
-    found, itself = suggest.best(make, 2, cpus(10e9))
-    assert itself.step_seconds == 2.5
-    # "minimal" never fits with the 2 micro-batches that 2 rows allow: "full" is what is tried elsewhere.
-    assert (found.remat, found.num_microbatches, found.mesh["data"]) == ("full", 1, -1)
-    fsdp, data, both = ({"data": d, "fsdp": f, "tensor": t} for d, f, t in ((1, -1, 1), (-1, 1, 1), (1, -1, 2)))
-    expected = [(fsdp, "none", 1), (fsdp, "none", 2), (fsdp, "minimal", 1), (fsdp, "minimal", 2)]
-    assert made == [*expected, (fsdp, "full", 1), (data, "full", 1), (both, "full", 1)]
-    assert "suggested: --gin_file=mesh/data.gin --gin.REMAT=\"'full'\"" in capsys.readouterr().out
+    quick, small, slower, larger = (candidate(16, *c) for c in ((30, 1.0), (10, 3.0), (20, 3.0), (40, 1.0)))
+    middle, of_another_batch = candidate(16, 20, 2.0), candidate(8, 50, 9.0)
+    candidates = [larger, quick, slower, small, of_another_batch, middle]
+    assert suggest.frontier(candidates) == [of_another_batch, small, middle, quick]
+    assert suggest.frontier([quick, candidate(16, 30, 1.0)]) == [quick]
+    without_rates = dataclasses.replace(tiny_plan, step_seconds=None, executed_flops=7.0)
+    assert suggest.Candidate(setting(), without_rates).seconds == 7.0
+
+
+def test_a_setting_is_not_tried_if_a_smaller_one_was_too_large():
+    assert suggest.needs_as_much(setting(rows=32), setting(rows=16))
+    assert suggest.needs_as_much(setting(rows=32, parts=2), setting(rows=16))
+    assert not suggest.needs_as_much(setting(rows=32, parts=4), setting(rows=16))
+    assert not suggest.needs_as_much(setting(rows=8), setting(rows=16, parts=2))  # which also sums gradients
+    assert not suggest.needs_as_much(setting("full", rows=32), setting(rows=16))
+    assert not suggest.needs_as_much(setting(name="data", rows=32), setting(rows=16))
+
+
+class FakePlans:
+    """Makes plans of 1 GB a row at once, less with remat; "minimal" is the quickest, and "data" a little quicker."""
+
+    def __init__(self, plan, capacity, compute=0.0, fixed=1.0):
+        self.plan, self.capacity, self.compute, self.fixed, self.made = plan, capacity, compute, fixed, []
+
+    def __call__(self, setting):
+        if setting.name == "fsdp_tensor":
+            raise ValueError("unsuitable")
+        self.made.append((setting.name, setting.batch_size, setting.remat, setting.num_microbatches))
+        needed = {"none": 10, "minimal": 5, "full": 2}[setting.remat] * setting.batch_size // setting.num_microbatches
+        a_row = {"none": 0.4, "minimal": 0.2, "full": 0.3}[setting.remat] - 0.05 * (setting.name == "data")
+        return dataclasses.replace(
+            self.plan,
+            batch_size=setting.batch_size,
+            remat=setting.remat,
+            num_microbatches=setting.num_microbatches,
+            memory=dataclasses.replace(self.plan.memory, needed=needed),
+            times=plan.Times(compute=self.compute),
+            step_seconds=max(self.compute, self.fixed + a_row * setting.batch_size),
+            capacity=self.capacity,
+        )
+
+    def search(self, mesh=suggest.MESHES["fsdp"]):
+        return suggest.Search(self, 4, mesh, cpus())
+
+
+def test_the_frontier_is_compiled_for_other_meshes_and_batches(tiny_plan):
+    make = FakePlans(tiny_plan, capacity=20.0)
+    search = make.search()
+    best, itself = search.run()
+    assert make.made == [
+        # 4 rows of "none" need two micro-batches, and take longer than "minimal", as "full" does in less memory.
+        *(("fsdp", 4, "none", 1), ("fsdp", 4, "none", 2), ("fsdp", 4, "minimal", 1), ("fsdp", 4, "full", 1)),
+        *(("data", 4, "minimal", 1), ("data", 4, "full", 1)),
+        *(("data", 2, "full", 1), ("data", 2, "minimal", 1)),
+        *(("data", 8, "full", 1), ("data", 8, "minimal", 1), ("data", 8, "minimal", 2)),
+        *(("data", 16, "full", 1), ("data", 16, "full", 2)),  # 16 rows of "minimal", in 4: 8 in 1 were too many
+        ("data", 16, "minimal", 4),
+    ]
+    assert best.flags == "--gin_file=mesh/data.gin --gin.REMAT=\"'minimal'\" --gin.NUM_MICROBATCHES=1"
+    assert (itself.batch_size, itself.remat) == (4, "minimal") and itself.fits
+    found = [(c.setting.batch_size, c.setting.remat) for c in suggest.frontier(search.fitting)]
+    assert found == [(size, remat) for size in (2, 4, 8, 16) for remat in ("full", "minimal")]
+    assert len(search.compiled) == len(make.made) and all(candidate.plan.fits for candidate in search.fitting)
+
+
+def test_what_cannot_be_quicker_is_not_compiled(tiny_plan):
+    one_device = dataclasses.replace(cpus(), devices=cpus().devices[:1])
+    make = FakePlans(tiny_plan, capacity=100.0)
+    suggest.Search(make, 4, {}, one_device).run()
+    assert {name for name, *_ in make.made} == {"fsdp"}
+    bound_by_compute = FakePlans(tiny_plan, capacity=100.0, compute=50.0)
+    best, _ = bound_by_compute.search().run()
+    assert best.name == "fsdp" and {name for name, *_ in bound_by_compute.made} == {"fsdp"}
+    no_gain = FakePlans(tiny_plan, capacity=100.0, fixed=0.0)
+    no_gain.search().run()
+    assert {size for _, size, *_ in no_gain.made} == {2, 4, 8}  # 8 rows are no quicker, so 16 are not tried
+
+
+def test_a_mesh_of_the_runs_own_is_tried_too(tiny_plan):
+    assert suggest.meshes({"fsdp": -1}) == suggest.MESHES
+    own = {"data": 2, "fsdp": -1}
+    make = FakePlans(tiny_plan, capacity=100.0)
+    make.search(own).run()
+    assert ("", 4, "minimal", 1) in make.made
+    assert suggest.Setting(4, "", own, "full", 2).flags.startswith("--gin.MESH=\"{'data': 2, 'fsdp': -1}\" --gin.REMAT")
 
 
 @pytest.mark.slow
@@ -408,8 +489,16 @@ def test_nothing_is_compiled_that_cannot_fit_on_paper(tiny, monkeypatch):
     monkeypatch.setattr(plan, "compile_within", None)
     found = plan_mode.step_plan(tiny, cpus(1e3), on_paper=True)
     assert found.fits is False and found.compile_seconds == 0.0
-    with pytest.raises(ValueError, match="nothing fits cpu:8"):
-        suggest.best(lambda setting: found, 16, cpus(1e3))
+    with pytest.raises(UserError, match="nothing fits cpu:8"):
+        suggest.Search(lambda setting: found, 16, tiny.mesh, cpus(1e3)).run()
+
+
+def test_an_error_on_every_mesh_is_shown():
+    def make(setting):
+        raise UserError("of the run itself")
+
+    with pytest.raises(UserError, match="of the run itself"):
+        suggest.Search(make, 16, {}, cpus()).run()
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
@@ -421,6 +510,81 @@ def test_what_a_count_on_paper_leaves_out_does_not_fit_indeed(tiny, remat):
     least = plan.least_memory(run.model, machine.compiler, machine.abstract, plan_mode.abstract_batch(run, machine))
     really = plan_mode.step_plan(run, cpus()).memory.needed
     assert 0.2 * really < least < really
+
+
+# Evidence
+
+
+def topology(name, count=8):
+    chip = next(chip for chip in hardware.CHIPS if chip.name == name)
+    return Topology(f"{name}:{count}", chip, tuple(range(count)))
+
+
+@pytest.mark.parametrize("size", json.loads(evidence.PUBLISHED.read_text())["sizes"])
+def test_published_sizes_are_those_of_the_gin_files(size):
+    shape = json.loads(evidence.PUBLISHED.read_text())["sizes"][size]
+    run = configured(f"--gin_file=models/t5_1_1/{size}.gin", "--gin.MIXTURE_OR_TASK_NAME='any'")
+    assert step.param_count(step.abstract_params(run.model, sharding.make_mesh())) == shape.pop("parameters")
+    assert {name: getattr(run.model, name) for name in shape} == shape
+
+
+BASE = configured("--gin_file=models/t5_1_1/base.gin", "--gin.MIXTURE_OR_TASK_NAME='any'").model
+LENGTHS = {"inputs": 512, "targets": 114}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "chip", "lengths", "expected"),
+    [
+        (247_577_856, "a100-80gb", LENGTHS, ["nanoT5, base", "NeMo T5 220M"]),
+        (222_903_552, "a100-40gb", LENGTHS, ["nanoT5, base", "NeMo T5 220M"]),  # T5 1.0
+        (247_577_856, "a100-80gb", {"inputs": 512, "targets": 32}, []),
+        (247_577_856, "a100-80gb", {"inputs": 1024, "targets": 114}, []),
+        (247_577_856, "a100-80gb", {"inputs": 512}, []),
+        (582_401_280, "a100-80gb", LENGTHS, []),  # mT5, most of it embeddings
+        (247_577_856, "v5e", LENGTHS, []),
+    ],
+)
+def test_published_figures_are_of_the_same_shape(parameters, chip, lengths, expected):
+    figures = evidence.published(BASE, parameters, topology(chip).chip, lengths)
+    assert [figure["what"] for figure in figures] == expected
+
+
+def test_published_figures_of_another_model_of_that_size_are_left_out():
+    chip = topology("a100-80gb").chip
+    assert not evidence.published(dataclasses.replace(BASE, num_encoder_layers=0), 247_577_856, chip, LENGTHS)
+    assert not evidence.published(
+        BertConfig(d_model=768, d_ff=3072, num_heads=12, num_layers=12), 247_577_856, chip, LENGTHS
+    )
+
+
+def test_a_published_figure_says_what_differs(tiny_plan):
+    large = dataclasses.replace(BASE, d_model=1024, num_encoder_layers=24, num_decoder_layers=24, dtype="bfloat16")
+    itself = dataclasses.replace(tiny_plan, parameters=783_150_080, lengths=LENGTHS)
+    published, compared = evidence.lines(itself, topology("h200"), large, packed=True)
+    assert published == (
+        "published: T5X by NVIDIA, large, 64 x H100 fp8: 174.1 sequences/s a device, MFU 26% by our count (inputs 512, "
+        "targets 128, packed no, dtype fp8 (Transformer Engine), optimizer Adam, batch 32 rows a device; JAX-Toolbox, "
+        "rosetta/projects/t5x/README.md); here: targets 114, packed yes, dtype bfloat16, H200, 8 device(s)"
+    )
+    assert compared.startswith("compared: ")
+    none, _ = evidence.lines(itself, topology("v4"), large, packed=True)
+    assert none == "published: no figure of this model, chip and lengths"
+    assert evidence.lines(itself, cpus(), large, packed=True) == []
+
+
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_a_plan_says_how_far_it_was_right_where_it_was_compared(name):
+    assert evidence.compared_line(topology(name, 1)) == (
+        "compared: plans for one H100 with one H200 (2026-11-27): memory within 6 %, the step took 1.65 times the bound"
+    )
+    assert evidence.compared_line(topology(name)).endswith("; never on several devices")
+
+
+@pytest.mark.parametrize("name", ["v5e", "a100-80gb", "h100-pcie"])
+def test_a_plan_says_that_it_was_never_compared(name):
+    assert "never with a run on a" in evidence.compared_line(topology(name))
+    stand_in = dataclasses.replace(topology("h100"), real=False)
+    assert "never" in evidence.compared_line(stand_in)
 
 
 # The command
@@ -437,6 +601,54 @@ def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, capsys, monk
     assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1} and f"{found['parameters']:,}" in out
     assert found["collectives"]["all-reduce"]["count"] > 0 and found["decode_memory"]["needed"] > 0
     assert found["flops"] == found["executed_flops"] and found["fits"] is None
+
+
+@pytest.mark.slow
+def test_the_command_suggests_and_writes_all_candidates(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    arguments = ["run.py", "--mode=plan", "--topology=cpu:8", "--suggest", *DECODER, f"--gin.MODEL_DIR='{tmp_path}'"]
+    arguments += ["--gin.T5Config.num_decoder_layers=1", "--gin.BATCH_SIZE=8"]
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert out.startswith("| batch | mesh") and "suggested for BATCH_SIZE = 8: --gin" in out
+    assert found["batch_size"] == 8 and found["remat"] == "none"  # which computes least
+    sizes = [candidate["batch_size"] for candidate in found["candidates"]]
+    assert set(sizes) == {4, 8, 16}
+    assert len(sizes) > out.count("\n| ") - 1  # the table leaves some out
+    assert {candidate["remat"] for candidate in found["candidates"]} == {"none", "minimal", "full"}
+    assert found | {"candidates": None} in [candidate | {"candidates": None} for candidate in found["candidates"]]
+    assert main([str(tmp_path / "plan.json")]) == 0
+    assert capsys.readouterr().out.count("\n") == len(sizes) + 2
+
+
+def test_a_table_of_plans_is_markdown(tiny_plan, tmp_path, capsys):
+    itself = dataclasses.replace(
+        tiny_plan,
+        parameters=76_961_152,
+        memory=dataclasses.replace(tiny_plan.memory, needed=3 * 2**30),
+        capacity=2.0 * 2**30,
+        times=plan.Times(compute=0.04, memory=0.05),
+        step_seconds=0.05,
+        mfu=0.8,
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(rows.values(itself)))
+    assert main([str(tmp_path / "plan.json")]) == 0
+    text = capsys.readouterr().out
+    head, line, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    assert tuple(head) == rows.COLUMNS and set("".join(line)) == {"-"}
+    setting = ["77 M", "cpu:8", "16", "data 2, fsdp 4", tiny_plan.remat, "1"]
+    assert row == [*setting, "3.00 of 2.0 GiB: does not fit", "50.0 ms", "40.0", "80%", "memory"]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"candidates": [3]}', None])
+def test_a_file_that_is_not_a_plan_gives_one_line(text, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    if text is not None:
+        file.write_text(text)
+    assert main([str(file)]) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
