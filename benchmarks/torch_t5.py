@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -46,6 +47,25 @@ def make_model(sizes: dict[str, Any], attention: str | None = None) -> T5ForCond
     return model
 
 
+def matmul_rate(device: torch.device, size: int = 2048, calls: int = 5) -> float:
+    """The FLOP/s of the fastest of some float32 products of square matrices, as `train_step.matmul_rate` measures it."""
+    a = torch.randn(size, size, device=device)
+    seconds = []
+    for _ in range(calls + 1):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def flops_of_step(model: T5ForConditionalGeneration, batch_size: int, inputs: int, targets: int) -> int:
+    """The FLOPs of the step's matrix products, three times those of the forward pass; counted as PyTorch runs it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        input_ids, labels = (torch.full((batch_size, n), 2, device=model.device) for n in (inputs, targets))
+        model(input_ids=input_ids, labels=labels)
+    return 3 * counter.get_total_flops()
+
+
 def measure(
     model: T5ForConditionalGeneration,
     *,
@@ -74,6 +94,7 @@ def measure(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             return model(input_ids=input_ids, labels=labels).loss
 
+    rate = matmul_rate(device)
     loss_of_batch = torch.compile(compute_loss, backend=backend) if backend else compute_loss
     seconds, losses = [], []
     for _ in range(steps + 2):
@@ -86,8 +107,13 @@ def measure(
         losses.append(loss.item())
         seconds.append((time.perf_counter() - started) / steps_a_round)
     median = statistics.median(seconds[2:])
+    rate = max(rate, matmul_rate(device))
+    flops = flops_of_step(model, batch_size, inputs, targets)
     return {
         "threads": torch.get_num_threads(),
+        "model_flops_per_step": flops,
+        "matmul_flops_per_second": round(rate),
+        "share_of_floor": round(flops / rate / median, 4),
         "parameters": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
         "step_seconds": round(median, 5),
         "step_seconds_all": [round(s, 5) for s in seconds[2:]],

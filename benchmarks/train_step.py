@@ -5,7 +5,9 @@
 The step is the one that `run.py` runs: Adafactor, z-loss, gradients and all. Batches are full rows of random tokens,
 so that no time goes to padding; `--packed` splits each row into two segments. Needs neither TensorFlow nor gin: it
 reads the sizes out of `gin_configs/models/`. Seconds are medians over `--steps` steps, after two that are not counted;
-`temporaries_gb` is what the compiler set aside on each device for activations and the like.
+`temporaries_gb` is what the compiler set aside on each device for activations and the like. `matmul_flops_per_second`
+is what the device reaches in one large matrix product, the best of some before and after the steps; `share_of_floor` is
+the step's matrix products at this rate, as a part of the step.
 
 What memory costs in time, each setting in a process of its own, so that peaks are its own:
 
@@ -13,7 +15,7 @@ What memory costs in time, each setting in a process of its own, so that peaks a
         python benchmarks/train_step.py --remat=$remat --microbatches=$parts
     done; done | tee sweep.jsonl
 
-and with `--attention` likewise: batch, rows, flash or cudnn; with `--adapt`, what training a part of the model saves:
+and with `--attention` likewise: batch, blocks, flash or cudnn; with `--adapt`, what training a part of the model saves:
 full, adapters, lora, bias_norm or frozen_encoder, of gin_configs/adapt/ (`model_flops_per_step` is the whole's).
 `benchmarks/accelerator.py` uses the functions below on a GPU or TPU.
 """
@@ -135,6 +137,18 @@ class CompiledStep:
         return self.compiled(state, self.batch, self.key)
 
 
+def matmul_rate(dtype: str, size: int = 2048, calls: int = 5) -> float:
+    """Returns the FLOP/s of the fastest of some products of square matrices on the first device."""
+    a = jax.device_put(np.random.default_rng(0).standard_normal((size, size), np.float32)).astype(dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    seconds = []
+    for _ in range(calls + 1):
+        started = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds[1:])
+
+
 def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float = 0.0) -> dict[str, Any]:
     """Times the step and returns what one JSON line holds.
 
@@ -148,6 +162,7 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
     parameters = step.param_count(state.params)
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     steps_a_round = 1
+    rate = matmul_rate(config.dtype)
     for number in range(steps + 2):
         started = time.perf_counter()
         for _ in range(steps_a_round):
@@ -160,6 +175,7 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
     lengths = {"inputs": shape.inputs, "targets": shape.targets}
     flops = families.model_of(config).flops(shape.batch_size, lengths)
     peak = metric_logger.peak_flops(jax.devices()[0])
+    rate = max(rate, matmul_rate(config.dtype))
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "device": jax.devices()[0].device_kind,
@@ -171,6 +187,8 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
         "sequences_per_second": round(shape.batch_size / median, 2),
         "tokens_per_second": round(shape.batch_size * (shape.inputs + shape.targets) / median),
         "model_flops_per_step": flops,
+        "matmul_flops_per_second": round(rate),
+        "share_of_floor": round(flops / rate / median / train_step.devices, 4),
         "mfu": round(flops / median / peak / train_step.devices, 4) if peak else None,
         "compile_seconds": round(train_step.compile_seconds, 2),
         "temporaries_gb": round((train_step.memory.temporaries or 0) / 2**30, 3),

@@ -213,7 +213,7 @@ class ModelOptions:
     )
     attention: Implementation | None = option(
         T5Config.attention,
-        '"batch", "rows", "flash" (TPU) or "cudnn" (GPU); None: by platform, shape and a check on the device',
+        '"batch", "blocks", "flash" (TPU) or "cudnn" (GPU); None: by platform, shape and a check on the device',
         sets=_of_models("attention"),
     )
 

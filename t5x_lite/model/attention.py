@@ -68,7 +68,9 @@ class AttentionMask:
         """Segment ids of queries and keys, or (None, None)."""
         if self.key_segments is None or self.query_segments is not None:
             return (None, None) if self.key_segments is None else (self.query_segments, self.key_segments)
-        return jnp.ones((self.key_segments.shape[0], query_length), jnp.int32), (self.key_segments != 0).astype(jnp.int32)
+        return jnp.ones((self.key_segments.shape[0], query_length), jnp.int32), (self.key_segments != 0).astype(
+            jnp.int32
+        )
 
     def most_segments(self, key_length: int) -> int:
         """Return an upper bound of the ids in `segments`."""
