@@ -14,7 +14,6 @@ import contextlib
 import functools
 import http.server
 import json
-import os
 import pathlib
 import ssl
 import subprocess
@@ -25,6 +24,7 @@ from http import HTTPStatus
 from typing import Any
 
 BUCKET = "bucket"
+PRIVATE = "private"  # a bucket that nobody may read
 GOOGLE = ("www.googleapis.com", "storage.googleapis.com")
 
 
@@ -117,7 +117,10 @@ def main(certificate: str) -> None:
 
         def answer(self) -> None:
             with lock:
-                server.Router(self).handle(self.command)
+                if f"/{PRIVATE}/" in self.path:
+                    self.send_error(HTTPStatus.FORBIDDEN)
+                else:
+                    server.Router(self).handle(self.command)
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 
