@@ -22,25 +22,52 @@ from t5x_lite.errors import UserError, UserFileError
 log = logging.getLogger(__name__)
 
 
+PATIENCE_SECONDS = 30
+
+
 def is_url(path: Any) -> bool:
     """Return whether a path is in a bucket, such as gs://bucket/run, and not local."""
     return re.match(r"\w+://", str(path)) is not None
 
 
 @contextlib.contextmanager
+def waiting_for(place: Any) -> Iterator[None]:
+    """Log what is waited for if a bucket takes long: its libraries repeat requests for minutes without a word."""
+    if not is_url(place):
+        yield
+        return
+    timer = threading.Timer(
+        PATIENCE_SECONDS,
+        log.warning,
+        (
+            "Still waiting for %s after %d seconds. If it cannot be reached, that is tried for some minutes.",
+            place,
+            PATIENCE_SECONDS,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def bucket_errors(place: Any) -> Iterator[None]:
     """Turn what a bucket's library raises, of which each has errors of its own, into one line. Local places: as it is.
 
-    Raises UserFileError, which names the place, the first line of the error and the cure.
+    Raises UserFileError, which names the place, the reason and the cure.
     """
     try:
-        yield
+        with waiting_for(place):
+            yield
     except UserError:
         raise
     except Exception as error:
         if not is_url(place):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")
+        reason = " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__
         raise UserFileError(
             f"{place} cannot be reached ({reason}): check the name of the bucket, the network, and the login and its "
             "rights (gcloud auth application-default login)"

@@ -58,7 +58,7 @@ def readable(path: str, prefix: str = "") -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        reason = (str(error.message).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = " ".join(str(error.message).split())[:200] or type(error).__name__
         raise UserFileError(
             f"{prefix}{path} cannot be reached ({reason}): check the name of the bucket, the network, and the login and"
             " its rights (gcloud auth application-default login)"

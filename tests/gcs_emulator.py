@@ -15,13 +15,15 @@ import functools
 import http.server
 import json
 import pathlib
+import signal
 import ssl
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 BUCKET = "bucket"
 PRIVATE = "private"  # a bucket that nobody may read
@@ -33,7 +35,9 @@ class Emulator:
 
     def __init__(self, process: subprocess.Popen, port: int, certificate: pathlib.Path):
         from google.auth import credentials
-        from google.cloud import storage
+
+        with warnings.catch_warnings(action="ignore", category=ImportWarning):  # it would like to have gRPC's messages
+            from google.cloud import storage
 
         url = f"http://127.0.0.1:{port}"
         self.process = process
@@ -58,13 +62,19 @@ class Emulator:
     def write(self, name: str, content: str | bytes) -> None:
         self.bucket.blob(name).upload_from_string(content)
 
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Answer every request with 403, as if the rights to the bucket had been taken away."""
+        self.process.send_signal(signal.SIGUSR1)
+        yield
+        self.process.send_signal(signal.SIGUSR2)
+
+
+AnyEmulator = TypeVar("AnyEmulator", bound=Emulator)
 
 
 @contextlib.contextmanager
-def running(folder: pathlib.Path) -> Iterator[Emulator]:
+def running(folder: pathlib.Path, kind: type[AnyEmulator] = Emulator) -> Iterator[AnyEmulator]:
     """Start an emulator with an empty bucket; its certificate and its log are written to `folder`."""
     with (folder / "emulator.log").open("w") as log:
         command = [sys.executable, __file__, str(folder / "certificate.pem")]
@@ -73,7 +83,7 @@ def running(folder: pathlib.Path) -> Iterator[Emulator]:
         assert process.stdout is not None
         port = process.stdout.readline()
         assert port, (folder / "emulator.log").read_text()
-        yield Emulator(process, int(port), folder / "certificate.pem")
+        yield kind(process, int(port), folder / "certificate.pem")
     finally:
         process.kill()
         process.communicate()
@@ -94,7 +104,9 @@ def main(certificate: str) -> None:
     store = storage.Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, store)
     store.buckets[BUCKET]["softDeletePolicy"] = {"retentionDurationSeconds": "0"}
-    lock = threading.Lock()
+    lock, refusing = threading.Lock(), threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: refusing.set())
+    signal.signal(signal.SIGUSR2, lambda *_: refusing.clear())
 
     class Handler(server.RequestHandler):
         in_tunnel = False
@@ -117,10 +129,19 @@ def main(certificate: str) -> None:
 
         def answer(self) -> None:
             with lock:
-                if f"/{PRIVATE}/" in self.path:
-                    self.send_error(HTTPStatus.FORBIDDEN)
+                if f"/{PRIVATE}/" in self.path or refusing.is_set():
+                    self.forbid()
                 else:
                     server.Router(self).handle(self.command)
+
+        def forbid(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            content = json.dumps({"error": {"code": 403, "message": "the caller has no access"}}, indent=2).encode()
+            self.send_response(HTTPStatus.FORBIDDEN)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 

@@ -32,7 +32,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from t5x_lite import checkpoint
+from t5x_lite import checkpoint, storage
 from t5x_lite.checkpoint import checksums
 from t5x_lite.checkpoint.commit_barrier import CommitBarrier, on_all_hosts
 from t5x_lite.checkpoint.data_state import DataIterator, DataPositionRestore, DataPositionSave
@@ -280,7 +280,8 @@ class Checkpointer:
     def _wait_for_save(self) -> None:
         """Wait for the save in progress, and record its success or failure."""
         try:
-            self._manager.wait_until_finished()
+            with storage.waiting_for(self.directory):
+                self._manager.wait_until_finished()
         except Exception as error:
             _wait_for_writers()
             self._record_failure(error)

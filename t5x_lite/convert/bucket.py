@@ -12,6 +12,9 @@ import tensorstore
 from t5x_lite import storage
 from t5x_lite.errors import MissingFileError
 
+# Half a minute, not a quarter of an hour, for a server that does not answer.
+_CONTEXT = tensorstore.Context({"gcs_request_retries": {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}})
+
 
 @dataclasses.dataclass(frozen=True)
 class BucketPath:
@@ -67,7 +70,7 @@ class BucketPath:
 
     @property
     def _store(self) -> Any:
-        return tensorstore.KvStore.open(f"{self.url.rpartition('/')[0]}/").result()
+        return tensorstore.KvStore.open(f"{self.url.rpartition('/')[0]}/", context=_CONTEXT).result()
 
 
 AnyPath = Path | BucketPath
