@@ -7,7 +7,7 @@ code knows Google's alone. But it uses HTTPS_PROXY and CURL_CA_BUNDLE, so the em
 answers for Google under a certificate of its own.
 
 What our libraries need of the real service, and the package lacks or gets wrong, is mended in `main` and its helpers:
-requests at the same time, preconditions, startOffset and endOffset of listings, empty and chunked uploads.
+requests at the same time, generations, preconditions, startOffset and endOffset of listings, empty and chunked uploads.
 """
 
 import contextlib
@@ -66,8 +66,10 @@ class Emulator:
     def refusing(self) -> Iterator[None]:
         """Answer every request with 403, as if the rights to the bucket had been taken away."""
         self.process.send_signal(signal.SIGUSR1)
-        yield
-        self.process.send_signal(signal.SIGUSR2)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGUSR2)
 
 
 AnyEmulator = TypeVar("AnyEmulator", bound=Emulator)
@@ -135,7 +137,7 @@ def main(certificate: str) -> None:
                     server.Router(self).handle(self.command)
 
         def forbid(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            server._read_raw_data(self)
             content = json.dumps({"error": {"code": 403, "message": "the caller has no access"}}, indent=2).encode()
             self.send_response(HTTPStatus.FORBIDDEN)
             self.send_header("Content-Type", "application/json")
@@ -187,7 +189,10 @@ def with_offsets(ls: Any) -> Any:
 
 
 def with_preconditions(handler: Any) -> Any:
-    """Answer as the service does where an object has another generation than the request asks for; 0 is none."""
+    """Answer as the service does where an object has another generation than the request asks for; 0 is none.
+
+    TensorStore needs to know which it has read.
+    """
 
     def handle(request: Any, response: Any, store: Any, **options: Any) -> None:
         _ = request.data  # read it from the connection, which stays open
@@ -199,6 +204,7 @@ def with_preconditions(handler: Any) -> Any:
             response.status = HTTPStatus.NOT_MODIFIED
         else:
             handler(request, response, store, **options)
+            response["x-goog-generation"] = current
 
     return handle
 
