@@ -148,7 +148,8 @@ def test_killed_and_damaged_run_resumes_exactly(bucket, whole):
 
 
 def test_run_without_rights_ends_in_one_line_and_resumes(bucket, whole):
-    process = bucket.train("barred", "never", 1, "--gin.TRAIN_STEPS=100000", "--gin.EVAL_PERIOD=0")
+    flags = ("--gin_file=bucket.gin", "--gin.MODEL_DIR='gs://bucket/barred'")
+    process = bucket.start(str(REPO / "run.py"), *flags, "--gin.TRAIN_STEPS=100000", "--gin.EVAL_PERIOD=0")
     while process.poll() is None and not bucket.steps("barred"):
         time.sleep(0.2)
     with bucket.refusing():
