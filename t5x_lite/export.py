@@ -22,7 +22,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt32
 
 from t5x_lite import convert
-from t5x_lite.convert import tensors
+from t5x_lite.convert import hub, tensors
 from t5x_lite.errors import ExistingFileError, UserError
 from t5x_lite.inference import decode
 from t5x_lite.inference.pretrained import LoadedModel, load
@@ -88,10 +88,10 @@ def export(
       ExistingFileError: `dest` exists and is not empty.
       UserError: the model is not a T5; also the errors of `load`.
     """
-    path, dest = Path(path).expanduser(), Path(dest).expanduser()
+    place, dest = hub.located(path), Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
-    model = load(path, dtype=dtype)
+    model = load(place, dtype=dtype)
     if not isinstance(model, LoadedModel):
         raise UserError(f"{path} is not a T5; only T5 models generate text")
     serialized = program(model, max_length, decoding).serialize()
@@ -99,7 +99,7 @@ def export(
     (dest / "predict.jax_export").write_bytes(serialized)
     params = {name: tensors.in_memory(np.asarray(x)) for name, x in tensors.flat(model.params).items()}
     tensors.write_safetensors(dest / "params.safetensors", params)
-    convert.copy_tokenizer(path, dest, model.config)
+    convert.copy_tokenizer(place, dest, model.config)
     values = {
         "name": dest.resolve().name,
         "layout": "T5 decoder" if model.config.decoder_only else "T5",

@@ -7,9 +7,9 @@ import dataclasses
 import os
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
+from t5x_lite import storage
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.inference.decode_config import Decoding
 from t5x_lite.model import families
@@ -61,7 +61,7 @@ class RunConfig(
             raise UserError(
                 f"BATCH_SIZE = {self.batch_size} does not divide into NUM_MICROBATCHES = {self.num_microbatches} parts"
             )
-        if self.infer_output and "://" in self.infer_output:
+        if self.infer_output and storage.is_url(self.infer_output):
             raise UserError(f"INFER_OUTPUT = {self.infer_output!r} must be a local file, to be added to line by line")
         _ = self.decoding  # checks settings that depend on one another
         if self.eval_files and not self.train_files and not isinstance(self.mixture_or_task_name, list):
@@ -123,10 +123,11 @@ def steps_of_run(total_train_steps: int, initial_checkpoint_path: str | None) ->
     if initial_checkpoint_path is None:
         return total_train_steps
     from t5x_lite import checkpoint, convert  # imports Orbax, which --help does not need
+    from t5x_lite.convert import hub
 
     folder = checkpoint.find_checkpoint(initial_checkpoint_path)
     if folder is None:
-        before = convert.step_of(Path(initial_checkpoint_path))  # T5X's
+        before = convert.step_of(hub.located(initial_checkpoint_path))  # T5X's
     else:
         before = int(folder.name) if folder.name.isdecimal() else int(checkpoint.read_info(folder).get("step", 0))
     if before is None:

@@ -1,20 +1,87 @@
-"""MODEL_DIR as a local folder, for files that are appended to or written by libraries without bucket support.
+"""Buckets: tell a URL from a folder, explain errors; and MODEL_DIR as a local folder, for files that are appended to or
+written by libraries without bucket support.
 
-Checkpoints do not use it: Orbax writes to gs:// itself.
+Checkpoints do not use that folder: Orbax writes to gs:// itself.
 """
 
+import contextlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
-from t5x_lite.errors import UserFileError
+from t5x_lite.errors import UserError, UserFileError
 
 log = logging.getLogger(__name__)
+
+
+PATIENCE_SECONDS = 30
+
+
+def is_url(path: Any) -> bool:
+    """Return whether a path is in a bucket, such as gs://bucket/run, and not local."""
+    return re.match(r"\w+://", str(path)) is not None
+
+
+@contextlib.contextmanager
+def waiting_for(place: Any) -> Iterator[None]:
+    """Log what is waited for if a bucket takes long: its libraries repeat requests for minutes without a word."""
+    if not is_url(place):
+        yield
+        return
+    timer = threading.Timer(
+        PATIENCE_SECONDS,
+        log.warning,
+        (
+            "Still waiting for %s after %d seconds. If it cannot be reached, that is tried for some minutes.",
+            place,
+            PATIENCE_SECONDS,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def bucket_errors(place: Any) -> Iterator[None]:
+    """Turn what a bucket's library raises, of which each has errors of its own, into one line. Local places: as it is.
+
+    Raises UserFileError, which names the place, the reason and the cure.
+    """
+    try:
+        with waiting_for(place):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_url(place):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__
+        raise UserFileError(
+            f"{place} cannot be reached ({reason}): check the name of the bucket, the network, and the login and its "
+            "rights (gcloud auth application-default login)"
+        ) from error
+
+
+def require_bucket(place: Any) -> None:
+    """Raise UserFileError if the bucket of a gs:// place does not exist; one that may not be looked at passes."""
+    bucket = "/".join(str(place).split("/")[:3])
+    exists = True
+    with contextlib.suppress(Exception):  # rights to a bucket's objects may come without those to its description
+        exists = not bucket.startswith("gs://") or epath.Path(bucket).exists()
+    if not exists:
+        raise UserFileError(f"there is no bucket {bucket}: make it (gcloud storage buckets create {bucket})")
 
 
 class MirroredDirectory:
@@ -23,10 +90,12 @@ class MirroredDirectory:
     Args:
       model_dir: a path, or a URL such as gs://bucket/run.
       bring: files to download first, if the bucket has them.
+
+    Raises UserFileError if the bucket cannot be reached, as `publish` does.
     """
 
     def __init__(self, model_dir: str | os.PathLike[str], bring: tuple[str, ...] = ()):
-        self._remote = epath.Path(model_dir) if "://" in str(model_dir) else None
+        self._remote = epath.Path(model_dir) if is_url(model_dir) else None
         self._published: dict[Path, tuple[int, int]] = {}
         self._last = time.monotonic()
         self._lock = threading.Lock()  # a checkpoint's commit also publishes, in a background thread
@@ -35,7 +104,9 @@ class MirroredDirectory:
             return
         self.path = Path(tempfile.mkdtemp(prefix="t5x_lite-"))
         for name in bring:
-            if (self._remote / name).exists():
+            with bucket_errors(self._remote / name):
+                if not (self._remote / name).exists():
+                    continue
                 (self.path / name).write_bytes((self._remote / name).read_bytes())
                 self._published[self.path / name] = _state(self.path / name)  # an unchanged file is not uploaded
 
@@ -56,8 +127,9 @@ class MirroredDirectory:
                 state = _state(file)
                 if self._published.get(file) != state:
                     target = self._remote / file.relative_to(self.path).as_posix()
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(file.read_bytes())
+                    with bucket_errors(target):
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(file.read_bytes())
                     self._published[file] = state
 
 

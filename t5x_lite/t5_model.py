@@ -5,12 +5,12 @@ It depends on the network, decoding and loading; it must not depend on tasks, ru
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from t5x_lite.convert.bucket import AnyPath
 from t5x_lite.data.feature_converters import DecoderFeatureConverter, EncDecFeatureConverter
 from t5x_lite.inference.decode import Decoding
 from t5x_lite.inference.predictor import Predictor
@@ -74,7 +74,7 @@ class T5Model:
     def predictor(self, partitioner: Partitioner, decoding: Decoding, max_decode_length: int, seed: int) -> Predictor:
         return TextPredictor(self.config, partitioner, decoding, max_decode_length, seed)
 
-    def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
+    def pretrained(self, params: Any, path: AnyPath, mesh: Any) -> Any:
         from t5x_lite import convert
         from t5x_lite.inference.pretrained import LoadedModel
 

@@ -4,12 +4,13 @@ Must not import: tasks, vocabularies, SeqIO.
 """
 
 import collections
+import contextlib
 import difflib
 import json
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -36,7 +37,9 @@ def find(patterns: str | Sequence[str], prefix: str = "") -> list[str]:
     """
     paths = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        paths += _on_hub(pattern, prefix) if pattern.startswith(HUB) else _matches(os.path.expanduser(pattern), prefix)
+        with readable(pattern, prefix):
+            on_hub = pattern.startswith(HUB)
+            paths += _on_hub(pattern, prefix) if on_hub else _matches(os.path.expanduser(pattern), prefix)
     for path in paths:
         if not file_formats.is_known(path):
             raise UserError(
@@ -47,6 +50,19 @@ def find(patterns: str | Sequence[str], prefix: str = "") -> list[str]:
         if times > 1:
             logging.warning("%s%s is named %d times, and read once.", prefix, path, times)
     return sorted(set(paths))
+
+
+@contextlib.contextmanager
+def readable(path: str, prefix: str = "") -> Iterator[None]:
+    """Turn TensorFlow's error of a place that cannot be reached, such as a bucket, into a UserFileError of one line."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        reason = " ".join(str(error.message).split())[:200] or type(error).__name__
+        raise UserFileError(
+            f"{prefix}{path} cannot be reached ({reason}): check the name of the bucket, the network, and the login and"
+            " its rights (gcloud auth application-default login)"
+        ) from error
 
 
 def _matches(pattern: str, prefix: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Key, Num
 from t5x_lite.bert import BertConfig, network
 from t5x_lite.bert.feature_converters import ClassifierFeatureConverter, PretrainingFeatureConverter
 from t5x_lite.bert.predictors import ClassPredictor, PretrainingPredictor
+from t5x_lite.convert.bucket import AnyPath
 from t5x_lite.errors import UserError
 from t5x_lite.inference.decode import Decoding
 from t5x_lite.inference.predictor import Predictor
@@ -62,7 +62,7 @@ class BertModel:
         kind = ClassPredictor if "classify" in self.config.heads else PretrainingPredictor
         return kind(self.config, partitioner)
 
-    def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
+    def pretrained(self, params: Any, path: AnyPath, mesh: Any) -> Any:
         from t5x_lite import convert
         from t5x_lite.bert.pretrained import LoadedBert
         from t5x_lite.bert.wordpiece import WordPiece

@@ -6,8 +6,8 @@ Must not depend on models, checkpoints or tasks.
 import json
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
+from t5x_lite.convert.bucket import AnyPath, place_of
 from t5x_lite.errors import UserError
 
 _LONGEST = 100  # characters; longer words become [UNK]
@@ -23,8 +23,8 @@ class WordPiece:
     Raises UserError if [PAD] is not on the first line or another special token is missing.
     """
 
-    def __init__(self, file: str | Path):
-        file = Path(file)
+    def __init__(self, file: str | AnyPath):
+        file = place_of(file)
         self._pieces = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

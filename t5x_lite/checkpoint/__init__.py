@@ -25,6 +25,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from t5x_lite import storage
 from t5x_lite.checkpoint import checksums
 from t5x_lite.errors import MissingFileError, UserError, UserFileError
 from t5x_lite.model import quantization
@@ -41,8 +42,9 @@ _LISTED = 12  # maximum lines of each kind that a mismatch prints
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path | None:
     """Return `path` if it is a step folder, else the newest finished checkpoint in a MODEL_DIR or ``checkpoints``."""
     folder = absolute(path)
-    if (folder / "params").exists():
-        return folder
+    with storage.bucket_errors(folder):
+        if (folder / "params").exists():
+            return folder
     for parent in (folder / FOLDER, folder):
         if steps := _steps(parent):
             return parent / str(steps[-1])
@@ -57,7 +59,11 @@ def _steps(folder: epath.Path) -> list[int]:
         except ImportError:
             cure = "Orbax needs a package that is not installed to list buckets: pip install google-cloud-storage"
             raise UserError(f"{folder}: {cure}") from None
-    return sorted(s.step for s in ocp.path.step.standard_name_format().find_all(folder)) if folder.exists() else []
+    with storage.bucket_errors(folder):
+        if folder.exists():
+            return sorted(s.step for s in ocp.path.step.standard_name_format().find_all(folder))
+        storage.require_bucket(folder)
+    return []
 
 
 # Where the base of a checkpoint that holds only trained parameters may have been moved to.
@@ -469,7 +475,7 @@ def _differing_facts(saved: Mapping[str, Any], info: Mapping[str, Any]) -> list[
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """Return an absolute path, which Orbax requires; URLs such as gs:// are unchanged."""
     text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    return epath.Path(text if storage.is_url(text) else os.path.abspath(os.path.expanduser(text)))
 
 
 def checkpoints_folder(path: str | os.PathLike[str]) -> epath.Path:

@@ -32,7 +32,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from t5x_lite import checkpoint
+from t5x_lite import checkpoint, storage
 from t5x_lite.checkpoint import checksums
 from t5x_lite.checkpoint.commit_barrier import CommitBarrier, on_all_hosts
 from t5x_lite.checkpoint.data_state import DataIterator, DataPositionRestore, DataPositionSave
@@ -112,6 +112,7 @@ class Checkpointer:
         self._failure: OSError | None = None  # of the last save
         self._failures = 0  # consecutive
         self._has_leftovers = False  # of a failed save
+        self._is_stale = False  # whether the manager does not know which steps are saved
         self._move_damaged(damaged)
         for file in self.directory.glob(f"*/{SCORES_FILE}"):
             self._policy.later_scores[int(file.parent.name)] = json.loads(file.read_text())
@@ -203,7 +204,7 @@ class Checkpointer:
         """Add the scores of a step that was saved before its evaluation, for keep-best."""
         self._policy.later_scores[step] = metrics = {name: float(value) for name, value in metrics.items()}
         if jax.process_index() == 0 and self._policy.metrics:
-            with contextlib.suppress(OSError):  # it then never counts as best
+            with contextlib.suppress(Exception):  # it then never counts as best
                 temporary = self.directory / str(step) / f"{SCORES_FILE}.tmp"
                 temporary.write_text(json.dumps(metrics))
                 temporary.replace(self.directory / str(step) / SCORES_FILE)
@@ -280,7 +281,8 @@ class Checkpointer:
     def _wait_for_save(self) -> None:
         """Wait for the save in progress, and record its success or failure."""
         try:
-            self._manager.wait_until_finished()
+            with storage.waiting_for(self.directory):
+                self._manager.wait_until_finished()
         except Exception as error:
             _wait_for_writers()
             self._record_failure(error)
@@ -288,32 +290,43 @@ class Checkpointer:
             if self._saving is not None:
                 self._failure, self._failures = None, 0
         self._saving = None
+        if self._is_stale:
+            self._reload()
         if self._has_leftovers:
             self._has_leftovers = self._remove_leftovers()
 
     def _record_failure(self, error: Exception) -> None:
         step, self._saving = self._saving, None
-        self._manager.reload()  # the manager has already dropped the checkpoints that this save would have replaced
-        reason = f"{type(error).__name__}: {str(error).strip()}"
-        if step in self._manager.all_steps():
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self._is_stale = True
+        self._reload()
+        if not self._is_stale and step in self._manager.all_steps():
             self._failure, self._failures = None, 0
             log.warning("Step %s is saved, but an old checkpoint could not be deleted (%s).", step, reason)
             return
         self._failures, self._has_leftovers = self._failures + 1, True
+        newest = f"is of step {self.latest_step()}" if not self._is_stale else "cannot be looked up either"
         self._failure = UserFileError(
-            f"Step {step} could not be saved ({reason}). The newest checkpoint in {self.directory} is of step "
-            f"{self.latest_step()}: make the folder writable and start the same command again; it resumes from there."
+            f"Step {step} could not be saved ({reason}). The newest checkpoint in {self.directory} {newest}: make the "
+            "folder writable and start the same command again; it resumes from there."
         )
         if self._failures >= FAILED_SAVES:
             raise UserFileError(f"{self._failures} saves in a row have failed. {self._failure}") from error
         log.warning("Step %s could not be saved; training continues (%s).", step, reason)
+
+    def _reload(self) -> None:
+        """Read which steps are saved, if that can be done: the manager counts a failed save, and has already dropped
+        the checkpoints that it would have replaced."""
+        with contextlib.suppress(Exception), storage.waiting_for(self.directory):  # a bucket that cannot be reached
+            self._manager.reload()
+            self._is_stale = False
 
     def _remove_leftovers(self) -> bool:
         """Delete incomplete checkpoints. Returns True if it must run again, because TensorStore or another host may
         still have been writing."""
         if jax.process_index() != 0:
             return False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # an I/O error, or one of a bucket's library
             leftovers = list(ocp.path.step.all_temporary_paths(self.directory))
             for path in leftovers:
                 path.get().rmtree()

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import io
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from t5x_lite import options
+from t5x_lite import options, storage
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.model import families
 
@@ -77,11 +78,11 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
         if not Path(folder).is_dir():
             raise UserError(f"--gin_search_paths: no such folder: {folder}")
     gin_config._LOCATION_PREFIXES[:] = ["", str(GIN_CONFIGS), *search_paths]
-    # Whatever the locale; and not from packages, whose reader logs an error for each place where a file is not.
-    reader: Any = functools.partial(open, encoding="utf-8")
-    gin_config._FILE_READERS[:] = [(reader, os.path.isfile)]
+    # Not from packages, whose reader logs an error for each place where a file is not.
+    readers: Any = [(_open, _is_file)]
+    gin_config._FILE_READERS[:] = readers
     for file in files:
-        if not any(Path(folder, file).is_file() for folder in gin_config._LOCATION_PREFIXES):
+        if not any(_is_file(os.path.join(folder, file)) for folder in gin_config._LOCATION_PREFIXES):
             raise UserError(_no_file(file))
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for modules of the user's, also when run.py is installed elsewhere
@@ -106,6 +107,23 @@ def configure(files: Sequence[str], bindings: Sequence[str], search_paths: Seque
     return gin.get_configurable("Run")()
 
 
+def _place(path: str) -> Any:
+    """Returns a gin file as a place to read: of a run in a bucket it is its config.gin."""
+    if not storage.is_url(path):
+        return Path(path)
+    from t5x_lite.convert import bucket
+
+    return bucket.place_of(path)
+
+
+def _is_file(path: str) -> bool:
+    return _place(path).is_file()
+
+
+def _open(path: str) -> io.StringIO:
+    return io.StringIO(_place(path).read_text(encoding="utf-8"))
+
+
 class _MacroNames(config_parser.ParserDelegate):
     """Collects the macros that gin files set and use, without a look at the parts that they configure."""
 
@@ -127,8 +145,8 @@ class _MacroNames(config_parser.ParserDelegate):
                 self.set.add(f"{statement.scope}/{statement.selector}".lstrip("/"))
 
     def read_file(self, name: str) -> None:
-        path = next(path for folder in gin_config._LOCATION_PREFIXES if (path := Path(folder, name)).is_file())
-        with open(path, encoding="utf-8") as file:
+        paths = (os.path.join(folder, name) for folder in gin_config._LOCATION_PREFIXES)
+        with _open(next(filter(_is_file, paths))) as file:
             self.read(file)
 
 

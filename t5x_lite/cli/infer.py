@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from t5x_lite.cli import task_setup
 from t5x_lite.errors import UserError
@@ -70,7 +71,7 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
 
 def _provenance(run: RunConfig, path: str, features: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that the results depend on. An interrupted run resumes only if these are unchanged."""
-    metadata = Path(path, "_CHECKPOINT_METADATA")
+    metadata = epath.Path(path) / "_CHECKPOINT_METADATA"
     saved = json.loads(metadata.read_text()).get("commit_timestamp_nsecs") if metadata.exists() else None
     return {
         "checkpoint": path,

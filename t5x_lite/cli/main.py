@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from absl import flags
@@ -31,7 +32,13 @@ def command() -> None:
     """The console script."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack characters that data has
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+        # Orbax's threads of a failed save wait ten minutes for one another, and hold the process back.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:

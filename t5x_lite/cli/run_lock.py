@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from t5x_lite import storage
 from t5x_lite.errors import UserError, UserFileError
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def exclusive(model_dir: str) -> Iterator[None]:
       ValueError: another run holds the lock; the message names it.
       OSError: the folder cannot be written.
     """
-    if "://" in model_dir:
+    if storage.is_url(model_dir):
         yield
         return
     path = Path(model_dir, FILE)

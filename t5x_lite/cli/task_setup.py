@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from t5x_lite import checkpoint, distributed, options, run_config
+from t5x_lite import checkpoint, distributed, options, run_config, storage
 from t5x_lite.data import tensorflow_start
 from t5x_lite.errors import MissingFileError, UserError, nearest
 from t5x_lite.inference.predictor import Predictor, Scores
@@ -173,8 +173,8 @@ def _vocabulary_of(run: RunConfig) -> str | None:
     """
     import tensorflow as tf
 
-    place = _initial_folder(run)
-    own, initial = _tokenizer_in(run.model_dir), _tokenizer_in(None if place is None else str(place))
+    place = _initial_place(run)
+    own, initial = _tokenizer_in(run.model_dir), _tokenizer_in(place)
     unknown = run.vocabulary is None and own is None and initial is None
     if unknown and place is not None and (place / "tokenizer.json").is_file():
         raise UserError(
@@ -189,7 +189,7 @@ def _vocabulary_of(run: RunConfig) -> str | None:
     if run.vocabulary == "bytes" or tf.io.gfile.exists(run.vocabulary):
         same = run.vocabulary == initial or not initial
         if not same and "bytes" not in (run.vocabulary, initial):
-            same = tf.io.gfile.GFile(run.vocabulary, "rb").read() == Path(str(initial)).read_bytes()
+            same = tf.io.gfile.GFile(run.vocabulary, "rb").read() == tf.io.gfile.GFile(initial, "rb").read()
         if not same:
             log.warning(
                 "VOCABULARY = %r is not the tokenizer of INITIAL_CHECKPOINT_PATH, %s: its parameters were trained on "
@@ -204,12 +204,12 @@ def _vocabulary_of(run: RunConfig) -> str | None:
     return run.vocabulary
 
 
-def _tokenizer_in(model: str | None) -> str | None:
-    """Returns the tokenizer of a model in a local folder as a value of VOCABULARY, or None."""
+def _tokenizer_in(model: Any) -> str | None:
+    """Returns the tokenizer of a model, local or in a bucket, as a value of VOCABULARY, or None."""
     from t5x_lite import convert
     from t5x_lite.convert import tokenizer
 
-    if model is None or "://" in model or not Path(model).is_dir():
+    if model is None or not (storage.is_url(model) or Path(model).is_dir()):
         return None
     if (file := convert.tokenizer_file(model)) is not None:
         return str(file)
@@ -380,19 +380,18 @@ def choose_start(run: RunConfig, parts: Collection[str] | None = None) -> checkp
     except MissingFileError:
         from t5x_lite import convert
 
-        place = _initial_folder(run) or run.initial_checkpoint_path
+        place = _initial_place(run)
         if place is None or not convert.is_foreign(place):
             raise
         reason = f"Starting at step 0 with the parameters of {place}, INITIAL_CHECKPOINT_PATH, and a fresh optimizer."
         return checkpoint.Start("import", str(place), reason)
 
 
-def _initial_folder(run: RunConfig) -> Path | None:
-    """Returns INITIAL_CHECKPOINT_PATH as a local path, downloaded if it is a name on the hub, or None."""
+def _initial_place(run: RunConfig) -> Any:
+    """Returns the place of INITIAL_CHECKPOINT_PATH (`hub.located`), or None."""
     from t5x_lite.convert import hub
 
-    path = run.initial_checkpoint_path
-    return None if path is None or "://" in path else hub.located(path)
+    return None if run.initial_checkpoint_path is None else hub.located(run.initial_checkpoint_path)
 
 
 def restore_params(run: RunConfig, start: checkpoint.Start, abstract: Any, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, convert
+from t5x_lite import checkpoint, convert, storage
 from t5x_lite.checkpoint import saving
 from t5x_lite.cli import run_lock, task_setup
 from t5x_lite.errors import UserError, UserFileError
@@ -149,12 +149,13 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
         )
         logger.flush()
     if jax.process_index() == 0 and (report := task_setup.tool("report")):
-        at = folder.path
+        at = str(folder)
         start_from = f"--gin.INITIAL_CHECKPOINT_PATH=\"'{at}'\""
-        command = f"python run.py --gin_file={at / 'config.gin'}"
+        command = f"python run.py --gin_file={at}/config.gin"
         next_steps = predictor.next_steps(command, start_from)
         try:
-            report.after_training(at, scores, int(state.step), task_setup.describe_run(run, name), next_steps)
+            about = task_setup.describe_run(run, name)
+            report.after_training(folder.path, scores, int(state.step), about, next_steps, at)
         except Exception as error:  # the run itself is complete
             log.warning("The run is saved, but its report could not be written: %s: %s", type(error).__name__, error)
         folder.publish()
@@ -248,7 +249,7 @@ def _checkpointer(
         if base:
             in_step = os.path.join(checkpoint.checkpoints_folder(run.model_dir), "step")
             base |= {"unused": sorted(unused)} if unused and not resumed else {}
-            base |= {} if "://" in base["path"] else {"relative": os.path.relpath(base["path"], in_step)}
+            base |= {} if storage.is_url(base["path"]) else {"relative": os.path.relpath(base["path"], in_step)}
     if not base and frozen.keys() != stored_frozen.keys():
         raise UserError(
             "FROZEN_DTYPE = 'int8' is for parameters that stay in INITIAL_CHECKPOINT_PATH; "

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from t5x_lite import checkpoint, sharding
+from t5x_lite import checkpoint, sharding, storage
 from t5x_lite.checkpoint import saving
 from t5x_lite.convert import hub, huggingface, peft, t5x, tensors, tokenizer
 from t5x_lite.convert.bucket import AnyPath, BucketPath, place_of
@@ -64,7 +63,7 @@ def abstract_params(
 
 
 def read(
-    path: str | Path,
+    path: str | AnyPath,
     mesh: sharding.AnyMesh | None = None,
     rules: sharding.Rules = sharding.RULES,
     params_dtype: StoredDtype = "float32",
@@ -82,12 +81,12 @@ def read(
       MissingFileError: `path` does not contain a supported format.
       UserError: a tensor is unknown, missing or of the wrong shape, or the model type is unknown.
     """
-    place = place_of(path)
+    place = hub.located(path)
 
     def abstract(config: ModelConfig) -> dict[str, Any]:
         return quantization.stored(abstract_params(config, mesh, rules), params_dtype)
 
-    if is_own(place):
+    if own_checkpoint(place) is not None:
         config = dataclasses.replace(_own_config(str(place)), **changes)
         return config, checkpoint.restore_params(str(place), abstract(config))
     source = _source(place, keep_lora)
@@ -108,7 +107,7 @@ def import_params(
     Args:
       abstract, fresh, left_out: see `checkpoint.restore_params`, whose errors and those of `read` are raised.
     """
-    source = _source(place_of(path), keep_lora=bool(getattr(config, "lora_rank", 0)))
+    source = _source(hub.located(path), keep_lora=bool(getattr(config, "lora_rank", 0)))
     log.info("%s holds %s", path, source.config)
     warn_of_another_model(path, dataclasses.asdict(source.config), config)
     parts, shapes = _claim(path, source), tensors.flat(abstract_params(source.config))
@@ -131,20 +130,12 @@ def warn_of_another_model(path: Any, saved: Mapping[str, Any], config: ModelConf
         log.warning("The parameters of %s were trained with another %s: %s", path, type(config).__name__, listed)
 
 
-def is_foreign(path: str | Path) -> bool:
+def is_foreign(path: str | AnyPath) -> bool:
     """Return whether a path is a model in another format than this project's: see `read`."""
-    place = place_of(path)
+    place = hub.located(path)
     if isinstance(place, BucketPath):
-        return not is_own(place) and tensors.is_t5x(place)
+        return own_checkpoint(place) is None and tensors.is_t5x(place)
     return peft.is_adapter(place) or (place / "config.json").exists() or tensors.is_t5x(place)
-
-
-def is_own(path: AnyPath) -> bool:
-    """Return whether a path is a checkpoint of this project, or holds one."""
-    if isinstance(path, BucketPath):  # what T5X has is seen without listing the bucket
-        has_info = (path / "info" / "metadata").is_file()
-        return has_info or (not tensors.is_t5x(path) and checkpoint.find_checkpoint(str(path)) is not None)
-    return own_checkpoint(path) is not None
 
 
 def _source(path: AnyPath, keep_lora: bool = False) -> Source:
@@ -248,37 +239,43 @@ def _claim(path: Any, source: Source) -> dict[str, list[Tensor]]:
     return parts
 
 
-def tokenizer_folders(path: str | Path) -> tuple[Path, ...]:
+def tokenizer_folders(path: str | AnyPath) -> tuple[AnyPath, ...]:
     """Return the folders in which a model's tokenizer may be: its own, and its run's."""
-    path = Path(path).expanduser()
-    if peft.is_adapter(path):
+    path = place_of(path)
+    if isinstance(path, Path) and peft.is_adapter(path):
         return path, peft.base_of(path)
     run = run_folder(path)
     return (path,) if run == path else (path, run)
 
 
-def own_checkpoint(path: Path) -> Path | None:
+def own_checkpoint(path: AnyPath) -> AnyPath | None:
     """Return the checkpoint of this project that `path` is, or the newest in it; None for a folder of others."""
-    newest = None if (path / "config.json").exists() or peft.is_adapter(path) else checkpoint.find_checkpoint(path)
-    return None if newest is None else Path(newest)
+    if isinstance(path, BucketPath):
+        if (path / "info" / "metadata").is_file():
+            return path
+        is_others = tensors.is_t5x(path)  # which is seen without listing the bucket
+    else:
+        is_others = (path / "config.json").exists() or peft.is_adapter(path)
+    newest = None if is_others else checkpoint.find_checkpoint(str(path))
+    return None if newest is None else place_of(str(newest))
 
 
-def run_folder(path: Path) -> Path:
+def run_folder(path: AnyPath) -> AnyPath:
     """Return the MODEL_DIR of a checkpoint, or `path` if it is not a checkpoint in a MODEL_DIR."""
     newest = own_checkpoint(path)
     return newest.parent.parent if newest is not None and newest.parent.name == checkpoint.FOLDER else path
 
 
-def step_of(path: Path) -> int | None:
+def step_of(path: AnyPath) -> int | None:
     """Return the step of a checkpoint, by its name or what it says; None if it is not known."""
     own = own_checkpoint(path)
     if own is None:
         names = (re.fullmatch(r"checkpoint_(\d+)", name) for name in (path.name, path.parent.name))  # T5X's
         return next((int(match[1]) for match in names if match), None)
-    return int(own.name) if own.name.isdecimal() else checkpoint.read_info(own).get("step")
+    return int(own.name) if own.name.isdecimal() else checkpoint.read_info(str(own)).get("step")
 
 
-def tokenizer_file(path: str | Path) -> Path | None:
+def tokenizer_file(path: str | AnyPath) -> AnyPath | None:
     """Return the tokenizer file of a model: next to it, or the VOCABULARY of its run's config.gin."""
     folders = tokenizer_folders(path)
     for folder in folders:
@@ -291,10 +288,11 @@ def tokenizer_file(path: str | Path) -> Path | None:
         if gin.is_file()
         else None
     )
-    return Path(binding[2]) if binding and Path(binding[2]).is_file() else None
+    file = place_of(binding[2]) if binding else None
+    return file if file is not None and file.is_file() else None
 
 
-def vocabulary(path: str | Path) -> tokenizer.AnyVocabulary | None:
+def vocabulary(path: str | AnyPath) -> tokenizer.AnyVocabulary | None:
     """Return the tokenizer of a T5, or None if there is none."""
     if (file := tokenizer_file(path)) is not None:
         return tokenizer.Vocabulary(file)
@@ -303,7 +301,7 @@ def vocabulary(path: str | Path) -> tokenizer.AnyVocabulary | None:
 
 
 def convert(
-    source: str | Path, dest: str | Path, to: Format, base: str | None = None, keep_lora: bool = False
+    source: str | AnyPath, dest: str | Path, to: Format, base: str | None = None, keep_lora: bool = False
 ) -> ModelConfig:
     """Write the model in `source` to the folder `dest` and return its config.
 
@@ -316,16 +314,18 @@ def convert(
     """
     if keep_lora and to != "t5x_lite":
         raise UserError(f"--keep_lora is for --to=t5x_lite, not --to={to}")
+    if storage.is_url(dest):
+        raise UserError(f"{dest} is not a local folder: name one, and copy it (gcloud storage cp -r FOLDER {dest})")
     dest = Path(dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     origin: dict[str, Any] = {HUB_NAME: str(source)} if hub.is_name(source) else {}
-    folder = Path(source) if "://" in str(source) else hub.located(source)
+    folder = hub.located(source)
     if (step := step_of(folder)) is not None:
         origin["step"] = step
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     with checkpoint.base_at(base):
-        config, params = read(source if "://" in str(source) else folder, host, keep_lora=keep_lora)
+        config, params = read(folder, host, keep_lora=keep_lora)
     if to == "t5x_lite":
         saving.save_params(dest, params, info=info(config) | origin)
         (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
@@ -366,10 +366,10 @@ def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelC
     return dataclasses.replace(config, lora_rank=0), traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _check_only_lora_was_trained(source: Path) -> None:
-    if checkpoint.find_checkpoint(source) is None:
+def _check_only_lora_was_trained(source: AnyPath) -> None:
+    if (own := own_checkpoint(source)) is None:
         return
-    others = sorted(name for name in checkpoint.own_parameter_names(source) if "_lora/" not in name)
+    others = sorted(name for name in checkpoint.own_parameter_names(str(own)) if "_lora/" not in name)
     if others:
         raise UserError(
             f"{source} holds {len(others)} parameters beside LoRA's ({others[0]} ...), which a PEFT folder would lose: "
@@ -377,15 +377,15 @@ def _check_only_lora_was_trained(source: Path) -> None:
         )
 
 
-def copy_tokenizer(source: Path, dest: Path, config: ModelConfig) -> None:
+def copy_tokenizer(source: AnyPath, dest: Path, config: ModelConfig) -> None:
     """Copy the tokenizer files of a model, if there are any."""
     folders = [*tokenizer_folders(source)]
     if (file := tokenizer_file(source)) is not None:
-        shutil.copyfile(file, dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model"))
+        (dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model")).write_bytes(file.read_bytes())
         folders = [file.parent]
     elif (model := tokenizer.rebuilt(source)) is not None:
         (dest / "spiece.model").write_bytes(model)  # SeqIO reads no tokenizer.json
     for folder in folders:
         for name in _HUB_TOKENIZER_FILES:
             if (folder / name).is_file() and not (dest / name).exists():
-                shutil.copyfile(folder / name, dest / name)
+                (dest / name).write_bytes((folder / name).read_bytes())

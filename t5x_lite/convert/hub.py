@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from t5x_lite.convert.bucket import AnyPath, place_of
 from t5x_lite.errors import MissingFileError, MissingPackageError, UserError
 
 log = logging.getLogger(__name__)
@@ -21,14 +22,14 @@ _WEIGHTS = ("*.safetensors", "*.msgpack", "*.bin")  # the first that the reposit
 _OTHERS = ["*.json", "*.model", "vocab.txt"]
 
 
-def is_name(path: str | Path) -> bool:
+def is_name(path: str | AnyPath) -> bool:
     """Return whether this is OWNER/NAME[@REVISION], and no path: neither it nor its parent folder is here."""
-    local = Path(path).expanduser()
+    local = Path(str(path)).expanduser()
     return _NAME.fullmatch(str(path)) is not None and not (local.exists() or local.parent.exists())
 
 
-def located(path: str | Path) -> Path:
-    """Return the folder of a model: that of a name in the hub's cache, or `path` if it is not a name.
+def located(path: str | AnyPath) -> AnyPath:
+    """Return where a model is: a place in a bucket, a local folder, or that of a name in the hub's cache.
 
     What the cache has is not looked up on the hub.
 
@@ -38,7 +39,7 @@ def located(path: str | Path) -> Path:
     """
     match = _NAME.fullmatch(str(path))
     if match is None or not is_name(path):
-        return Path(path).expanduser()
+        return place_of(path)
     huggingface_hub = _client(f"{str(path)!r} does not exist here. To read a model of that name from")
     name, revision = match.groups()
     cached = _cached(huggingface_hub, name, revision)

@@ -44,8 +44,8 @@ def base_of(folder: Path) -> Path:
     if name and (folder / name / "config.json").is_file():
         return folder / name
     revision = f"@{config['revision']}" if config.get("revision") and hub.is_name(name) else ""
-    place = hub.located(name + revision) if name else Path()
-    if not (name and (place / "config.json").is_file()):
+    place = hub.located(name + revision) if name else None
+    if not (isinstance(place, Path) and (place / "config.json").is_file()):
         raise MissingFileError(
             f"{folder / CONFIG}: its base model {name!r} is not a folder here: set base_model_name_or_path in this file"
         )

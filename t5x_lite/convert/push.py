@@ -7,14 +7,14 @@ its MODEL_DIR, is uploaded instead of a new card.
 
 import argparse
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from t5x_lite import checkpoint, convert
+from t5x_lite import checkpoint, convert, storage
 from t5x_lite.convert import hub
+from t5x_lite.convert.bucket import AnyPath
 from t5x_lite.errors import UserError
 from t5x_lite.metrics import metric_logger
 
@@ -26,7 +26,7 @@ CONFIG, CARD = "config.gin", "README.md"
 
 
 def push(
-    source: str | Path,
+    source: str | AnyPath,
     name: str,
     *,
     to: Format = "huggingface",
@@ -55,16 +55,16 @@ def push(
     if base is not None and (_BASE.fullmatch(base) is None or Path(base).exists()):
         raise UserError(f"--base={base} is a path: give the model's name on the hub, which others can load")
     hub.check_login(name)
-    source = hub.located(source)
+    place = hub.located(source)
     with tempfile.TemporaryDirectory(prefix="t5x_lite_push_") as temporary:
         folder = Path(temporary, name.split("/")[1])
-        config = convert.convert(source, folder, to, base)
-        _describe(source, folder, config, name=name, to=to, base=base, revision=revision)
+        config = convert.convert(place, folder, to, base)
+        _describe(place, folder, config, name=name, to=to, base=base, revision=revision)
         message = message or f"Upload {name.split('/')[1]} with t5x_lite"
         return hub.upload(folder, name, revision=revision, private=private, message=message)
 
 
-def _describe(source: Path, folder: Path, config: Any, **pushed: Any) -> None:
+def _describe(source: AnyPath, folder: Path, config: Any, **pushed: Any) -> None:
     """Write README.md and config.gin to the folder to upload, from what is in `source` and its MODEL_DIR."""
     from t5x_lite.report import model_card  # above this package, and deletable
 
@@ -79,16 +79,18 @@ def _describe(source: Path, folder: Path, config: Any, **pushed: Any) -> None:
         settings = model_card.settings(text)
     own_card = next((place / CARD for place in (source, run) if (place / CARD).is_file()), None)
     if own_card is not None:
-        shutil.copyfile(own_card, folder / CARD)
+        (folder / CARD).write_bytes(own_card.read_bytes())
         return
-    records = metric_logger.read_metrics(run) if (run / metric_logger.METRICS_FILE).is_file() else []
+    records = []
+    if isinstance(run, Path) and (run / metric_logger.METRICS_FILE).is_file():
+        records = metric_logger.read_metrics(run)
     card = model_card.card(folder, config, step=step, settings=settings, records=records, **pushed)
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _hub_name(initial: Any) -> str | None:
     """Return the name on the hub of the model that a run's INITIAL_CHECKPOINT_PATH was converted from, if known."""
-    if not isinstance(initial, str) or "://" in initial or checkpoint.find_checkpoint(initial) is None:
+    if not isinstance(initial, str) or storage.is_url(initial) or checkpoint.find_checkpoint(initial) is None:
         return None
     return checkpoint.read_info(initial).get(convert.HUB_NAME)
 

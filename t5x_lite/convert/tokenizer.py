@@ -10,11 +10,11 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from t5x_lite.convert.bucket import AnyPath, place_of
 from t5x_lite.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Description:
     exists: bool
 
 
-def describe(folder: Path) -> Description:
+def describe(folder: AnyPath) -> Description:
     """Read Hugging Face's files in `folder`, as far as they exist. Raises UserError if one cannot be understood."""
     files = {name: _json(folder / name) for name in (CONFIG, ADDED, *_OTHERS)}
     ids: dict[str, int] = {}
@@ -93,7 +93,7 @@ def _part(files: Mapping[str, Mapping[str, Any]], file: str, key: str, kind: typ
     return kind() if value is None else value
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _json(file: AnyPath) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     try:
@@ -121,14 +121,16 @@ class Vocabulary:
       UserError: padding or end of sequence are not T5's, or the description contradicts the model.
     """
 
-    def __init__(self, model: str | Path | bytes, extra_ids: int | None = None, description: Description | None = None):
+    def __init__(
+        self, model: str | AnyPath | bytes, extra_ids: int | None = None, description: Description | None = None
+    ):
         import sentencepiece
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
         name = "this model" if isinstance(model, bytes) else str(model)
         if description is None and not isinstance(model, bytes):
-            description = describe(Path(model).parent)
-        proto = ModelProto.FromString(model if isinstance(model, bytes) else Path(model).read_bytes())
+            description = describe(place_of(model).parent)
+        proto = ModelProto.FromString(model if isinstance(model, bytes) else place_of(model).read_bytes())
         pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
         if any(piece.endswith("<extra_id_0>") for piece in pieces):
             extra_ids = 0
@@ -242,7 +244,7 @@ def _until_eos(tokens: Sequence[int] | np.ndarray) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in (0, END)), len(ids))]
 
 
-def beside(folder: Path) -> Vocabulary | ByteVocabulary | None:
+def beside(folder: AnyPath) -> Vocabulary | ByteVocabulary | None:
     """Return the tokenizer of a directory without a SentencePiece file: ByT5's or tokenizer.json's."""
     description = describe(folder)
     if description.config.get("tokenizer_class") == "ByT5Tokenizer":
@@ -256,7 +258,7 @@ def beside(folder: Path) -> Vocabulary | ByteVocabulary | None:
     return None if model is None else Vocabulary(model, description=description)
 
 
-def rebuilt(folder: Path) -> bytes | None:
+def rebuilt(folder: AnyPath) -> bytes | None:
     """Return the SentencePiece model of a tokenizer.json in `folder`; None, with a warning, if it is not one."""
     if not (folder / "tokenizer.json").is_file():
         return None
@@ -267,7 +269,7 @@ def rebuilt(folder: Path) -> bytes | None:
         return None
 
 
-def sentencepiece_model(file: Path) -> bytes:
+def sentencepiece_model(file: AnyPath) -> bytes:
     """Rebuild the SentencePiece unigram model that a tokenizer.json was made from, without T5's trailing sentinels.
 
     The result has the pieces, the scores and the normaliser's character map.

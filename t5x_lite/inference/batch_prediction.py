@@ -161,12 +161,16 @@ def lines_source(
     num_examples: int | None,
 ) -> Source:
     """Like `file_source`: `texts` makes the texts of a row, or raises BadRow; `example` makes an Example of these."""
-    if path.startswith(locations.HUB) or tf.io.gfile.isdir(path):
-        files = locations.find(path, "INFER_INPUT: ")
-        if len(files) > 1:
-            raise UserError(f"INFER_INPUT = {path!r} has {len(files)} files: name one of them, such as {files[0]!r}")
-        path = files[0]
-    if not tf.io.gfile.exists(path):
+    with locations.readable(path, "INFER_INPUT: "):
+        if path.startswith(locations.HUB) or tf.io.gfile.isdir(path):
+            files = locations.find(path, "INFER_INPUT: ")
+            if len(files) > 1:
+                raise UserError(
+                    f"INFER_INPUT = {path!r} has {len(files)} files: name one of them, such as {files[0]!r}"
+                )
+            path = files[0]
+        is_missing = not tf.io.gfile.exists(path)
+    if is_missing:
         raise MissingFileError(f"The input file INFER_INPUT = {path!r} does not exist (current folder: {os.getcwd()}).")
 
     def rows(log_rows: Literal["all", "none"]) -> Iterator[tuple[int, Mapping[str, Any]]]:

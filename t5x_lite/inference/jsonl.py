@@ -17,6 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from t5x_lite import storage
 from t5x_lite.errors import UserError
 from t5x_lite.metrics import metric_logger
 
@@ -62,7 +63,7 @@ class ResumableJsonlWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any], window: int):
-        if "://" in str(path):
+        if storage.is_url(path):
             raise UserError(
                 f"results are appended to the output file, which {path} does not allow: "
                 "give a local file as INFER_OUTPUT, or mount the bucket (gcsfuse)"

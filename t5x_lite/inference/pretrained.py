@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import checkpoint, convert, sharding
 from t5x_lite.convert import hub, tokenizer
+from t5x_lite.convert.bucket import AnyPath
 from t5x_lite.data import packing
 from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
@@ -206,7 +207,7 @@ def _padded(rows: list[list[int]], multiple: int = 32) -> np.ndarray:
 
 
 def load(
-    path: str | Path,
+    path: str | AnyPath,
     dtype: Dtype = "float32",
     mesh: sharding.AnyMesh | None = None,
     base: str | Path | None = None,
@@ -230,11 +231,9 @@ def load(
     for name, value, known in (("dtype", dtype, Dtype), ("params_dtype", params_dtype, StoredDtype)):
         if value not in get_args(known):
             raise UserError(f"{name} = {value!r} must be one of {', '.join(get_args(known))}")
-    folder = Path(path) if "://" in str(path) else hub.located(path)
+    folder = hub.located(path)
     with checkpoint.base_at(base):
-        config, params = convert.read(
-            path if "://" in str(path) else folder, mesh, params_dtype=params_dtype, dtype=dtype
-        )
+        config, params = convert.read(folder, mesh, params_dtype=params_dtype, dtype=dtype)
     return families.model_of(config).pretrained(params, folder, mesh)
 
 

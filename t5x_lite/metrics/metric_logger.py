@@ -258,12 +258,15 @@ def read_metrics(model_dir: str | os.PathLike) -> list[Record]:
     return records
 
 
-def plot_losses(model_dir: str | os.PathLike, baselines: Mapping[str, float] | None = None) -> Path:
+def plot_losses(
+    model_dir: str | os.PathLike, baselines: Mapping[str, float] | None = None, title: str | None = None
+) -> Path:
     """Draws MODEL_DIR/loss.png: training loss, raw and smoothed, and each task's validation loss, over steps.
 
     Args:
       model_dir: where metrics.jsonl is; of a step that it has twice, the later line counts.
       baselines: {label: loss in nats a target token} drawn as horizontal lines.
+      title: of the picture; None is the folder's name.
 
     Raises:
       FileNotFoundError, ValueError: there are no metrics, or none with a loss.
@@ -302,7 +305,7 @@ def plot_losses(model_dir: str | os.PathLike, baselines: Mapping[str, float] | N
         style = ("--", ":", "-.")[index % 3]
         axes.axhline(value, color="0.35", linewidth=1.2, linestyle=style, label=f"{label}: {value:.3f}")
         tops.append(value)
-    axes.set(xlabel="step", ylabel="cross entropy, nats a target token", title=Path(model_dir).resolve().name)
+    axes.set(xlabel="step", ylabel="cross entropy, nats a target token", title=title or Path(model_dir).resolve().name)
     axes.set_ylim(0, 1.08 * max(tops))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

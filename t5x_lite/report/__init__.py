@@ -99,15 +99,16 @@ def _parsed(text: str, location: str) -> dict:
 
 
 def after_training(
-    folder: Path, scores: Scores, step: int, about: About, next_steps: tuple[str, Sequence[str]]
+    folder: Path, scores: Scores, step: int, about: About, next_steps: tuple[str, Sequence[str]], at: str
 ) -> None:
     """Draw loss.png, write report.html and print the report of a training run that ended at `step`.
 
     Args:
+      at: MODEL_DIR as the user knows it, which may be a bucket where `folder` is a copy.
       next_steps: a description and commands of what to do with the model, apart from more training.
     """
     losses = {f"{task}: baseline": named["loss"] for task, named in about.baselines.items() if "loss" in named}
-    picture = metric_logger.plot_losses(folder, {label: float(loss) for label, loss in losses.items()})
+    picture = metric_logger.plot_losses(folder, {label: float(loss) for label, loss in losses.items()}, about.run)
     if scores:
         print(f"\nAfter {step} steps, on validation data:\n{table(scores, about.baselines)}")
     for task in scores:
@@ -115,19 +116,19 @@ def after_training(
         if file.exists():
             print(f"\n{task}")
             print("\n".join(_shown(file)))
-    config = folder / "config.gin"
+    page = write_page(folder, about)
     description, commands = next_steps
     indented = "\n".join(f"  {command}" for command in commands)
     print(f"""
-{write_page(folder, about)}  scores, curves and predictions, for a browser
-{picture}  training and validation loss
-{folder / metric_logger.METRICS_FILE}  every number of the run; `tensorboard --logdir {folder}` shows them
-{folder / "predictions"}/*.jsonl  all predictions on validation data
-{folder / "checkpoints"}/  the model
-{config}  this run's options, for --gin_file
+{at}/{page.name}  scores, curves and predictions, for a browser
+{at}/{picture.name}  training and validation loss
+{at}/{metric_logger.METRICS_FILE}  every number of the run; `tensorboard --logdir {at}` shows them
+{at}/predictions/*.jsonl  all predictions on validation data
+{at}/checkpoints/  the model
+{at}/config.gin  this run's options, for --gin_file
 
 What next: train on; {description}:
-  python run.py --gin_file={config} --gin.TRAIN_STEPS={2 * step}
+  python run.py --gin_file={at}/config.gin --gin.TRAIN_STEPS={2 * step}
 {indented}
 """)
 

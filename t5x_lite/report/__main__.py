@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from t5x_lite import report
+from t5x_lite import report, storage
 from t5x_lite.errors import UserError
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model_dir", help="a local folder")
     args = parser.parse_args(arguments)
     try:
-        if "://" in args.model_dir:
+        if storage.is_url(args.model_dir):
             raise UserError(f"{args.model_dir} is not a local folder: copy it, or use run.py --mode=eval")
         print(report.write_page(Path(args.model_dir)))
     except (UserError, OSError) as error:

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
+from t5x_lite.convert.bucket import AnyPath
 from t5x_lite.data.feature_converters import ClassifierFeatureConverter, EncDecFeatureConverter
 from t5x_lite.inference.decode import Decoding
 from t5x_lite.inference.predictor import Predictor
@@ -63,7 +63,7 @@ class T5EncoderModel:
         kind = ClassPredictor if self.config.head == "classify" else EmbeddingPredictor
         return kind(self.config, partitioner)
 
-    def pretrained(self, params: Any, path: Path, mesh: Any) -> Any:
+    def pretrained(self, params: Any, path: AnyPath, mesh: Any) -> Any:
         from t5x_lite import convert
         from t5x_lite.t5_encoder.pretrained import LoadedEncoder
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import flax.serialization
+import gcs_emulator
 import gin
 import jax
 import numpy as np
@@ -19,7 +20,6 @@ import tiny
 from core.conftest import stack_layers
 from core.test_model import DECODER_INPUT, ENCODER_INPUT, init, logits
 from flax import traverse_util
-from gcs_server import bucket_of
 from repeats import fast
 from safetensors.numpy import load_file, save_file
 
@@ -236,11 +236,14 @@ def write_t5x(folder, params, form):
 @pytest.mark.parametrize("form", ["specs", pytest.param("orbax", marks=pytest.mark.exhaustive), "ocdbt"])
 def test_t5x_folders_in_a_bucket(form, tmp_path):
     """A process of its own, for TensorStore reads the address once."""
-    params = init(tiny.CONFIG)
-    write_t5x(tmp_path / "models" / "checkpoint_7", params, form)
-    with bucket_of(tmp_path / "models") as url:
+    params, folder = init(tiny.CONFIG), tmp_path / "checkpoint_7"
+    write_t5x(folder, params, form)
+    with gcs_emulator.running(tmp_path) as gcs:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                gcs.write(file.relative_to(tmp_path).as_posix(), file.read_bytes())
         command = [sys.executable, "-m", "t5x_lite.convert", "gs://bucket/checkpoint_7", str(tmp_path / "own")]
-        environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": url}
+        environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": gcs.environment["TENSORSTORE_GCS_HTTP_URL"]}
         done = subprocess.run([*command, "--to=t5x_lite"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_info(tmp_path / "own")["step"] == 7

@@ -10,17 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from core.test_checkpoint import Position, State, abstract, identical, make_state
+from core.test_checkpoint import Position, State, make_state
 from etils import epath
-from etils.epath import backend, gpath
-from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import serialization
 from repeats import fast
 
@@ -216,62 +212,6 @@ def test_where_one_of_two_processes_cannot_write_both_skip_the_save_or_the_posit
         assert all(("full" if here == of else f"process {of} could not write") in why
                    for of, (_, why) in zip((1, 0, 1), failed, strict=True)), failed  # fmt: skip
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "30", "40", "60"]
-
-
-# A bucket
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """gs://bucket as a folder: Orbax and etils do as with a real one, only the ways there are not."""
-
-    def local(path: Any) -> Any:
-        return str(path).replace("gs://", f"{tmp_path}/gs/") if str(path).startswith("gs://") else path
-
-    class Bucket(type(backend.os_backend)):
-        pass
-
-    def call(name):
-        return lambda _, *args, **options: getattr(backend.os_backend, name)(*map(local, args), **options)
-
-    for name in backend.Backend.__abstractmethods__:
-        setattr(Bucket, name, call(name))
-    for name in ("tf_backend", "fsspec_backend"):
-        monkeypatch.setattr(backend, name, Bucket())
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
-    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
-    for name in ("google.cloud", "google.cloud.storage"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setattr(
-        gcs_utils,
-        "get_kvstore_for_gcs",
-        lambda path: {"driver": "file", "path": str(local(path)) + "/" * (not str(path).endswith("_sharding"))},
-    )
-    return tmp_path / "gs"
-
-
-def test_in_a_bucket_too_damage_is_found_and_put_aside_and_failed_saves_leave_nothing(bucket, monkeypatch, caplog):
-    run = "gs://bucket/run"
-    with saving.Checkpointer(run, keep_last=2) as checkpointer:
-        for step in (10, 20):
-            checkpointer.save(step, make_state(seed=step), Position(step))
-    assert checkpoint.damage(checkpoint.absolute(f"{run}/checkpoints/20")) == []
-    file = next((bucket / "bucket/run/checkpoints/20/params").rglob("ocdbt.process_0/d/*"))
-    file.write_bytes(file.read_bytes()[:-1])
-    start = checkpoint.choose_start(run)
-    assert (start.step, start.damaged) == (10, (20,))
-    with saving.Checkpointer(run, keep_last=2, damaged=start.damaged) as checkpointer:
-        position = Position()
-        assert identical(checkpointer.restore(10, abstract(make_state()), position), make_state(seed=10))
-        bad_disk(monkeypatch, {20}, "write")
-        checkpointer.save(20, make_state(), Position(20))
-        with contextlib.suppress(OSError):
-            checkpointer.wait()
-        assert "Step 20 could not be saved" in caplog.text
-        checkpointer.save(30, make_state(seed=30), Position(30))
-    assert (bucket / "bucket/run/damaged/20/params").exists()
-    assert sorted(os.listdir(bucket / "bucket/run/checkpoints")) == ["10", "30"]
-    assert checkpoint.choose_start(run, strict=True).step == 30
 
 
 def test_what_a_bucket_needs_is_said(monkeypatch):

@@ -82,8 +82,8 @@ def test_paths_here_are_not_looked_up(tmp_path, monkeypatch):
         "~/me/mine",
         "me/mine/5000",
         str(tmp_path / "x"),
-        "gs://me/mine",
     ):
         assert hub.located(path) == Path(path).expanduser()
+    assert str(hub.located("gs://me/mine/")) == "gs://me/mine"
     with pytest.raises(MissingPackageError, match=r"'me/mine' does not exist here.*pip install 't5x_lite\[hub\]'"):
         hub.located("me/mine")
