@@ -48,7 +48,7 @@ def make_model(sizes: dict[str, Any], attention: str | None = None) -> T5ForCond
 
 
 def matmul_rate(device: torch.device, size: int = 2048, calls: int = 5) -> float:
-    """The FLOP/s of the fastest of some float32 products of square matrices, as `train_step.matmul_rate` measures it."""
+    """The FLOP/s of the fastest of some float32 products of square matrices, as in `train_step.matmul_rate`."""
     a = torch.randn(size, size, device=device)
     seconds = []
     for _ in range(calls + 1):
