@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import gin
 from gin import config as gin_config
@@ -120,8 +120,12 @@ def _is_file(path: str) -> bool:
     return _place(path).is_file()
 
 
-def _open(path: str) -> io.StringIO:
-    return io.StringIO(_place(path).read_text(encoding="utf-8"))
+def _open(path: str) -> TextIO:
+    if not storage.is_url(path):
+        return open(path, encoding="utf-8")
+    file = io.StringIO(_place(path).read_text(encoding="utf-8"))
+    file.name = path  # pyright: ignore[reportAttributeAccessIssue]  # from which Gin takes a statement's place
+    return file
 
 
 class _MacroNames(config_parser.ParserDelegate):
