@@ -33,7 +33,7 @@ FLASH_LOGITS = 2**15
 CHECKED_LOGITS = 2**26  # upper limit in a check of a fused kernel: 256 MiB for the reference
 CUDNN_HEAD_DIM = 128  # the largest that cuDNN supports on every GPU
 CUDNN_BIAS = 2**28  # elements of [H, T, S], which cuDNN reads and whose gradient it writes: 0.5 GiB each in bfloat16
-GPU_LOGITS = 2**29  # logits of a device that XLA's attention may write to memory: 2 GiB in float32
+STORED_LOGITS = 2**29  # logits of a device that plain JAX may write to memory: 2 GiB in float32
 GPU_BLOCK, CPU_BLOCK = 512, 1024  # queries and keys of a block
 
 
@@ -68,9 +68,8 @@ class AttentionMask:
         """Segment ids of queries and keys, or (None, None)."""
         if self.key_segments is None or self.query_segments is not None:
             return (None, None) if self.key_segments is None else (self.query_segments, self.key_segments)
-        return jnp.ones((self.key_segments.shape[0], query_length), jnp.int32), (self.key_segments != 0).astype(
-            jnp.int32
-        )
+        ones_BT = jnp.ones((self.key_segments.shape[0], query_length), jnp.int32)
+        return ones_BT, (self.key_segments != 0).astype(jnp.int32)
 
     def most_segments(self, key_length: int) -> int:
         """Return an upper bound of the ids in `segments`."""
@@ -131,11 +130,10 @@ def choose(
 ) -> Implementation:
     """Return `wanted` if it supports the arguments, else "batch".
 
-    None selects "blocks" on a single CPU device if the logits exceed its caches. On a TPU or GPU, None selects the
-    platform's fused kernel if a check on the device finds it correct and not slower than "batch" (see
-    `kernel_checks.fastest`); on a GPU "blocks" where cuDNN does not support the arguments, or would read a bias of
-    quadratic size, and the logits are too many to write. If the program is only compiled for the hardware, the check
-    counts as passed.
+    None selects the platform's fused kernel on a TPU or GPU if it supports the arguments, without a bias of quadratic
+    size, and a check on the device finds it correct and not slower than plain JAX (see `kernel_checks.fastest`). If the
+    program is only compiled for the hardware, the check counts as passed. Plain JAX is "batch", or "blocks" if the
+    logits are too many to write to memory: on a single CPU device, for its caches.
     """
     queries, keys, device = query_BTHK.shape[1], key_BSHK.shape[1], sharding.device()
     part = sharding.part_shape(query_BTHK.shape, SPREAD)
@@ -146,14 +144,16 @@ def choose(
     cudnn_able = _cudnn_able(device, query_BTHK, keys, bias_HR, attention_mask)
     if wanted is not None:
         return "batch" if wanted == "cudnn" and not cudnn_able else wanted
+    most = CACHED_LOGITS if device.platform == "cpu" and jax.device_count() == 1 else STORED_LOGITS
+    plain: Implementation = "blocks" if part[0] * part[2] * queries * keys > most else "batch"
     small_bias = bias_HR is None or part[2] * queries * keys <= CUDNN_BIAS
     worthwhile = {"flash": queries * keys >= FLASH_LOGITS, "cudnn": cudnn_able and small_bias}
     fused = PLATFORM_KERNELS.get(device.platform)
-    if fused is not None and worthwhile[fused]:
-        return _checked(fused, query_BTHK, key_BSHK, bias_HR, attention_mask) if device in jax.devices() else fused
-    most = {"gpu": GPU_LOGITS, "cpu": CACHED_LOGITS if jax.device_count() == 1 else math.inf}
-    logits = part[0] * part[2] * queries * keys
-    return "blocks" if logits > most.get(device.platform, math.inf) else "batch"
+    if fused is None or not worthwhile[fused]:
+        return plain
+    if device not in jax.devices():
+        return fused
+    return _checked(fused, plain, query_BTHK, key_BSHK, bias_HR, attention_mask)
 
 
 def _cudnn_able(
@@ -171,9 +171,14 @@ def _cudnn_able(
 
 
 def _checked(
-    fused: Implementation, query_BTHK: Array, key_BSHK: Array, bias_HR: Array | None, attention_mask: AttentionMask
+    fused: Implementation,
+    plain: Implementation,
+    query_BTHK: Array,
+    key_BSHK: Array,
+    bias_HR: Array | None,
+    attention_mask: AttentionMask,
 ) -> Implementation:
-    """Return `fused` or "batch", as a check on this device at the shape of one device's shard decides."""
+    """Return `fused` or `plain`, as a check on this device at the shape of one device's shard decides."""
     rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
     keys = key_BSHK.shape[1]
     # Limit rows, and then heads, to what the reference has memory for.
@@ -215,9 +220,9 @@ def _checked(
         "causal": attention_mask.causal,
         "prefix": attention_mask.key_prefix is not None,
     }
-    functions = {name: _kernel(name, keys, attention_mask) for name in ("batch", fused)}
+    functions = {name: _kernel(name, keys, attention_mask) for name in (plain, fused)}
     choice = kernel_checks.fastest(description, functions, make_arguments, version=_source_hash())
-    return fused if choice == fused else "batch"
+    return fused if choice == fused else plain
 
 
 @functools.cache
@@ -285,7 +290,7 @@ def _cudnn(
     bias: Array | None,
     query_segments: Array | None,
     key_segments: Array | None,
-    *_: Array | None,  # prefix and offset, which `_able` excludes
+    *_: Array | None,  # prefix and offset, which `_cudnn_able` excludes
     causal: bool,
     most_segments: int,
 ) -> Array:
