@@ -46,8 +46,15 @@ def write_batches(file: pathlib.Path, steps: int, batch_size: int) -> None:
         curve.TASK, curve.LENGTHS, batch_size=batch_size, seed=0, converter=pipeline.UNPACKED
     )
     rows = [next(batches) for _ in range(steps)]
+    arrays: dict[str, Any] = {name: np.stack([batch[name] for batch in rows]) for name in rows[0]}
+    if file.exists() and not all(
+        np.array_equal(old[name], arrays[name][step])
+        for step, old in enumerate(curve.batches(file.parent, 0))
+        for name in old
+    ):
+        raise ValueError(f"the data are others than those of {file}: name another --out")
     temporary = file.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **{name: np.stack([batch[name] for batch in rows]) for name in rows[0]})
+    np.savez_compressed(temporary, **arrays)
     temporary.replace(file)
     shares = {name: float(np.mean([batch[name] != 0 for batch in rows])) for name in rows[0]}
     print(f"{steps} batches of {batch_size} rows; not padding: {shares}", flush=True)
