@@ -1,7 +1,7 @@
 """Trains one T5 here and in Hugging Face's torch, on the same batches, and compares the loss of every step.
 
     T5X_LITE_DATA_DIR=... python benchmarks/curve.py --torch=/path/bin/python [--steps=200] [--batch_size=4]
-        [--optimizer=adafactor,adamw] [--out=runs/curve] [--sides=torch,float32,bfloat16,microbatches]
+        [--optimizer=adafactor,adamw] [--out=runs/curve] [--sides=torch,torch_exact_rms,float32,bfloat16,microbatches]
 
 Both start from one Hugging Face folder, T5 1.1 small at random (or --start), and read the same rows of C4's span
 corruption: one example a row, so that torch, which has no masks of segments, needs no other mask than that of padding.
@@ -14,9 +14,14 @@ algorithm:
     adamw       without scaling by parameters' RMS, against torch.optim.AdamW with two groups: weight decay leaves
                 out the scales of norms.
 
---torch is a Python with torch and transformers. The sides, each a process: `torch` in float32, and `float32`,
-`bfloat16` and `microbatches` here. The last is float32 with each row a micro-batch of its own: the same mathematics
-rounded otherwise, so its distance from `float32` is what rounding alone comes to in so many steps.
+--torch is a Python with torch and transformers. The sides, each a process:
+
+    torch               transformers as it is, in float32
+    torch_exact_rms     the same, but for the RMS in its Adafactor: torch's norm of a large tensor in float32 on a CPU
+                        is too small (6e-4 for the embeddings), and so are the steps scaled by it
+    float32, bfloat16   this project
+    microbatches        float32 with each row a micro-batch of its own: the same mathematics rounded otherwise, so its
+                        distance from `float32` is what rounding alone comes to in so many steps
 
 DIR holds a file of JSON lines a side, curves.png and summary.md. The same command resumes. Exits with 1 where torch and
 float32 differ by more than --tolerance, relatively, at any step.
@@ -41,8 +46,9 @@ OPTIMIZERS: Mapping[str, Mapping[str, float]] = {
     "adafactor": {"decay_rate": 0.8, "clipping_threshold": 1.0, "epsilon1": 1e-30, "epsilon2": 1e-3},
     "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-6, "weight_decay": 0.1},
 }
-SIDES = ("torch", "float32", "bfloat16", "microbatches")
-REFERENCE = {"torch": "float32", "bfloat16": "float32", "microbatches": "float32"}  # what a side is compared with
+TORCH_SIDES = ("torch", "torch_exact_rms")
+SIDES = (*TORCH_SIDES, "float32", "bfloat16", "microbatches")
+REFERENCE = "float32"  # the side that the others are compared with
 LENGTHS = {"inputs": 512, "targets": 114}
 TASK = "c4_v220_span_corruption"
 
@@ -126,8 +132,8 @@ def summary(runs: Sequence[Run]) -> str:
         seconds = [line["seconds"] for line in run.lines() if line["seconds"]]
         cells = [run.optimizer, run.side, str(len(own)), f"{own[min(own)]:.4f}", f"{own[max(own)]:.4f}"]
         cells.append(f"{statistics.median(seconds):.2f}" if seconds else "")
-        different = relative_differences(own, losses.get((run.optimizer, REFERENCE.get(run.side, "")), {}))
-        if different:
+        different = relative_differences(own, losses.get((run.optimizer, REFERENCE), {}))
+        if different and run.side != REFERENCE:
             worst = max(different, key=lambda n: different[n])
             mean = statistics.fmean(different.values())
             cells += [f"{different[worst]:.1e}", str(worst), f"{mean:.1e}"]
@@ -147,11 +153,14 @@ def draw(runs: Sequence[Run], file: pathlib.Path) -> None:
 
     labels = {
         "torch": "transformers, torch, float32",
+        "torch_exact_rms": "the same, exact RMS",
         "float32": "t5x_lite, float32",
         "bfloat16": "t5x_lite, bfloat16",
         "microbatches": "t5x_lite, float32, micro-batches",
     }
-    colours = {side: f"C{n}" for n, side in enumerate(("float32", "torch", "bfloat16", "microbatches"))}
+    colours = {
+        side: f"C{n}" for n, side in enumerate((REFERENCE, "torch", "bfloat16", "torch_exact_rms", "microbatches"))
+    }
     optimizers = list(dict.fromkeys(run.optimizer for run in runs))
     figure, axes = pyplot.subplots(
         2, len(optimizers), figsize=(5.5 * len(optimizers), 6), sharex=True, squeeze=False, layout="constrained"
@@ -159,10 +168,10 @@ def draw(runs: Sequence[Run], file: pathlib.Path) -> None:
     for optimizer, (top, bottom) in zip(optimizers, axes.T, strict=True):
         losses = {run.side: run.losses() for run in runs if run.optimizer == optimizer}
         for side in (side for side in colours if losses.get(side)):
-            style = {"linewidth": 3.0, "alpha": 0.4} if side == "float32" else {"linewidth": 1.0}
+            style = {"linewidth": 3.0, "alpha": 0.4} if side == REFERENCE else {"linewidth": 1.0}
             top.plot(*zip(*losses[side].items(), strict=True), color=colours[side], label=labels[side], **style)
-            different = relative_differences(losses[side], losses.get(REFERENCE.get(side, ""), {}))
-            if different:
+            different = relative_differences(losses[side], losses.get(REFERENCE, {}))
+            if different and side != REFERENCE:
                 # A difference of nothing has no place on a log axis.
                 points = [(n, difference or float("nan")) for n, difference in different.items()]
                 bottom.plot(*zip(*points, strict=True), color=colours[side], linewidth=1.0)
@@ -174,7 +183,7 @@ def draw(runs: Sequence[Run], file: pathlib.Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("loss, nats per target token")
     axes[1][0].set_ylabel("relative difference from t5x_lite, float32")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
@@ -217,13 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for optimizer in optimizers:
         for side in sides:
-            if len(Run(out, optimizer, side).losses()) >= asked.steps or (side == "torch" and not asked.torch):
+            by_torch = side in TORCH_SIDES
+            if len(Run(out, optimizer, side).losses()) >= asked.steps or (by_torch and not asked.torch):
                 continue
-            script = (
-                (asked.torch, str(ROOT / "benchmarks" / "curve_torch.py"))
-                if side == "torch"
-                else (sys.executable, ours)
-            )
+            if side == "torch_exact_rms" and optimizer != "adafactor":
+                continue
+            script = (asked.torch, str(ROOT / "benchmarks" / "curve_torch.py")) if by_torch else (sys.executable, ours)
             if _call(*script, *common, f"--optimizer={optimizer}", f"--side={side}"):
                 return 1
     runs = [Run(out, optimizer, side) for optimizer in OPTIMIZERS for side in SIDES]
@@ -240,7 +248,7 @@ def agree(out: pathlib.Path, optimizers: Sequence[str], tolerance: float) -> boo
     """Says how far torch and float32 are apart, and returns whether that is within the tolerance; True without both."""
     within = True
     for optimizer in optimizers:
-        different = relative_differences(*(Run(out, optimizer, side).losses() for side in ("torch", "float32")))
+        different = relative_differences(*(Run(out, optimizer, side).losses() for side in ("torch", REFERENCE)))
         if different:
             largest = max(different.values())
             print(f"{optimizer}: torch and float32 differ by {largest:.1e} at most, in {len(different)} steps")

@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--optimizer", choices=list(curve.OPTIMIZERS))
-    parser.add_argument("--side", choices=[side for side in curve.SIDES if side != "torch"])
+    parser.add_argument("--side", choices=[side for side in curve.SIDES if side not in curve.TORCH_SIDES])
     asked = parser.parse_args()
     if asked.side is None:
         prepare(asked.out, asked.start, asked.model, asked.steps, asked.batch_size)
