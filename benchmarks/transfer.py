@@ -243,6 +243,8 @@ class Bench:
         if task == "wnli":
             own = self.out / "data"
             write_safe_wnli(data / "glue" / "WNLI", own / "glue" / "WNLI")
+            if not (own / "vocab").is_symlink():
+                (own / "vocab").symlink_to((data / "vocab").absolute())  # T5's vocabulary, where it is
             data = own
         return os.environ | {"T5X_LITE_DATA_DIR": str(data), "PYTHONPATH": str(ROOT)}
 
@@ -408,6 +410,8 @@ def _mean(rows: Sequence[Result], name: str, digits: int) -> str:
 
 
 def side_by_side(results: Mapping[Job, Result]) -> Iterator[str]:
+    if not any(job.side == "theirs" for job in results):
+        return
     yield "Score ± standard deviation (seeds); difference ± its standard error; seconds of steps, and of the process."
     yield ""
     yield "| adaptation | task | steps | metric | ours | theirs | ours - theirs | seconds | in all | peak GB |"
