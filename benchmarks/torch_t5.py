@@ -60,9 +60,12 @@ def matmul_rate(device: torch.device, size: int = 2048, calls: int = 5) -> float
 
 def flops_of_step(model: T5ForConditionalGeneration, batch_size: int, inputs: int, targets: int) -> int:
     """The FLOPs of the step's matrix products, three times those of the forward pass; counted as PyTorch runs it."""
+    fused = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # whose products are counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         input_ids, labels = (torch.full((batch_size, n), 2, device=model.device) for n in (inputs, targets))
         model(input_ids=input_ids, labels=labels)
+    model.set_attn_implementation(fused)
     return 3 * counter.get_total_flops()
 
 

@@ -114,7 +114,9 @@ def test_two_processes_of_which_one_is_killed_and_one_that_goes_on_train_as_one(
     second.send_signal(signal.SIGKILL)
     assert first.wait(timeout=60) != 0  # the heartbeat is 10 s here
     log = (folder / "two.0.log").read_text()
-    assert "another task died" in log or "start the same command again on all hosts" in log
+    # Gloo, the CPUs' transport, sometimes ends the process itself.
+    messages = ("another task died", "start the same command again on all hosts", "gloo::EnforceNotMet")
+    assert any(message in log for message in messages), log[-3000:]
     assert all(process.poll() is not None for process in processes)
     assert len((folder / "two/metrics.jsonl").read_text().splitlines()) < len(one)
     same_curve(finished(folder, "two", start(folder, "two", 1, 4)), one)

@@ -154,7 +154,7 @@ def write_wnli(folder):
     (folder / "dev.tsv").write_text("\n".join([head, *dev]) + "\n")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_bert_is_converted_trained_and_scored(tmp_path, monkeypatch, capsys, same_root_logger):
     hub, out = hugging_face_bert(tmp_path, monkeypatch), tmp_path / "out"
     write_wnli(tmp_path / "data/glue/WNLI")
