@@ -87,11 +87,11 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drops what comes after `step`, whose state is saved. Raises ValueError where steps before it are missing."""
-        kept = [line for line in self.lines() if line["step"] <= step]
-        if [line["step"] for line in kept] != list(range(1, step + 1)):
+        earlier = [line for line in self.lines() if line["step"] <= step]
+        if [line["step"] for line in earlier] != list(range(1, step + 1)):
             raise ValueError(f"{self.log} lacks steps before {step}: remove it, and {self.state}")
         temporary = self.log.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in earlier))
         temporary.replace(self.log)
 
 
@@ -210,28 +210,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=pathlib.Path, metavar="DIR", help="a Hugging Face folder to start from instead")
     parser.add_argument("--save_every", type=int, default=50, help="steps between saved states; 0: only at the end")
     parser.add_argument("--tolerance", type=float, default=1e-3)
-    asked = parser.parse_args(arguments)
-    out, optimizers, sides = asked.out.resolve(), asked.optimizer.split(","), asked.sides.split(",")
+    args = parser.parse_args(arguments)
+    out, optimizers, sides = args.out.resolve(), args.optimizer.split(","), args.sides.split(",")
     if not (set(optimizers) <= set(OPTIMIZERS) and set(sides) <= set(SIDES)):
         parser.error(f"--optimizer is of {', '.join(OPTIMIZERS)}, --sides of {', '.join(SIDES)}")
     out.mkdir(parents=True, exist_ok=True)
-    start = asked.start.resolve() if asked.start else out / "start"
+    start = args.start.resolve() if args.start else out / "start"
     try:
-        settings_agree(out, {"batch_size": asked.batch_size, "start": str(asked.start and start) or asked.model})
+        settings_agree(out, {"batch_size": args.batch_size, "start": str(args.start and start) or args.model})
     except ValueError as error:
         parser.error(str(error))
     ours = str(ROOT / "benchmarks" / "curve_ours.py")
-    common = [f"--out={out}", f"--start={start}", f"--steps={asked.steps}", f"--save_every={asked.save_every}"]
-    if _call(sys.executable, ours, *common, f"--model={asked.model}", f"--batch_size={asked.batch_size}"):
+    common = [f"--out={out}", f"--start={start}", f"--steps={args.steps}", f"--save_every={args.save_every}"]
+    if _call(sys.executable, ours, *common, f"--model={args.model}", f"--batch_size={args.batch_size}"):
         return 1
     for optimizer in optimizers:
         for side in sides:
             by_torch = side in TORCH_SIDES
-            if len(Run(out, optimizer, side).losses()) >= asked.steps or (by_torch and not asked.torch):
+            if len(Run(out, optimizer, side).losses()) >= args.steps or (by_torch and not args.torch):
                 continue
             if side == "torch_exact_rms" and optimizer != "adafactor":
                 continue
-            script = (asked.torch, str(ROOT / "benchmarks" / "curve_torch.py")) if by_torch else (sys.executable, ours)
+            script = (args.torch, str(ROOT / "benchmarks" / "curve_torch.py")) if by_torch else (sys.executable, ours)
             if _call(*script, *common, f"--optimizer={optimizer}", f"--side={side}"):
                 return 1
     runs = [Run(out, optimizer, side) for optimizer in OPTIMIZERS for side in SIDES]
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table, end="")
     if runs:
         draw(runs, out / "curves.png")
-    return int(not agree(out, optimizers, asked.tolerance))
+    return int(not agree(out, optimizers, args.tolerance))
 
 
 def agree(out: pathlib.Path, optimizers: Sequence[str], tolerance: float) -> bool:

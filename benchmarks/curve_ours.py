@@ -160,11 +160,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--optimizer", choices=list(curve.OPTIMIZERS))
     parser.add_argument("--side", choices=[side for side in curve.SIDES if side not in curve.TORCH_SIDES])
-    asked = parser.parse_args()
-    if asked.side is None:
-        prepare(asked.out, asked.start, asked.model, asked.steps, asked.batch_size)
+    args = parser.parse_args()
+    if args.side is None:
+        prepare(args.out, args.start, args.model, args.steps, args.batch_size)
     else:
-        train(curve.Run(asked.out, asked.optimizer, asked.side), asked.start, asked.steps, asked.save_every)
+        train(curve.Run(args.out, args.optimizer, args.side), args.start, args.steps, args.save_every)
 
 
 if __name__ == "__main__":

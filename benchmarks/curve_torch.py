@@ -105,8 +105,8 @@ def main() -> None:
     parser.add_argument("--save_every", type=int, required=True)
     parser.add_argument("--optimizer", choices=list(curve.OPTIMIZERS), required=True)
     parser.add_argument("--side", choices=curve.TORCH_SIDES, default="torch")
-    asked = parser.parse_args()
-    train(curve.Run(asked.out, asked.optimizer, asked.side), asked.start, asked.steps, asked.save_every)
+    args = parser.parse_args()
+    train(curve.Run(args.out, args.optimizer, args.side), args.start, args.steps, args.save_every)
 
 
 if __name__ == "__main__":
