@@ -309,8 +309,8 @@ class Bench:
                 "benchmarks/torch_bert.py", self.model, self.rows(job), "--check", python=str(self.torch)
             )
             file.write_text(answer.splitlines()[-1] + "\n")
-            found = json.loads(file.read_text())
-            print(f"{job.task}: {found['differing']} of {found['dev_rows']} dev rows have other ids in transformers")
+            counts = json.loads(file.read_text())
+            print(f"{job.task}: {counts['differing']} of {counts['dev_rows']} dev rows have other ids in transformers")
 
 
 def watch(command: Sequence[str], env: Mapping[str, str], out: pathlib.Path, log: pathlib.Path) -> tuple[float, float]:
@@ -358,8 +358,8 @@ def write_safe_wnli(source: pathlib.Path, folder: pathlib.Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     head, *train = (source / "train.tsv").read_text(encoding="utf-8").splitlines()
     dev = (source / "dev.tsv").read_text(encoding="utf-8")
-    known = {premise(line) for line in dev.splitlines()[1:]}
-    safe = [line for line in train if premise(line) not in known]
+    dev_premises = {premise(line) for line in dev.splitlines()[1:]}
+    safe = [line for line in train if premise(line) not in dev_premises]
     for name, text in (("train.tsv", "\n".join([head, *safe]) + "\n"), ("dev.tsv", dev)):
         if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
             (folder / name).write_text(text, encoding="utf-8")
@@ -450,11 +450,11 @@ def adaptations(results: Mapping[Job, Result]) -> Iterator[str]:
     yield f"| what trains | parameters | {' | '.join(titles)} |"
     yield f"| --- | ---: | {' | '.join(['---:'] * len(titles))} |"
     for adapt in dict.fromkeys(adapt for adapt, _, _ in cells):
-        found = [cells.get((adapt, *column), []) for column in columns]
-        counts = {row["trained_parameters"] for rows in found for row in rows}
+        cell_rows = [cells.get((adapt, *column), []) for column in columns]
+        counts = {row["trained_parameters"] for rows in cell_rows for row in rows}
         count = " to ".join(f"{count:,}" if count else "all" for count in sorted(counts, key=lambda c: c or 0))
         shown = []
-        for rows in found:
+        for rows in cell_rows:
             sample = Sample(tuple(statistics.fmean(row["scores"].values()) for row in rows)) if rows else ""
             shown.append(f"{sample}, {_mean(rows, 'train_seconds', 0)} s" if rows else "")
         yield f"| {adapt} | {count} | {' | '.join(shown)} |"
@@ -495,12 +495,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="with commas")
     parser.add_argument("--steps", type=int, help="at most so many steps a run, to try it out")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results so far")
-    asked = parser.parse_args(arguments)
-    out, results = asked.out.resolve(), Results(asked.out.resolve() / "results.jsonl")
-    if asked.table:
+    args = parser.parse_args(arguments)
+    out, results = args.out.resolve(), Results(args.out.resolve() / "results.jsonl")
+    if args.table:
         print(tables(results.read()))
         return 0
-    model = asked.model or packaged_model()
+    model = args.model or packaged_model()
     if model is None:
         print(
             "transfer: skipped, for its model is not installed: "
@@ -510,15 +510,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not os.environ.get("T5X_LITE_DATA_DIR"):
         print("transfer: set T5X_LITE_DATA_DIR to the folder that holds glue/", file=sys.stderr)
         return 2
-    chosen = asked.adapt or [name for name, one in ADAPTATIONS.items() if asked.t5 or not one.is_t5]
-    if not asked.t5 and (lacking := [name for name in chosen if ADAPTATIONS[name].is_t5]):
+    chosen = args.adapt or [name for name, one in ADAPTATIONS.items() if args.t5 or not one.is_t5]
+    if not args.t5 and (lacking := [name for name in chosen if ADAPTATIONS[name].is_t5]):
         print(f"transfer: {', '.join(lacking)}: needs --t5=MODEL", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(out, model.resolve(), asked.torch, asked.t5)
+    bench = Bench(out, model.resolve(), args.torch, args.t5)
     done = results.read()
     try:
-        for job in jobs(asked.tasks, chosen, asked.seeds, asked.steps, peer=asked.torch is not None):
+        for job in jobs(args.tasks, chosen, args.seeds, args.steps, peer=args.torch is not None):
             if job in done:
                 continue
             if job.side == "theirs":
@@ -533,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"transfer: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("transfer: interrupted; the same command goes on with what is not done", file=sys.stderr)
+        print("transfer: interrupted; the same command resumes with what is not done", file=sys.stderr)
         return 128 + signal.SIGINT
     text = "\n\n".join([tables(results.read()), majority(pathlib.Path(os.environ["T5X_LITE_DATA_DIR"]))])
     (out / "transfer.md").write_text(text + "\n")

@@ -29,7 +29,7 @@ import torture_faults
 REPO = Path(__file__).resolve().parents[1]
 STEPS, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_LAST = 24, 6, 3, 2
 TOLD = 75  # the exit code of a run that SIGTERM has told to stop
-CONFIG = f"""
+MODEL = """
 T5Config:
     d_model = 16
     d_ff = 24
@@ -38,7 +38,8 @@ T5Config:
     num_encoder_layers = 1
     num_decoder_layers = 1
     vocab_size = 384
-MIXTURE_OR_TASK_NAME = "torture"
+"""
+CONFIG = f"""{MODEL}MIXTURE_OR_TASK_NAME = "torture"
 MIXTURE_OR_TASK_MODULE = "torture_tasks"
 VOCABULARY = "bytes"
 TASK_FEATURE_LENGTHS = {{"inputs": 48, "targets": 24}}

@@ -77,10 +77,9 @@ def flash_attention(
         T = S = max(T, S)
         blocks_T, blocks_S = math.ceil(queries / T), math.ceil(keys / S)
 
-    def pad(x: Array | None, length: int) -> Any:
+    def pad(x: Array, length: int) -> Array:
         """Pad axis 1 to whole blocks. Padded keys are masked; padded outputs are cut off and have no gradient."""
-        missing = 0 if x is None else length - x.shape[1]
-        return jnp.pad(x, [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]) if missing else x  # pyright: ignore
+        return jnp.pad(x, [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)])
 
     def join(x: Array, length: int) -> Array:
         """Merge heads into the last axis: a single head of 64 would be padded to 128 lanes."""

@@ -14,20 +14,11 @@ from typing import Any
 import gcs_emulator
 import pytest
 import torture_faults
-from torture import WALL_TIMES
+from torture import MODEL, WALL_TIMES
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 12
-CONFIG = f"""
-T5Config:
-    d_model = 16
-    d_ff = 24
-    num_heads = 2
-    head_dim = 8
-    num_encoder_layers = 1
-    num_decoder_layers = 1
-    vocab_size = 384
-VOCABULARY = "bytes"
+CONFIG = f"""{MODEL}VOCABULARY = "bytes"
 TRAIN_FILES = "gs://bucket/data/*.jsonl"
 EVAL_FILES = "gs://bucket/eval.jsonl"
 TASK_FEATURE_LENGTHS = {{"inputs": 48, "targets": 24}}
@@ -147,6 +138,7 @@ def test_killed_and_damaged_run_resumes_exactly(bucket, whole):
     assert not [name for name in bucket.names("killed/checkpoints/") if not name.startswith(("9/", f"{STEPS}/"))]
 
 
+@pytest.mark.exhaustive
 def test_run_without_rights_ends_in_one_line_and_resumes(bucket, whole):
     flags = ("--gin_file=bucket.gin", "--gin.MODEL_DIR='gs://bucket/barred'")
     process = bucket.start(str(REPO / "run.py"), *flags, "--gin.TRAIN_STEPS=100000", "--gin.EVAL_PERIOD=0")
