@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import resource
 import statistics
 import sys
@@ -42,7 +43,7 @@ from t5x_lite import plan, sharding  # noqa: E402
 from t5x_lite.metrics import metric_logger  # noqa: E402
 from t5x_lite.model import families  # noqa: E402
 from t5x_lite.model.attention import Implementation  # noqa: E402
-from t5x_lite.model.t5 import T5Config  # noqa: E402
+from t5x_lite.model.config import ModelConfig  # noqa: E402
 from t5x_lite.training import optim, step  # noqa: E402
 from t5x_lite.training.freezing import ALL_PARAMETERS, ParameterFilter  # noqa: E402
 from t5x_lite.training.losses import LossConfig  # noqa: E402
@@ -62,9 +63,11 @@ class Shape:
     packed: bool = False
 
 
-def model_config(name: str, **options) -> T5Config:
+def model_config(name: str, **options) -> Any:
     """Returns the published size `name` ("t5_1_1/small"), as its gin file has it."""
-    return T5Config(**gin_values(f"models/{name}") | options)
+    text = (ROOT / "gin_configs" / "models" / f"{name}.gin").read_text()
+    kind = re.search(r"^Run.model = @(\w+)\(\)", text, re.MULTILINE)
+    return families.config_types()[kind[1] if kind else "T5Config"](**gin_values(f"models/{name}") | options)
 
 
 def make_optimizer(trainable: ParameterFilter = ALL_PARAMETERS) -> optim.Optimizer:
@@ -103,7 +106,7 @@ class CompiledStep:
 
     def __init__(
         self,
-        config: T5Config,
+        config: ModelConfig,
         shape: Shape,
         optimizer: optim.Optimizer | None = None,
         compiler: step.Compiler | None = None,

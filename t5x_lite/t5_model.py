@@ -52,7 +52,7 @@ class T5Model:
     def init(self, key: Key[Array, ""]) -> Any:
         token = jnp.zeros((1, 1), jnp.int32)
         inputs = None if self.config.decoder_only else token
-        return t5.T5(self.config).init(key, inputs, token)["params"]
+        return self.config.network().init(key, inputs, token)["params"]
 
     def logits(
         self, params: Any, batch: interface.Batch, dropout_key: Key[Array, ""] | None = None

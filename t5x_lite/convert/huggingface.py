@@ -125,6 +125,7 @@ def write(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
             tensor = whole.at(layer, 0) if "/layers/" in name else whole
             place, _, theirs = family.name_of(config, name).format(layer).rpartition("/")
             by_name.setdefault(place, {})[theirs] = tensor.transposed if family.is_transposed(name) else tensor
+    by_name[""] |= getattr(family, "other_tensors", lambda config: {})(config)
     others = getattr(family, "other_files", lambda config: {})(config)
     for path, values in {"config.json": hub, **others}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

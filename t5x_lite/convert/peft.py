@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite.convert import hub, huggingface, huggingface_t5, tensors
+from t5x_lite.convert import hub, huggingface, tensors
 from t5x_lite.convert.tensors import Index, Source, Tensor
 from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.model import families
-from t5x_lite.model.config import LORA_TARGETS, ModelConfig, T5Config
+from t5x_lite.model.config import LORA_TARGETS, ModelConfig
 
 CONFIG, TENSORS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -103,12 +103,13 @@ def _updated(weight: Tensor, a: np.ndarray, b: np.ndarray) -> Tensor:
 
 def _apart(folder: Path, source: Source, updates: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Source:
     """Return a model with LoRA of its own."""
-    if not isinstance(source.config, T5Config) or not updates:
+    config: Any = source.config
+    if not hasattr(config, "lora_rank") or not updates:
         raise UserError(f"{folder}: there is no LoRA of a T5 to keep apart: convert it with the updates in its weights")
     rank, weights = max(a.shape[0] for a, _ in updates.values()), dict(source.tensors)
-    layers = {"encoder": source.config.num_encoder_layers, "decoder": source.config.num_decoder_layers}
+    layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     modules_of = {}  # kernel -> target, modules
-    for name in huggingface_t5.NAMES:
+    for name in families.hub_module(config).NAMES:
         if "/layers/" in name and name.endswith("/kernel") and source.name_of(name).format(0) in weights:
             stack, kernel = name.split("/")[0], name.split("/")[-2]
             modules = [source.name_of(name).format(i).removesuffix(".weight") for i in range(layers[stack])]
@@ -131,9 +132,7 @@ def _apart(folder: Path, source: Source, updates: Mapping[str, tuple[np.ndarray,
             return source.name_of(name)
         return f"{source.name_of(f'{match[1]}/kernel').removesuffix('.weight')}.lora_{match[2].upper()}"
 
-    config = dataclasses.replace(
-        source.config, lora_rank=rank, lora_targets=tuple(x for x in LORA_TARGETS if x in targets)
-    )
+    config = dataclasses.replace(config, lora_rank=rank, lora_targets=tuple(x for x in LORA_TARGETS if x in targets))
     return dataclasses.replace(source, config=config, tensors=weights, name_of=name_of)
 
 
@@ -177,7 +176,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def check_lora(config: ModelConfig) -> None:
     if not getattr(config, "lora_rank", 0):
-        raise UserError("this model has no LoRA parameters (T5Config.lora_rank is 0): convert it to another format")
+        raise UserError("this model has no LoRA parameters (its lora_rank is 0): convert it to another format")
 
 
 def write(folder: Path, config: ModelConfig, params: Mapping[str, Any], base: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Decode and score with a trained T5: token ids in, token ids or log-likelihoods out.
+"""Decode and score with a trained encoder-decoder or decoder: token ids in, token ids or log-likelihoods out.
 
 The key-value cache is explicit: it is built from the encodings, then passed to and returned by every step. This module
 uses the model and its parameters, not text.
@@ -6,18 +6,20 @@ uses the model and its parameters, not text.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from t5x_lite import sharding
 from t5x_lite.errors import UserError
 from t5x_lite.inference.decode_config import Decoding as Decoding
 from t5x_lite.inference.decode_config import Method as Method
-from t5x_lite.model.t5 import T5, Cache, T5Config, forward
+from t5x_lite.model.config import EncoderDecoderConfig
+from t5x_lite.model.t5 import T5, forward
+from t5x_lite.model.transformer import Cache
 
 START = 0
 END = 1
@@ -28,7 +30,7 @@ def generate(
     params: Any,
     encoder_input_tokens: Int[Array, "B S"],
     *,
-    config: T5Config,
+    config: EncoderDecoderConfig,
     max_length: int,
     decoding: Decoding = Decoding(),
     key: Key[Array, "*B"] | None = None,
@@ -43,9 +45,9 @@ def generate(
       max_lengths: the maximum length of each row, at most `max_length`; not for "beam".
 
     Returns:
-      The tokens, without the start token (END at the end of a row, 0 after it), and the scores: the tokens'
-      log-probabilities, for "beam" with the length penalty of alpha. A beam that did not end has the score -1e7 and
-      tokens 0; if no beam of a row ended, the row has its live beams with their log-probabilities.
+      The tokens, without the start token (one of config.end_tokens at the end of a row, 0 after it), and the scores:
+      the tokens' log-probabilities, for "beam" with the length penalty of alpha. A beam that did not end has the
+      score -1e7 and tokens 0; if no beam of a row ended, the row has its live beams with their log-probabilities.
 
     Raises:
       ValueError: the key is missing for "sample", or max_lengths is given for "beam".
@@ -81,14 +83,14 @@ def _folded(key: Key[Array, ""], numbers: Int[Array, " N"]) -> Key[Array, " N"]:
 
 
 def _start(
-    params: Any, input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, copies: int
+    params: Any, input_tokens: Int[Array, "B S"], config: EncoderDecoderConfig, max_length: int, copies: int
 ) -> tuple[Callable, Cache, Int[Array, " BN"]]:
     """Set up decoding with each row repeated `copies` times.
 
     Returns a step function (last tokens, index, cache) -> (logits, cache), the cache, and the last tokens at index 0.
     """
     B, S = input_tokens.shape
-    apply: Any = functools.partial(T5(config).apply, {"params": params})
+    apply: Any = functools.partial(config.network().apply, {"params": params})
     if config.decoder_only:
         # Right-align the rows, so that all continue at the same position; the padding on their left is masked.
         positions_BM = jnp.arange(S + max_length) - S + jnp.count_nonzero(input_tokens, axis=1)[:, None]
@@ -113,7 +115,7 @@ def _start(
     cache = dataclasses.replace(cache, cross_key=None, cross_value=None)
     # In an exported program B and the platform are unknown.
     unstack = sharding.device().platform == "cpu" and isinstance(B, int)
-    stepper = T5(dataclasses.replace(config, scan_layers=config.scan_layers and not unstack))
+    stepper = dataclasses.replace(config, scan_layers=config.scan_layers and not unstack).network()
     get_stacks = _unstacked(stacks) if unstack else lambda: stacks
 
     def step(last_B: Array, index: Array, cache: Cache, parents_B: Array | None = None) -> tuple[Array, Cache]:
@@ -149,7 +151,7 @@ def _unstacked(stacks: Any) -> Callable[[], Any]:
 def _token_by_token(
     params: Any,
     encoder_input_tokens: Int[Array, "B S"],
-    config: T5Config,
+    config: EncoderDecoderConfig,
     max_length: int,
     copies: int,
     choose: Callable[[Array, Array], Array],
@@ -168,7 +170,7 @@ def _token_by_token(
         token_B = jnp.where(ended_B, 0, token_B).astype(jnp.int32)
         tokens_BT = tokens_BT.at[:, index].set(token_B)
         scores_B += jnp.where(ended_B, 0.0, log_probs_B)
-        ended_B |= (token_B == END) | (index + 1 >= limits_B)
+        ended_B |= ended(token_B, config.end_tokens) | (index + 1 >= limits_B)
         return index + 1, token_B, tokens_BT, scores_B, ended_B, cache
 
     def unfinished(carry: tuple) -> Array:
@@ -185,6 +187,11 @@ def _token_by_token(
     )
     _, _, tokens_BT, scores_B, _, _ = jax.lax.while_loop(unfinished, step, start)
     return tokens_BT, scores_B
+
+
+def ended(tokens: Int[Array, "..."], end_tokens: Sequence[int]) -> Bool[Array, "..."]:
+    """Return whether each token ends its row."""
+    return jnp.isin(tokens, jnp.asarray(end_tokens))
 
 
 def _most_likely(logits_BV: Array, keys_B: Array) -> Array:
@@ -210,7 +217,12 @@ def _penalty(length: Array | int, alpha: float) -> Array:
 
 
 def _beam(
-    params: Any, encoder_input_tokens: Int[Array, "B S"], config: T5Config, max_length: int, K: int, alpha: float
+    params: Any,
+    encoder_input_tokens: Int[Array, "B S"],
+    config: EncoderDecoderConfig,
+    max_length: int,
+    K: int,
+    alpha: float,
 ) -> tuple[Int[Array, "B K T"], Float[Array, "B K"]]:
     """Run T5X's beam search with K live and K finished sequences for each row, where K is the number of beams."""
     decode, cache, first = _start(params, encoder_input_tokens, config, max_length, K)
@@ -230,7 +242,7 @@ def _beam(
         best_BJ, indices_BJ = jax.lax.top_k(totals_BKV.reshape(B, K * V), 2 * K)
         beams_BJ, tokens_BJ = indices_BJ // V, (indices_BJ % V).astype(jnp.int32)
         grown_BJT = pick(live_BKT, beams_BJ).at[:, :, index].set(tokens_BJ)
-        ends_BJ = tokens_BJ == END
+        ends_BJ = ended(tokens_BJ, config.end_tokens)
 
         live_BK, live_indices_BK = jax.lax.top_k(best_BJ + ends_BJ * NEG_INF, K)
         live_BKT = pick(grown_BJT, live_indices_BK)
@@ -264,12 +276,12 @@ def _beam(
 
 
 def log_likelihoods(
-    tokens_BNT: Int[Array, "B N T"], scores_BN: Float[Array, "B N"], decoding: Decoding
+    tokens_BNT: Int[Array, "B N T"], scores_BN: Float[Array, "B N"], decoding: Decoding, end_tokens: Sequence[int]
 ) -> Float[Array, "B N"]:
     """Return the log-probability of each result of `generate`, without length penalty; -inf if it is missing."""
     if decoding.method != "beam":
         return scores_BN
-    is_end_BNT = tokens_BNT == END
+    is_end_BNT = ended(tokens_BNT, end_tokens)
     lengths_BN = jnp.argmax(is_end_BNT, axis=-1) + 1
     unranked_BN = scores_BN * _penalty(lengths_BN, decoding.alpha)
     # Beams that did not end have no length penalty.
@@ -277,7 +289,7 @@ def log_likelihoods(
     return jnp.where(scores_BN > NEG_INF / 2, log_probs_BN, -jnp.inf)
 
 
-def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: T5Config) -> Float[Array, " B"]:
+def score(params: Any, batch: dict[str, Int[Array, "B _"]], *, config: EncoderDecoderConfig) -> Float[Array, " B"]:
     """Return the log-likelihood (natural logarithm) of each row's targets, summed over targets with a loss weight."""
     log_probs_BTV = jax.nn.log_softmax(forward(config, params, batch), axis=-1)
     targets_BT = batch["decoder_target_tokens"]

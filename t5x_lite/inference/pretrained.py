@@ -24,27 +24,28 @@ from t5x_lite.data import packing
 from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
 from t5x_lite.model import families
-from t5x_lite.model.config import Dtype, StoredDtype
-from t5x_lite.model.t5 import T5, T5Config
+from t5x_lite.model.config import Dtype, EncoderDecoderConfig, StoredDtype
 
 Texts = Sequence[str]
 Tokens = Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
 class LoadedModel:
-    """A T5 and its parameters, ready to use. Token arrays are int32; 0 is padding."""
+    """A model that generates text and its parameters, ready to use. Token arrays are int32; 0 is padding."""
 
     def __init__(
         self,
-        config: T5Config,
+        config: EncoderDecoderConfig,
         params: Any,
         vocabulary: tokenizer.AnyVocabulary | None = None,
         mesh: sharding.AnyMesh | None = None,
     ):
         self.config, self.params, self.vocabulary = config, params, vocabulary
         self._mesh = mesh or sharding.make_mesh(1, devices=jax.local_devices()[:1])
-        self._logits = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens))
-        self._encode = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens, method="encode"))
+        self._logits = jax.jit(lambda params, *tokens: config.network().apply({"params": params}, *tokens))
+        self._encode = jax.jit(
+            lambda params, *tokens: config.network().apply({"params": params}, *tokens, method="encode")
+        )
         generate = functools.partial(decode.generate, config=config)
         self._generate = jax.jit(generate, static_argnames=("max_length", "decoding"))  # one program for each value
         self._score = jax.jit(functools.partial(decode.score, config=config))
@@ -147,7 +148,8 @@ class LoadedModel:
         for rows in _batches([len(row) for row in inputs], batch_size):
             padded_rows = self._pad_rows(rows)
             tokens_BNT, _ = self.generate(_padded([inputs[i] for i in padded_rows]), seed=seeds[padded_rows], **options)
-            for i, results_NT in zip(rows, jax.device_get(tokens_BNT), strict=False):
+            is_end_BNT = decode.ended(tokens_BNT, self.config.end_tokens)
+            for i, results_NT in zip(rows, jax.device_get(jnp.where(is_end_BNT, decode.END, tokens_BNT)), strict=False):
                 answers[i] = [vocabulary.decode(result) for result in results_NT]
         return [answer for results in answers for answer in results]
 

@@ -14,7 +14,7 @@ import numpy as np
 from t5x_lite.data import packing
 from t5x_lite.inference import decode
 from t5x_lite.inference.predictor import Mode, Predictor, Scores
-from t5x_lite.model.config import T5Config
+from t5x_lite.model.config import EncoderDecoderConfig
 from t5x_lite.training.partitioner import Partitioner
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 class TextPredictor(Predictor):
     def __init__(
-        self, config: T5Config, partitioner: Partitioner, decoding: decode.Decoding, max_decode_length: int, seed: int
+        self,
+        config: EncoderDecoderConfig,
+        partitioner: Partitioner,
+        decoding: decode.Decoding,
+        max_decode_length: int,
+        seed: int,
     ):
         super().__init__(config, partitioner)
         logger.info("Decoding: %s, at most %d tokens", decoding, max_decode_length)
@@ -104,11 +109,22 @@ class TextPredictor(Predictor):
 
 
 def _generate(
-    params: Any, inputs_BS: jax.Array, *, seed: int, decoding: decode.Decoding, **settings: Any
+    params: Any,
+    inputs_BS: jax.Array,
+    *,
+    config: EncoderDecoderConfig,
+    seed: int,
+    decoding: decode.Decoding,
+    **settings: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run `decode.generate` with keys derived from the seed and each row's tokens: equal inputs give equal samples."""
+    """Run `decode.generate` with keys derived from the seed and each row's tokens: equal inputs give equal samples.
+
+    All rows that ended have END as their last token.
+    """
     positions_S = jnp.arange(1, inputs_BS.shape[1] + 1, dtype=jnp.uint32)
     sums_B = jnp.sum(inputs_BS.astype(jnp.uint32) * positions_S, axis=1)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sums_B)
-    tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=keys_B, decoding=decoding, **settings)
-    return tokens_BNT, decode.log_likelihoods(tokens_BNT, scores_BN, decoding)
+    options = {"config": config, "decoding": decoding, **settings}
+    tokens_BNT, scores_BN = decode.generate(params, inputs_BS, key=keys_B, **options)
+    scores_BN = decode.log_likelihoods(tokens_BNT, scores_BN, decoding, config.end_tokens)
+    return jnp.where(decode.ended(tokens_BNT, config.end_tokens), decode.END, tokens_BNT), scores_BN

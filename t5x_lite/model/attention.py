@@ -42,22 +42,24 @@ class AttentionMask:
     """Which keys each query may attend to.
 
     A query attends to a key if their segment ids are equal and the key's id is not 0 (padding). If `causal`, the key
-    must also be at or before the query's position, or have `key_prefix` 1. Segments of None hide nothing. Segment ids
-    are at most S. `offset` is the position of the first query among the keys: None (0) in training, the number of
-    tokens decoded so far in cached decoding.
+    must also be at or before the query's position; with a `window`, at most window[0] positions before the query and
+    window[1] after it. Keys with `key_prefix` 1 are exempt from both. Segments of None hide nothing. Segment ids are at
+    most S. `offset` is the position of the first query among the keys: None (0) in training, the number of tokens
+    decoded so far in cached decoding.
     """
 
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     key_prefix: Int[Array, "B S"] | None = None
     offset: Int[Array, ""] | int | None = None
+    window: Int[Array, "2"] | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "_ 1 _ S"] | None:
         """Return the dense mask, True where visible (batch axis 1 if rows are equal); None if all keys are visible."""
         positions = self.query_positions(query_length), jnp.arange(key_length)
         segments = self.query_segments, self.key_segments
-        return block_attention.visible(*segments, self.key_prefix, *positions, self.causal)
+        return block_attention.visible(*segments, self.key_prefix, *positions, self.window, self.causal)
 
     def query_positions(self, query_length: int) -> Int[Array, " T"]:
         """Return the position of each query among the keys."""
@@ -87,6 +89,7 @@ def dot_product_attention(
     *,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    softcap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H K"]:
     """Compute softmax(qk + bias) v. There is no 1/sqrt(K): T5 folds it into the query's initialiser (T5X layers.py).
@@ -98,6 +101,7 @@ def dot_product_attention(
     Args:
       bias_HR: added to the logits. Element r is for keys r - R // 2 positions after the query (R is odd), and the first
         and last also for all beyond.
+      softcap: limit of the logits, softcap * tanh(qk / softcap) (Gemma 2); not together with a bias.
       implementation: "batch" materialises the weights of all rows at once. "blocks" computes block by block of rows,
         queries and keys, forward and backward (block_attention.py): memory is linear in the length, and a CPU, whose
         cache holds a block, is twice as fast at [8, 6, 512, 512]. "flash" is the TPU kernel (flash_attention.py),
@@ -113,9 +117,10 @@ def dot_product_attention(
                 jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, (rows, heads, 1, key_BSHK.shape[1])), 3, 1
             )
             value_BSHK = value_BSHK * (keep_mask_BSH1 / (1.0 - dropout_rate)).astype(value_BSHK.dtype)
-        chosen = choose(implementation, query_BTHK, key_BSHK, bias_HR, attention_mask)
+        assert softcap is None or bias_HR is None
+        chosen = choose(implementation, query_BTHK, key_BSHK, bias_HR, attention_mask, softcap)
         arrays = _arrays(query_BTHK, key_BSHK, value_BSHK, bias_HR, attention_mask)
-        kernel = _kernel(chosen, key_BSHK.shape[1], attention_mask)
+        kernel = _kernel(chosen, key_BSHK.shape[1], attention_mask, softcap)
         if chosen == "batch":
             return remat.keep(kernel(*arrays))
         return sharding.on_parts(kernel, arrays, AXES, SPREAD)  # each kernel marks itself what remat saves
@@ -127,6 +132,7 @@ def choose(
     key_BSHK: Float[Array, "B S H K"],
     bias_HR: Float[Array, "H R"] | None,
     attention_mask: AttentionMask,
+    softcap: float | None = None,
 ) -> Implementation:
     """Return `wanted` if it supports the arguments, else "batch".
 
@@ -141,7 +147,7 @@ def choose(
         return "batch"
     if queries == 1 or part is None:
         return "batch"
-    cudnn_able = _cudnn_able(device, query_BTHK, keys, bias_HR, attention_mask)
+    cudnn_able = softcap is None and _cudnn_able(device, query_BTHK, keys, bias_HR, attention_mask)
     if wanted is not None:
         return "batch" if wanted == "cudnn" and not cudnn_able else wanted
     most = CACHED_LOGITS if device.platform == "cpu" and jax.device_count() == 1 else STORED_LOGITS
@@ -153,7 +159,7 @@ def choose(
         return plain
     if device not in jax.devices():
         return fused
-    return _checked(fused, plain, query_BTHK, key_BSHK, bias_HR, attention_mask)
+    return _checked(fused, plain, query_BTHK, key_BSHK, bias_HR, attention_mask, softcap)
 
 
 def _cudnn_able(
@@ -167,7 +173,7 @@ def _cudnn_able(
     able &= query_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     able &= width % 8 == 0 and width + 2 * _segment_bits(attention_mask.most_segments(keys)) <= CUDNN_HEAD_DIM
     able &= bias_HR is None or queries % 2 == keys % 2 == 0
-    return able and (causal_only or not attention_mask.causal)
+    return able and (causal_only or not attention_mask.causal) and attention_mask.window is None
 
 
 def _checked(
@@ -177,6 +183,7 @@ def _checked(
     key_BSHK: Array,
     bias_HR: Array | None,
     attention_mask: AttentionMask,
+    softcap: float | None,
 ) -> Implementation:
     """Return `fused` or `plain`, as a check on this device at the shape of one device's shard decides."""
     rows, queries, heads, width = sharding.part_shape(query_BTHK.shape, SPREAD) or query_BTHK.shape
@@ -209,6 +216,7 @@ def _checked(
             *((query_segments, key_segments) if padding else (None, None)),
             None if attention_mask.key_prefix is None else in_every_row(key_index % 3 == 0),
             np.asarray(offset, np.int32),
+            None if attention_mask.window is None else np.asarray([keys // 4, keys // 8], np.int32),
         )
 
     description = {
@@ -219,8 +227,10 @@ def _checked(
         "segments": "packed" if packed else "padding" if padding else None,
         "causal": attention_mask.causal,
         "prefix": attention_mask.key_prefix is not None,
+        "window": attention_mask.window is not None,
+        "softcap": softcap,
     }
-    functions = {name: _kernel(name, keys, attention_mask) for name in (plain, fused)}
+    functions = {name: _kernel(name, keys, attention_mask, softcap) for name in (plain, fused)}
     choice = kernel_checks.fastest(description, functions, make_arguments, version=_source_hash())
     return fused if choice == fused else plain
 
@@ -235,38 +245,52 @@ def _source_hash() -> str:
 
 # Every kernel takes the arrays of `_arrays`, with the logical axes `AXES`, and runs on one device's shard of them.
 SPREAD = ("batch", None, "heads", None)  # logical axes of queries, keys and values
-AXES = (SPREAD, SPREAD, SPREAD, ("heads", None), ("batch",), ("batch",), ("batch",), ())
+AXES = (SPREAD, SPREAD, SPREAD, ("heads", None), ("batch",), ("batch",), ("batch",), (), ())
 
 
 def _arrays(
     query: Array, key: Array, value: Array, bias: Array | None, attention_mask: AttentionMask
 ) -> tuple[Array | None, ...]:
-    prefix = attention_mask.key_prefix if attention_mask.causal else None
+    has_limit = attention_mask.causal or attention_mask.window is not None
+    prefix = attention_mask.key_prefix if has_limit else None
     offset = jnp.asarray(0 if attention_mask.offset is None else attention_mask.offset, jnp.int32)
-    return query, key, value, bias, *attention_mask.segments(query.shape[1]), prefix, offset
+    return query, key, value, bias, *attention_mask.segments(query.shape[1]), prefix, offset, attention_mask.window
 
 
-def _kernel(name: str, key_length: int, attention_mask: AttentionMask) -> Callable[..., Array]:
-    options = {"causal": attention_mask.causal, "most_segments": attention_mask.most_segments(key_length)}
+def _kernel(
+    name: str, key_length: int, attention_mask: AttentionMask, softcap: float | None = None
+) -> Callable[..., Array]:
+    options = {"causal": attention_mask.causal, "softcap": softcap}
+    options |= {"most_segments": attention_mask.most_segments(key_length)}
     return functools.partial(KERNELS[name], **options)
 
 
 def _batch(
-    query: Array, key: Array, value: Array, bias: Array | None, *masks: Any, causal: bool, most_segments: int
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    *masks: Any,
+    causal: bool,
+    softcap: float | None,
+    most_segments: int,
 ) -> Array:
     del most_segments
     attention_mask = AttentionMask(*masks, causal=causal)
     mask_B1TS = attention_mask.materialize(query.shape[1], key.shape[1])
     logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query, key, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits_BHTS = block_attention.capped(logits_BHTS, softcap)
     if bias is not None:
-        logits_BHTS += materialize_bias(bias, query.shape[1], key.shape[1], masks[-1]).astype(jnp.float32)
+        offset: Any = attention_mask.offset
+        logits_BHTS += materialize_bias(bias, query.shape[1], key.shape[1], offset).astype(jnp.float32)
     if mask_B1TS is not None:
         logits_BHTS = jnp.where(mask_B1TS, logits_BHTS, NEG_INF)
     weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(value.dtype)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value)
 
 
-def _blocks(query: Array, *arrays: Any, causal: bool, most_segments: int) -> Array:
+def _blocks(query: Array, *arrays: Any, causal: bool, softcap: float | None, most_segments: int) -> Array:
     del most_segments
     rows, _, heads, _ = query.shape
     blocks = block_attention.Blocks(1, CPU_BLOCK, CPU_BLOCK)
@@ -274,13 +298,14 @@ def _blocks(query: Array, *arrays: Any, causal: bool, most_segments: int) -> Arr
         blocks = block_attention.Blocks(
             max(1, min(rows, CHECKED_LOGITS // (heads * GPU_BLOCK**2))), GPU_BLOCK, GPU_BLOCK
         )
-    return block_attention.block_attention(query, *arrays, causal=causal, masked=NEG_INF, blocks=blocks)
+    options = {"causal": causal, "softcap": softcap, "masked": NEG_INF}
+    return block_attention.block_attention(query, *arrays, **options, blocks=blocks)
 
 
-def _flash(*arrays: Any, causal: bool, most_segments: int) -> Array:
+def _flash(*arrays: Any, causal: bool, softcap: float | None, most_segments: int) -> Array:
     del most_segments
-    interpret = sharding.device().platform != "tpu"
-    return flash_attention.flash_attention(*arrays, causal=causal, masked=NEG_INF, interpret=interpret)
+    options = {"causal": causal, "softcap": softcap, "masked": NEG_INF}
+    return flash_attention.flash_attention(*arrays, **options, interpret=sharding.device().platform != "tpu")
 
 
 def _cudnn(
@@ -290,8 +315,9 @@ def _cudnn(
     bias: Array | None,
     query_segments: Array | None,
     key_segments: Array | None,
-    *_: Array | None,  # prefix and offset, which `_cudnn_able` excludes
+    *_: Array | None,  # prefix, offset and window, which `_cudnn_able` excludes
     causal: bool,
+    softcap: float | None,
     most_segments: int,
 ) -> Array:
     """Run cuDNN's flash attention. The bias is cast to the queries' dtype; its gradient is summed over the batch.

@@ -51,6 +51,7 @@ def visible(
     key_prefix: Int[Array, "B S"] | None,
     query_positions_T: Int[Array, " T"],
     key_positions_S: Int[Array, " S"],
+    window: Int[Array, "2"] | None,
     causal: bool,
 ) -> Bool[Array, "_ 1 _ S"] | None:
     """Return the dense mask of `attention.AttentionMask`, True where visible; None if all keys are visible."""
@@ -60,18 +61,27 @@ def visible(
         if query_segments is not None:
             seen &= query_segments[:, :, None] == key_segments[:, None, :]
         mask = seen[:, None]
-    if causal:
-        causal_mask = (key_positions_S <= query_positions_T[:, None])[None, None]
+    if causal or window is not None:
+        distance_TS = key_positions_S - query_positions_T[:, None]
+        near = distance_TS <= 0 if causal else jnp.ones(distance_TS.shape, bool)
+        if window is not None:
+            near &= (-distance_TS <= window[0]) & (distance_TS <= window[1])
+        near = near[None, None]
         if key_prefix is not None:
-            causal_mask |= (key_prefix != 0)[:, None, None, :]
-        mask = causal_mask if mask is None else mask & causal_mask
+            near |= (key_prefix != 0)[:, None, None, :]
+        mask = near if mask is None else mask & near
     return mask
+
+
+def capped(logits: Float[Array, "..."], softcap: float) -> Float[Array, "..."]:
+    return softcap * jnp.tanh(logits / softcap)
 
 
 class _Settings(NamedTuple):
     blocks: Blocks
     keys: int  # without padding
     causal: bool
+    softcap: float | None
     masked: float
 
 
@@ -85,6 +95,7 @@ class _Arrays(NamedTuple):
     key_segments: Int[Array, "G N B S"] | None
     key_prefix: Int[Array, "G N B S"] | None
     offset: Int[Array, ""]
+    window: Int[Array, "2"] | None
 
 
 def block_attention(
@@ -96,8 +107,10 @@ def block_attention(
     key_segments_BS: Int[Array, "B S"] | None,
     key_prefix_BS: Int[Array, "B S"] | None,
     offset: Int[Array, ""] | int,
+    window: Int[Array, "2"] | None = None,
     *,
     causal: bool,
+    softcap: float | None = None,
     masked: float,
     blocks: Blocks,
 ) -> Float[Array, "B T H K"]:
@@ -120,11 +133,12 @@ def block_attention(
         split(key_segments_BS, blocks.keys),
         split(key_prefix_BS, blocks.keys),
         jnp.asarray(offset, jnp.int32),
+        window,
     )
     bias: Any = bias_HR
     if bias_HR is not None and arrays.query.shape[1] * arrays.key.shape[1] == 1:
         bias = materialize_bias(bias_HR.astype(jnp.float32), queries, keys, offset)  # all rows share the only tile
-    y: Any = _attend(_Settings(blocks, keys, causal, masked), bias, arrays)
+    y: Any = _attend(_Settings(blocks, keys, causal, softcap, masked), bias, arrays)
     return y.swapaxes(1, 2).reshape(rows, -1, *query_BTHK.shape[2:])[:, :queries]
 
 
@@ -154,7 +168,7 @@ def _attend_forward(settings: _Settings, bias: Array | None, arrays: _Arrays) ->
 
             def add_keys(carry: tuple, keys: tuple) -> tuple[tuple, None]:
                 n, key, value, key_segments, key_prefix = keys
-                mask = _visible(settings, m, n, query_segments, key_segments, key_prefix, arrays.offset)
+                mask = _visible(settings, arrays, m, n, query_segments, key_segments, key_prefix)
 
                 def add(carry: tuple) -> tuple:
                     max_BHT1, sum_BHT1, y_BTHK = carry
@@ -195,7 +209,7 @@ def _attend_backward(settings: _Settings, saved: tuple, d_y: Float[Array, "G M B
 
             def of_keys(carry: tuple, keys: tuple) -> tuple[tuple, tuple]:
                 n, key, value, key_segments, key_prefix = keys
-                mask = _visible(settings, m, n, query_segments, key_segments, key_prefix, arrays.offset)
+                mask = _visible(settings, arrays, m, n, query_segments, key_segments, key_prefix)
 
                 def add(carry: tuple) -> tuple:
                     d_bias, d_query, *_ = carry
@@ -203,6 +217,8 @@ def _attend_backward(settings: _Settings, saved: tuple, d_y: Float[Array, "G M B
                     weights_BHTS = jnp.exp(logits_BHTS - log_sum_BHT1)
                     d_weights_BHTS = _dot("BTHK,BSHK->BHTS", d_y_BTHK, value)
                     d_logits_BHTS = weights_BHTS * (d_weights_BHTS - inner_BHT1)
+                    if settings.softcap is not None:  # the derivative of tanh is 1 - tanh^2
+                        d_logits_BHTS *= 1 - jnp.square(logits_BHTS / settings.softcap)
                     if d_bias is not None:
                         tile = functools.partial(_tile_bias, settings, m=m, n=n, offset=arrays.offset)
                         d_bias += jax.vjp(tile, bias)[1](jnp.sum(d_logits_BHTS, axis=0))[0]
@@ -229,7 +245,7 @@ def _attend_backward(settings: _Settings, saved: tuple, d_y: Float[Array, "G M B
 
     start: Any = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     d_bias, (d_query, d_key, d_value) = jax.lax.scan(of_rows, start, (_in_rows(arrays), y, log_sum, d_y))
-    masks: Any = (None, None, None, None)
+    masks: Any = (None,) * 5
     return None if d_bias is None or bias is None else d_bias.astype(bias.dtype), _Arrays(
         d_query, d_key, d_value, *masks
     )
@@ -239,7 +255,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _in_rows(arrays: _Arrays) -> _Arrays:
-    return arrays._replace(offset=None)  # pyright: ignore[reportArgumentType]  # the one array without rows
+    no_rows: Any = None
+    return arrays._replace(offset=no_rows, window=no_rows)
 
 
 def _key_blocks(group: _Arrays) -> tuple:
@@ -261,12 +278,12 @@ def _tile_bias(settings: _Settings, bias: Any, m: Any, n: Any, offset: Any) -> F
 
 
 def _visible(
-    settings: _Settings, m: Any, n: Any, query_segments: Any, key_segments: Any, key_prefix: Any, offset: Any
+    settings: _Settings, arrays: _Arrays, m: Any, n: Any, query_segments: Any, key_segments: Any, key_prefix: Any
 ) -> Array | None:
     _, queries, keys = settings.blocks
     key_positions = n * keys + jnp.arange(keys)
-    query_positions = offset + m * queries + jnp.arange(queries)
-    mask = visible(query_segments, key_segments, key_prefix, query_positions, key_positions, settings.causal)
+    positions = arrays.offset + m * queries + jnp.arange(queries), key_positions
+    mask = visible(query_segments, key_segments, key_prefix, *positions, arrays.window, settings.causal)
     if settings.keys % keys:
         padding = (key_positions < settings.keys)[None, None, None]
         mask = padding if mask is None else mask & padding
@@ -284,6 +301,8 @@ def _logits(
     offset: Any,
 ) -> Float[Array, "B H T S"]:
     logits = _dot("BTHK,BSHK->BHTS", query, key)
+    if settings.softcap is not None:
+        logits = capped(logits, settings.softcap)
     if bias is not None:
         logits += _tile_bias(settings, bias, m, n, offset)
     return logits if mask is None else jnp.where(mask, logits, settings.masked)

@@ -3,14 +3,17 @@
 This module handles no arrays and imports no JAX. The letters of dimensions are defined in t5.py.
 """
 
+import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from t5x_lite.errors import UserError
 
 if TYPE_CHECKING:
     import jax.numpy as jnp
+
+    from t5x_lite.model.t5 import T5
 
 Dtype = Literal["float32", "bfloat16"]
 StoredDtype = Literal["float32", "bfloat16", "int8"]
@@ -54,8 +57,19 @@ class ModelConfig:
         return jnp.dtype(self.dtype)
 
 
+class EncoderDecoderConfig(ModelConfig):
+    """Base class of the configs of models that generate text, whose network derives from `t5.T5`."""
+
+    decoder_only: bool
+    prefix_lm: bool
+    end_tokens: Sequence[int] = (1,)  # decoding ends at any of these
+
+    @abc.abstractmethod
+    def network(self, train: bool = False) -> "T5": ...
+
+
 @dataclasses.dataclass(frozen=True)
-class T5Config(ModelConfig):
+class T5Config(EncoderDecoderConfig):
     """Architecture of one T5. The published sizes are in `gin_configs/models/`.
 
     num_encoder_layers: 0 gives a decoder-only model, with inputs and targets concatenated in one row.
@@ -100,7 +114,7 @@ class T5Config(ModelConfig):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         sizes = {"d_model": 1, "d_ff": 1, "num_heads": 1, "head_dim": 1, "vocab_size": 1}
         sizes |= {"num_encoder_layers": 0, "num_decoder_layers": self.fewest_decoder_layers}
-        for name, least in {**sizes, "adapter_size": 0, "lora_rank": 0}.items():
+        for name, least in {**sizes, "adapter_size": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{type(self).__name__}.{name} must be at least {least}, got {getattr(self, name)}")
         if self.prefix_lm and not self.decoder_only:
@@ -109,8 +123,7 @@ class T5Config(ModelConfig):
             )
         if unknown := [a for a in self.mlp_activations if a not in get_args(Activation)]:
             raise UserError(f"T5Config.mlp_activations has {unknown}; known: {sorted(get_args(Activation))}")
-        if (unknown := set(self.lora_targets) - set(LORA_TARGETS)) or (self.lora_rank and not self.lora_targets):
-            raise UserError(f"T5Config.lora_targets has {sorted(unknown) or 'none'}; known: {', '.join(LORA_TARGETS)}")
+        check_lora(self)
         if not self.mlp_activations:
             raise UserError("T5Config.mlp_activations is empty; T5 1.0 has ('relu',), T5 1.1 ('gelu', 'linear')")
         if not 0.0 <= self.dropout_rate < 1.0:
@@ -128,8 +141,22 @@ class T5Config(ModelConfig):
         return self.lora_targets if self.lora_rank else ()
 
     @property
-    def decoder_only(self) -> bool:
+    def decoder_only(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.num_encoder_layers == 0
+
+    def network(self, train: bool = False) -> "T5":
+        from t5x_lite.model.t5 import T5
+
+        return T5(self, train)
+
+
+def check_lora(config: Any) -> None:
+    """Raise UserError if `lora_rank` or `lora_targets` are not possible."""
+    kind = type(config).__name__
+    if config.lora_rank < 0:
+        raise UserError(f"{kind}.lora_rank must be at least 0, got {config.lora_rank}")
+    if (unknown := set(config.lora_targets) - set(LORA_TARGETS)) or (config.lora_rank and not config.lora_targets):
+        raise UserError(f"{kind}.lora_targets has {sorted(unknown) or 'none'}; known: {', '.join(LORA_TARGETS)}")
 
 
 def check_labels(config: Any) -> None:

@@ -55,6 +55,12 @@ FAMILIES = (
         ),
         makers=("t5x_lite.t5_encoder:t5_encoder",),
     ),
+    _Family(
+        config="t5x_lite.t5gemma:T5GemmaConfig",
+        model="t5x_lite.t5gemma.model:T5GemmaModel",
+        hub="t5x_lite.t5gemma.huggingface",
+        hub_types=("t5gemma", "t5gemma2"),
+    ),
 )
 
 

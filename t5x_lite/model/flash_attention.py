@@ -29,9 +29,12 @@ TILE_LOGITS = 2**19
 
 
 class Masking(NamedTuple):
-    """`attention.AttentionMask` as kernel arguments. Segments are given for queries and keys, or for neither."""
+    """`attention.AttentionMask` as kernel arguments. Segments are given for queries and keys, or for neither.
 
-    offset: Int[Array, "1"]
+    limits: the offset; and the window, if there is one.
+    """
+
+    limits: Int[Array, " N"]
     query_segments: Int[Array, "B 1 T"] | None
     key_segments: Int[Array, "B S 1"] | None
     key_prefix: Int[Array, "B S 1"] | None
@@ -50,6 +53,8 @@ class Settings(NamedTuple):
     keys: int
     limit: int
     causal: bool
+    windowed: bool
+    softcap: float | None
     masked: float
     interpret: bool
 
@@ -63,8 +68,10 @@ def flash_attention(
     key_segments_BS: Int[Array, "B S"] | None,
     key_prefix_BS: Int[Array, "B S"] | None,
     offset: Int[Array, ""] | int,
+    window: Int[Array, "2"] | None = None,
     *,
     causal: bool,
+    softcap: float | None = None,
     masked: float,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
@@ -88,12 +95,14 @@ def flash_attention(
     def column(x_BS: Array | None) -> Any:
         return None if x_BS is None else pad(x_BS, blocks_S * S)[:, :, None]
 
-    offset_1 = jnp.asarray(offset, jnp.int32).reshape(1)
+    limits = jnp.asarray(offset, jnp.int32).reshape(1)
+    limits = limits if window is None else jnp.concatenate([limits, window.astype(jnp.int32)])
     query_segments = None if query_segments_BT is None else pad(query_segments_BT, blocks_T * T)[:, None, :]
-    masking = Masking(offset_1, query_segments, column(key_segments_BS), column(key_prefix_BS))
-    diagonals_HN1L = None if bias_HR is None else _diagonals(bias_HR, offset_1[0], (blocks_T, T), (blocks_S, S))
+    masking = Masking(limits, query_segments, column(key_segments_BS), column(key_prefix_BS))
+    diagonals_HN1L = None if bias_HR is None else _diagonals(bias_HR, limits[0], (blocks_T, T), (blocks_S, S))
     limit = 0 if bias_HR is None else bias_HR.shape[1] // 2
-    settings = Settings(heads, blocks_T, blocks_S, keys, limit, causal, masked, interpret)
+    masks = causal, window is not None, softcap, masked
+    settings = Settings(heads, blocks_T, blocks_S, keys, limit, *masks, interpret)
     arrays = (join(query_BTHK, blocks_T * T), *(join(x, blocks_S * S) for x in (key_BSHK, value_BSHK)))
     y_BTX: Any = _attend(settings, *arrays, diagonals_HN1L, masking)
     return y_BTX[:, :queries].reshape(query_BTHK.shape)
@@ -300,8 +309,11 @@ def _backward(settings, width, axes, refs, out, *sums):
             query_TK, key_SK, value_SK, d_y_TK = (
                 refs[name][0, :, columns] for name in ("query", "key", "value", "d_y")
             )
-            weights_ST = jnp.exp(tile.logits(head, columns) - refs["log_sum"][0, 0, head : head + 1])
+            logits_ST = tile.logits(head, columns)
+            weights_ST = jnp.exp(logits_ST - refs["log_sum"][0, 0, head : head + 1])
             d_logits_ST = weights_ST * (_dot(value_SK, d_y_TK, 1, 1) - refs["inner"][0, 0, head : head + 1])
+            if settings.softcap is not None:  # the derivative of tanh is 1 - tanh^2
+                d_logits_ST *= 1 - jnp.square(logits_ST / settings.softcap)
             if d_diagonals_ref is not None:
                 d_diagonals_ref[head, tile.diagonal] += tile.sum_diagonals(d_logits_ST)
             d_logits_ST = d_logits_ST.astype(query_TK.dtype)
@@ -332,7 +344,7 @@ class _Tile:
         self.settings, self.width, self.refs = settings, width, refs
         self.step = lambda letter: pl.program_id(axes[letter])
         self.queries, self.keys = refs["query"].shape[1], refs["key"].shape[1]
-        self.first_query = refs["masking"].offset[0] + self.step("t") * self.queries
+        self.first_query = refs["masking"].limits[0] + self.step("t") * self.queries
         self.first_key = self.step("s") * self.keys
         self.diagonal = self.step("s") - self.step("t") + settings.blocks_T - 1
         self.visible_ST = self._visible()
@@ -355,11 +367,15 @@ class _Tile:
         key_ST = self.first_key + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         if self.keys * self.settings.blocks_S > self.settings.keys:
             terms.append(key_ST < self.settings.keys)
+        near = []
+        distance_ST = key_ST - (self.first_query + jax.lax.broadcasted_iota(jnp.int32, shape, 1))
         if self.settings.causal:
-            causal_ST = key_ST <= self.first_query + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            if masking.key_prefix is not None:
-                causal_ST |= masking.key_prefix[0] != 0
-            terms.append(causal_ST)
+            near.append(distance_ST <= 0)
+        if self.settings.windowed:
+            near += [-distance_ST <= masking.limits[1], distance_ST <= masking.limits[2]]
+        if near:
+            near_ST = functools.reduce(jnp.logical_and, near)
+            terms.append(near_ST if masking.key_prefix is None else near_ST | (masking.key_prefix[0] != 0))
         if masking.key_segments is not None:
             segments_S1 = masking.key_segments[0]
             terms.append((segments_S1 == masking.query_segments[0]) & (segments_S1 != 0))
@@ -367,6 +383,8 @@ class _Tile:
 
     def logits(self, head, columns):
         logits_ST = _dot(self.refs["key"][0, :, columns], self.refs["query"][0, :, columns], 1, 1)
+        if self.settings.softcap is not None:
+            logits_ST = self.settings.softcap * jnp.tanh(logits_ST / self.settings.softcap)
         if self.refs["diagonals"] is not None:
             diagonals_1L = self.refs["diagonals"][head, self.diagonal]
             logits_ST += jax.lax.cond(

@@ -26,14 +26,20 @@ def named_axes(init: Initializer, *axes: str | None) -> Initializer:
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + 1e-6) * scale, in float32: no centring and no bias (T5X layers.LayerNorm)."""
+    """x * rsqrt(mean(x^2) + 1e-6) * scale, in float32: no centring and no bias (T5X layers.LayerNorm).
+
+    plus_one: the parameter is the scale minus 1 (Gemma). axis: its logical axis.
+    """
 
     dtype: jnp.dtype
     epsilon: float = 1e-6
+    plus_one: bool = False
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale_D = self.param("scale", named_axes(nn.initializers.ones, "embed"), (x.shape[-1],))
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale_D = self.param("scale", named_axes(init, self.axis), (x.shape[-1],)) + float(self.plus_one)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * constrain(scale_D, None)).astype(self.dtype)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from t5x_lite.errors import UserError
 from t5x_lite.model.attention import AttentionMask
-from t5x_lite.model.config import T5Config
+from t5x_lite.model.config import EncoderDecoderConfig, T5Config
 from t5x_lite.model.layers import Embed
 from t5x_lite.model.transformer import Cache, Decoder, Encoder
 from t5x_lite.sharding import constrain
@@ -30,6 +30,8 @@ from t5x_lite.sharding import constrain
 
 class T5(nn.Module):
     """T5 1.0 and 1.1. `T5(config, train=True)` turns dropout on and needs a "dropout" key if the rate is above 0.
+
+    A network of another family derives from it, with its own embeddings, stacks and output.
 
     In a decoder-only model the encoder's arguments are None, and a row holds inputs followed by targets.
     `decoder_causal_attention` (SeqIO's name) is 1 at the positions of a prefix LM that attend to one another: the start
@@ -74,7 +76,15 @@ class T5(nn.Module):
         if encoder_input_tokens is None:
             raise UserError("an encoder-decoder needs encoder_input_tokens")
         segments = _segments(encoder_input_tokens, encoder_segment_ids)
-        return self.encoder(self.token_embedder(encoder_input_tokens), AttentionMask(segments, segments))
+        return self.encoder(self.embed_inputs(encoder_input_tokens), AttentionMask(segments, segments))
+
+    def embed_inputs(self, encoder_input_tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        return self.token_embedder(encoder_input_tokens)
+
+    def embed_targets(
+        self, decoder_input_tokens: Int[Array, "B T"], attention_mask: AttentionMask
+    ) -> Float[Array, "B T D"]:
+        return self.token_embedder(decoder_input_tokens)
 
     def decode(
         self,
@@ -89,15 +99,16 @@ class T5(nn.Module):
 
         Unpacked targets need only the causal mask: padding comes last, so no real token attends to it.
         """
+        attention_mask = AttentionMask(
+            decoder_segment_ids, decoder_segment_ids, self._prefix(decoder_causal_attention), causal=True
+        )
         x_BTD, _ = self.decoder(
-            self.token_embedder(decoder_input_tokens),
+            self.embed_targets(decoder_input_tokens, attention_mask),
             encoded_BSD,
-            AttentionMask(
-                decoder_segment_ids, decoder_segment_ids, self._prefix(decoder_causal_attention), causal=True
-            ),
+            attention_mask,
             AttentionMask(decoder_segment_ids, _segments(encoder_input_tokens, encoder_segment_ids)),
         )
-        return self._logits(x_BTD)
+        return self.output(x_BTD)
 
     def _prefix(self, decoder_causal_attention: Array | None) -> Array | None:
         return decoder_causal_attention if self.config.prefix_lm else None
@@ -123,18 +134,21 @@ class T5(nn.Module):
           decoder_segment_ids, decoder_causal_attention: for all M positions of the cache. Segment 0 is masked, so rows
             of different lengths can end at the same position.
         """
+        attention_mask = AttentionMask(
+            None, decoder_segment_ids, self._prefix(decoder_causal_attention), offset=index, causal=True
+        )
         x_BTD, new_cache = self.decoder(
-            self.token_embedder(decoder_input_tokens),
+            self.embed_targets(decoder_input_tokens, attention_mask),
             None,
-            AttentionMask(None, decoder_segment_ids, self._prefix(decoder_causal_attention), offset=index, causal=True),
+            attention_mask,
             AttentionMask(None, _segments(encoder_input_tokens, None)),
             cache,
             parents,
         )
         assert new_cache is not None
-        return self._logits(x_BTD), new_cache
+        return self.output(x_BTD), new_cache
 
-    def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def output(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):
             if self.config.tie_embeddings:
                 logits_BTV = self.token_embedder.attend(x_BTD / jnp.sqrt(self.config.d_model).astype(x_BTD.dtype))
@@ -149,10 +163,10 @@ def _segments(tokens: Int[Array, "B S"] | None, segment_ids: Int[Array, "B S"] |
 
 
 def forward(
-    config: T5Config, params: Any, batch: Mapping[str, Array], dropout_key: Key[Array, ""] | None = None
+    config: EncoderDecoderConfig, params: Any, batch: Mapping[str, Array], dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T V"]:
     """Return teacher-forced logits of a batch with SeqIO's fields, packed or not; dropout is on if a key is given."""
-    logits_BTV = T5(config, train=dropout_key is not None).apply(
+    logits_BTV = config.network(train=dropout_key is not None).apply(
         {"params": params},
         batch.get("encoder_input_tokens"),
         batch["decoder_input_tokens"],

@@ -35,7 +35,7 @@ class Cache:
     cross_value: Float[Array, "L _ H K S"] | None = None
 
 
-def _append_to_cache(
+def append_to_cache(
     x_LBHKT: Float[Array, "L B H K T"],
     new_BTHK: Float[Array, "B _ H K"],
     layer: Int[Array, ""],
@@ -46,12 +46,12 @@ def _append_to_cache(
     new_BHKT = jnp.moveaxis(new_BTHK, 1, -1)
     if parents_B is None:
         x_LBHKT = jax.lax.dynamic_update_slice(x_LBHKT, new_BHKT[None], (layer, 0, 0, 0, index))
-        return x_LBHKT, _layer_slice(x_LBHKT, layer)
+        return x_LBHKT, layer_slice(x_LBHKT, layer)
     x_BHKT = jax.lax.dynamic_update_slice(x_LBHKT[layer][parents_B], new_BHKT, (0, 0, 0, index))
     return jax.lax.dynamic_update_slice(x_LBHKT, x_BHKT[None], (layer, 0, 0, 0, 0)), jnp.moveaxis(x_BHKT, -1, 1)
 
 
-def _layer_slice(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> Float[Array, "B T H K"]:
+def layer_slice(x_LBHKT: Float[Array, "L B H K T"], layer: Int[Array, ""]) -> Float[Array, "B T H K"]:
     return jnp.moveaxis(x_LBHKT[layer], -1, 1)
 
 
@@ -189,8 +189,8 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             assert self_attention_mask.offset is not None
             offset = self_attention_mask.offset
-            self_key, key = _append_to_cache(cache.self_key, key, layer, offset, parents_B)
-            self_value, value = _append_to_cache(cache.self_value, value, layer, offset, parents_B)
+            self_key, key = append_to_cache(cache.self_key, key, layer, offset, parents_B)
+            self_value, value = append_to_cache(cache.self_value, value, layer, offset, parents_B)
             cache = dataclasses.replace(cache, self_key=self_key, self_value=self_value)
         if bias_HR is None:
             bias_HR = self.relpos_bias()
@@ -203,7 +203,7 @@ class DecoderLayer(nn.Module):
                 key, value = cross.keys_values(encoded_BSD)
             else:
                 assert cache is not None and cache.cross_key is not None and cache.cross_value is not None
-                key, value = _layer_slice(cache.cross_key, layer), _layer_slice(cache.cross_value, layer)
+                key, value = layer_slice(cache.cross_key, layer), layer_slice(cache.cross_value, layer)
             # Consecutive rows decoded from the same inputs become queries of one row, since there is no causal mask.
             h_BTD = cross(h_BTD.reshape(key.shape[0], -1, h_BTD.shape[-1]), key, value, None, cross_attention_mask)
             x_BTD += self.dropout(h_BTD.reshape(x_BTD.shape))

@@ -44,12 +44,20 @@ CASES = {
     "padding": (AttentionMask(None, OF_KEYS), True, 0.0),
     "no bias": (SEGMENTS, False, 0.0),
     "dropout": (SEGMENTS, True, 0.4),
+    "window": (dataclasses.replace(SEGMENTS, window=jnp.array([2, 1])), True, 0.0),
+    "window and prefix": (
+        dataclasses.replace(SEGMENTS, key_prefix=PREFIX, window=jnp.array([2, 0]), causal=True),
+        False,
+        0.0,
+        0.5,
+    ),
+    "softcap": (AttentionMask(causal=True), False, 0.0, 0.5),
 }
 
 
 def program(case, implementation, inputs, mesh=None):
     """(outputs and gradients of query, key, value and bias) of them. Queries that are padding are read by nothing."""
-    attention_mask, with_bias, rate = case
+    attention_mask, with_bias, rate, *softcap = case
     segments = attention_mask.query_segments
     real = 1.0 if segments is None else (segments != 0)[:, :, None, None]
 
@@ -58,6 +66,7 @@ def program(case, implementation, inputs, mesh=None):
             *(query, key, value, bias if with_bias else None, attention_mask),
             dropout_rate=rate,
             dropout_key=jax.random.key(1) if rate else None,
+            softcap=softcap[0] if softcap else None,
             implementation=implementation,
         ).astype(jnp.float32)
         return jnp.sum((out * real) ** 2), out * real
@@ -101,17 +110,19 @@ TILED = {
     "prefix": (300, 300, packed(300, 300, True, True), True),
     "no bias": (300, 200, packed(300, 200, False, False), False),
     "later queries": (200, 300, AttentionMask(offset=100, causal=True), True),
+    "window": (390, 390, AttentionMask(window=jnp.array([100, 20])), True),
+    "softcap": (300, 390, AttentionMask(window=jnp.array([40, 0]), offset=90, causal=True), False, 2.0),
 }
 
 
 @pytest.mark.parametrize("implementation", ["blocks", "flash"])
 @pytest.mark.parametrize("case", fast(TILED.keys(), "prefix"))
 def test_in_tiles_of_queries_and_keys_and_groups_of_heads(case, implementation, monkeypatch):
-    queries, keys, attention_mask, with_bias = TILED[case]
+    queries, keys, attention_mask, with_bias, *softcap = TILED[case]
     monkeypatch.setattr(flash_attention, "TILE_LOGITS", 2 * 128**2)
     monkeypatch.setattr(attention, "CPU_BLOCK", 128)
     inputs = arrays(rows=2, queries=queries, keys=keys, heads=4, width=64)  # two groups of two heads: 128 lanes each
-    batch, tiled = (program((attention_mask, with_bias, 0.0), i, inputs) for i in ("batch", implementation))
+    batch, tiled = (program((attention_mask, with_bias, 0.0, *softcap), i, inputs) for i in ("batch", implementation))
     assert_equal(batch, tiled, inputs, 2e-4)
 
 
@@ -141,7 +152,11 @@ def on_xla(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", fast([c for c in CASES if c not in ("prefix", "causal, later queries")], "segments", "causal", "dropout")
+    "case",
+    fast(
+        [c for c in CASES if c not in ("prefix", "causal, later queries", "window", "window and prefix", "softcap")],
+        *("segments", "causal", "dropout"),
+    ),
 )
 def test_what_cudnn_is_asked_for_is_what_batch_gives(case, monkeypatch):
     inputs = arrays(width=8)

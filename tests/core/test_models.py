@@ -146,7 +146,7 @@ def test_head_params_are_names_of_parameters():
 
 NOT_OF_THE_CORE = ["tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text", "t5", "gin"]
 REMOVABLE = ["t5x_lite.bert", "t5x_lite.t5_encoder", "t5x_lite.plan", "t5x_lite.report", "t5x_lite.export"]
-REMOVABLE += ["t5x_lite.linear_probe"]
+REMOVABLE += ["t5x_lite.linear_probe", "t5x_lite.t5gemma"]
 
 
 def imported_by(file: pathlib.Path) -> set[str]:

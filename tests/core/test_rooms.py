@@ -24,6 +24,7 @@ ORDER = [
     "t5_model",
     "bert",
     "t5_encoder",
+    "t5gemma",
     "plan",
     "export",
     "linear_probe",

@@ -185,21 +185,21 @@ def values(model, rng):
     return arrays if is_telling(arrays["greedy"], arrays["beam"]) else None
 
 
-def padded(sequences):
+def padded(sequences, ends=(1,)):
     """Return tokens [B, NEW_TOKENS] without the start token. After the end come zeros, for which beams have ones."""
     tokens = sequences.numpy()[:, 1:].astype(np.int32)
     tokens = np.pad(tokens, [(0, 0), (0, NEW_TOKENS - tokens.shape[1])])
-    is_end = tokens == 1
+    is_end = np.isin(tokens, ends)
     return np.where(np.cumsum(is_end, -1) - is_end > 0, 0, tokens)
 
 
-def is_telling(greedy, beam):
+def is_telling(greedy, beam, ends=(1,)):
     """Return whether the decoded tokens can tell right from wrong.
 
     The best beams ended, for T5X and transformers rank a beam that is cut short differently; greedy tokens are of many
     kinds and not the best beam of each row; a beam has some length.
     """
-    is_end = beam == 1
+    is_end = np.isin(beam, ends)
     return (
         is_end.any(-1).all() and (beam != greedy).any() and len(np.unique(greedy)) >= 7 and is_end.argmax(-1).max() > 2
     )
