@@ -13,6 +13,8 @@ _PUBLIC = {
     "BertConfig": "bert",
     "LoadedBert": "bert.pretrained",
     "T5EncoderConfig": "t5_encoder",
+    "T5Gemma": "t5gemma.network",
+    "T5GemmaConfig": "t5gemma",
     "LoadedEncoder": "t5_encoder.pretrained",
     "Optimizer": "training.optim",
     "adafactor": "training.optim",

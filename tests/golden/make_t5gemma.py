@@ -62,10 +62,10 @@ LARGER = {"hidden_size": 24, "intermediate_size": 28, "num_attention_heads": 6, 
 MODELS = {
     "small": {"seed": 129, "both": {"num_key_value_heads": 4}},
     "2b": {"seed": 88},
-    "9b_2b": {"seed": 0, "encoder": {**LARGER, "num_hidden_layers": 4}},
-    "2b_it": {"seed": 0, "eos_token_id": [1, 7], "dtype": torch.bfloat16, "shards": "16KB"},
-    "2_270m": {"seed": 0, "second": True, "both": {"num_key_value_heads": 1}},
-    "2_4b": {"seed": 0, "second": True, "dtype": torch.bfloat16, "shards": "16KB"},
+    "9b_2b": {"seed": 116, "encoder": {**LARGER, "num_hidden_layers": 4}},
+    "2b_it": {"seed": 78, "eos_token_id": [1, 7], "dtype": torch.bfloat16, "shards": "16KB"},
+    "2_270m": {"seed": 52, "second": True, "both": {"num_key_value_heads": 1}},
+    "2_4b": {"seed": 223, "second": True, "dtype": torch.bfloat16, "shards": "16KB"},
 }
 
 
@@ -139,6 +139,7 @@ def values(model, seed):
         return None
     logits = logits_of(model, encoder, decoder)
     labels = torch.tensor(rng.integers(3, VOCABULARY, decoder.shape))
+    labels[:, 1:][torch.tensor(decoder[:, 1:] == 0)] = -100  # padding, which torch's loss ignores
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
