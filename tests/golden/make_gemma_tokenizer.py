@@ -67,7 +67,7 @@ def learn(folder):
 def random_texts(tokenizer, count=120, seed=5):
     """Return texts of random pieces and of few different characters, where merges compete."""
     rng = random.Random(seed)
-    pieces = [piece.replace("▁", " ") for piece, i in tokenizer.get_vocab().items() if i >= 25 + 256]
+    pieces = [tokenizer.convert_ids_to_tokens(i).replace("▁", " ") for i in range(25 + 256, 700)]
     few = [" ", "  ", "\n", "\t", "a", "e", "=", "*", "_", "é", "龍", "<bos>", "<start_of_turn>"]
     for k in range(count):
         yield "".join(rng.choice(few if k % 2 or rng.random() < 0.3 else pieces) for _ in range(rng.randint(5, 25)))
