@@ -45,8 +45,8 @@ def special(vocab: seqio.Vocabulary) -> Special:
             raise UserError(f"the WordPiece vocabulary lacks one of [CLS], [SEP], [MASK]: their ids are {ids}")
         return Special(*ids)
     vocabulary.require_sentinels(vocab, 3)
-    last = vocab.vocab_size - 1
-    return Special(cls=last - 1, sep=last - 2, mask=last)
+    first = getattr(vocab, "first_sentinel", vocab.vocab_size - 1)
+    return Special(cls=first - 1, sep=first - 2, mask=first)
 
 
 def needed_length(sequence_length: objectives.Lengths | None) -> int:

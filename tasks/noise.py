@@ -184,9 +184,14 @@ def nonnoise_span_to_sentinel(tokens, mask, vocabulary, seeds=None):
 
 
 def noise_span_to_unique_sentinel(tokens, mask, vocabulary, seeds=None):
-    """Noise span k becomes sentinel k: "Thank you <X> me to your party <Y> week ." """
+    """Noise span k becomes sentinel k: "Thank you <X> me to your party <Y> week ."
+
+    Spans for which there are no more sentinels get the ids below, as in t5, or the last sentinel if the vocabulary says
+    which that is.
+    """
     first = _first_of_span(mask)
     sentinels = _sentinel(vocabulary) + 1 - np.cumsum(first, axis=1, dtype=np.int32)
+    sentinels = np.maximum(sentinels, np.int32(getattr(vocabulary, "last_sentinel", np.iinfo(np.int32).min)))
     return np.where(first, sentinels, tokens), ~mask | first
 
 

@@ -83,7 +83,8 @@ def _objective(
 ) -> Callable[..., tf.data.Dataset]:
     """Return an objective: split text to the length of the inputs, then `denoise`.
 
-    If the inputs need more sentinels than there are, the last pieces of the vocabulary are used, as in t5.
+    If the inputs need more sentinels than there are, the last pieces of the vocabulary are used, as in t5; with a Gemma
+    vocabulary its last sentinel is used again.
     """
     density, joined = noise_density, concatenate
 

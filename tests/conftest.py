@@ -73,6 +73,12 @@ def golden_json(golden):
     return lambda name: json.loads(golden(f"{name}.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="session")
+def gemma_texts(golden_json):
+    """Texts with the ids that transformers gives them with Gemma's tokenizer, and its text of these."""
+    return golden_json("gemma_tokenizer/texts")
+
+
 @pytest.fixture
 def data_dir() -> pathlib.Path:
     folder = os.environ.get("T5X_LITE_DATA_DIR")

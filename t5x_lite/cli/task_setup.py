@@ -179,8 +179,8 @@ def _vocabulary_of(run: RunConfig) -> str | None:
     if unknown and place is not None and (place / "tokenizer.json").is_file():
         raise UserError(
             f"INITIAL_CHECKPOINT_PATH = {run.initial_checkpoint_path!r} has its tokenizer as tokenizer.json, which "
-            "SeqIO does not read: set VOCABULARY to its spiece.model or vocab.txt, or convert it, which makes one: "
-            f"python -m t5x_lite.convert {run.initial_checkpoint_path} start --to=t5x_lite"
+            "SeqIO does not read: set VOCABULARY to its spiece.model, tokenizer.model or vocab.txt, or convert it, "
+            f"which makes one: python -m t5x_lite.convert {run.initial_checkpoint_path} start --to=t5x_lite"
         )
     if run.vocabulary is None:
         if beside := own or initial:

@@ -45,7 +45,7 @@ RUN_SETTINGS = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
 _MEANING = ("mlp_activations", "tie_embeddings", "prefix_lm", "relative_max_distance", "num_heads", "head_dim")
 # In the info of a checkpoint that was converted from a model on the hub: its name there.
 HUB_NAME = "hub_name"
-TOKENIZER_FILES = ("spiece.model", "sentencepiece.model")
+TOKENIZER_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 _HUB_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -381,10 +381,11 @@ def copy_tokenizer(source: AnyPath, dest: Path, config: ModelConfig) -> None:
     """Copy the tokenizer files of a model, if there are any."""
     folders = [*tokenizer_folders(source)]
     if (file := tokenizer_file(source)) is not None:
-        (dest / ("vocab.txt" if file.suffix == ".txt" else "spiece.model")).write_bytes(file.read_bytes())
+        content = file.read_bytes()
+        (dest / ("vocab.txt" if file.suffix == ".txt" else tokenizer.file_name(content))).write_bytes(content)
         folders = [file.parent]
     elif (model := tokenizer.rebuilt(source)) is not None:
-        (dest / "spiece.model").write_bytes(model)  # SeqIO reads no tokenizer.json
+        (dest / tokenizer.file_name(model)).write_bytes(model)  # SeqIO reads no tokenizer.json
     for folder in folders:
         for name in _HUB_TOKENIZER_FILES:
             if (folder / name).is_file() and not (dest / name).exists():

@@ -1,4 +1,4 @@
-"""Tokenizers without TensorFlow: SentencePiece models, as SeqIO reads them, and ByT5's bytes.
+"""Tokenizers without TensorFlow: SentencePiece models of T5 and Gemma, as SeqIO reads them, and ByT5's bytes.
 
 Reads SentencePiece files and Hugging Face's tokenizer.json of such a model. Must not depend on models, checkpoints or
 tasks.
@@ -6,10 +6,11 @@ tasks.
 
 import base64
 import dataclasses
+import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ END = 1
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 _OTHERS = ("tokenizer.json", "special_tokens_map.json")
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
+_UNUSED = re.compile(r"<unused\d+>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,9 @@ class Vocabulary:
     one, they equal those of Hugging Face's T5Tokenizer: sentinels and added tokens are found wherever they stand. A
     model that has sentinels of its own, as mT5's, gets no others.
 
+    Ids of a Gemma model equal those of Hugging Face's GemmaTokenizer without special tokens around the text; those in
+    the text are found, <bos> and the like too. It gets no sentinels: they are its pieces `unused`.
+
     Args:
       model: the model's file, or its content as bytes.
       extra_ids: number of sentinels. None: those of the description, else 100.
@@ -131,8 +136,12 @@ class Vocabulary:
         if description is None and not isinstance(model, bytes):
             description = describe(place_of(model).parent)
         proto = ModelProto.FromString(model if isinstance(model, bytes) else place_of(model).read_bytes())
-        pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-        if any(piece.endswith("<extra_id_0>") for piece in pieces):
+        pieces, own = {piece.piece: i for i, piece in enumerate(proto.pieces)}, {}
+        self._is_gemma = is_gemma(pieces)
+        if self._is_gemma:
+            own = prepare_gemma(proto, {} if description is None else gemma_names(description, proto))
+            pieces, extra_ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}, 0
+        elif any(piece.endswith("<extra_id_0>") for piece in pieces):
             extra_ids = 0
         elif extra_ids is None:
             extra_ids = 100 if description is None or description.extra_ids is None else description.extra_ids
@@ -140,10 +149,11 @@ class Vocabulary:
         for piece in [*(f"▁<extra_id_{i}>" for i in reversed(range(extra_ids))), *added]:
             proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        self._ids: dict[str, int] = {}  # of the tokens at which text is split
+        self._ids: dict[str, int] = own  # of the tokens at which text is split
         if description is not None and description.exists:
             sentinels = {f"<extra_id_{i}>": len(pieces) + extra_ids - 1 - i for i in range(extra_ids)}
-            self._ids = sentinels | {token: len(pieces) + extra_ids + i for i, token in enumerate(added)}
+            self._ids |= sentinels | {token: len(pieces) + extra_ids + i for i, token in enumerate(added)}
+        self._first_sentinel = (unused(pieces).stop if self._is_gemma else len(pieces) + extra_ids) - 1
         split = "|".join(re.escape(token) for token in sorted(self._ids, key=len, reverse=True))
         self._split = re.compile(f"({split})") if split else None
         if self._model.pad_id() != 0 or self._model.eos_id() != END:
@@ -155,12 +165,12 @@ class Vocabulary:
     @property
     def cls(self) -> int:
         """The [CLS] id of a BERT pre-trained with this vocabulary, <extra_id_1>; [MASK] is <extra_id_0>."""
-        return len(self) - 2
+        return self._first_sentinel - 1
 
     @property
     def sep(self) -> int:
         """The [SEP] id of such a BERT, <extra_id_2>."""
-        return len(self) - 3
+        return self._first_sentinel - 2
 
     def encode(self, text: str) -> list[int]:
         """Return token ids, without an EOS token."""
@@ -168,7 +178,10 @@ class Vocabulary:
             return self._model.encode(text)
         ids: list[int] = []
         for part in self._split.split(text):
-            ids += [self._ids[part]] if part in self._ids else self._model.encode(part) if part.strip() else []
+            if part in self._ids:
+                ids.append(self._ids[part])
+            elif part if self._is_gemma else part.strip():  # T5's models would give a piece to spaces alone
+                ids += self._model.encode(part)
         return ids
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
@@ -192,6 +205,58 @@ def _added_tokens(name: str, description: Description, pieces: Mapping[str, int]
                 f"{extra_ids} sentinels it is {expected}: correct {CONFIG} or {ADDED}"
             )
     return [*tokens, *(name for name in description.names if name not in pieces)]
+
+
+def is_gemma(pieces: Collection[str]) -> bool:
+    """Return whether these are the pieces of a Gemma model, which has spare ones: <unused0>, <unused1> ..."""
+    return "<unused0>" in pieces
+
+
+def unused(pieces: Mapping[str, int]) -> range:
+    """Return the ids of a Gemma model's <unused0>, <unused1> ... as far as they are consecutive: its sentinels.
+
+    <extra_id_0> is the last of them and the others count down, as T5's do. Which sentinels T5Gemma had in UL2 is not
+    published.
+    """
+    first = pieces.get("<unused0>", 0)
+    return range(first, next(i for i in itertools.count(first) if pieces.get(f"<unused{i - first}>") != i))
+
+
+def gemma_names(description: Description, proto: Any) -> dict[str, int]:
+    """Return the tokens that the files beside a Gemma model find in it, but the model itself does not, with their ids.
+
+    They are ordinary pieces, or have taken the place of an <unusedN>.
+    """
+    pieces = {piece.piece for piece in proto.pieces}
+    names = {}
+    for token, number in description.ids.items():
+        if number >= len(proto.pieces):
+            continue
+        piece = proto.pieces[number]
+        is_spare = token not in pieces and _UNUSED.fullmatch(piece.piece)
+        if is_spare or (piece.piece == token and piece.type == proto.SentencePiece.NORMAL):
+            names[token] = number
+    return names
+
+
+def prepare_gemma(proto: Any, names: Mapping[str, int]) -> dict[str, int]:
+    """Change a Gemma model to find the ids of transformers, and return the ids of tokens at which text is to be split.
+
+    transformers finds every added token in text, <bos> and the like too. It merges runs of spaces pair by pair, where
+    SentencePiece takes the longest piece first: other ids, if the run is longer than the longest piece.
+
+    Args:
+      names: those of `gemma_names`.
+    """
+    kinds = proto.SentencePiece
+    for token, number in names.items():
+        proto.pieces[number].piece = token
+    tokens = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == kinds.USER_DEFINED and not piece.piece.strip("▁"):
+            piece.type, piece.score = kinds.NORMAL, float(len(proto.pieces) - i)  # merged before all others
+            tokens[piece.piece] = i
+    return {**tokens, **names}
 
 
 class ByteVocabulary:
@@ -269,16 +334,24 @@ def rebuilt(folder: AnyPath) -> bytes | None:
         return None
 
 
-def sentencepiece_model(file: AnyPath) -> bytes:
-    """Rebuild the SentencePiece unigram model that a tokenizer.json was made from, without T5's trailing sentinels.
+def file_name(model: bytes) -> str:
+    """Return the name under which Hugging Face looks for a SentencePiece model."""
+    return "tokenizer.model" if b"<unused0>" in model else "spiece.model"
 
-    The result has the pieces, the scores and the normaliser's character map.
+
+def sentencepiece_model(file: AnyPath) -> bytes:
+    """Rebuild the SentencePiece model that a tokenizer.json was made from: T5's unigram model, or Gemma's BPE.
+
+    Of a unigram model the result has the pieces, the scores and the normaliser's character map, without T5's trailing
+    sentinels. Scores of BPE are minus the ranks of the merges.
 
     Raises UserError if the tokenizer is of another kind.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
     config = json.loads(file.read_text(encoding="utf-8"))
+    if config["model"].get("type") == "BPE":
+        return _gemma_model(file, config)
     model, added = config["model"], {token["id"]: token["content"] for token in config["added_tokens"]}
     split = _parts(config["pre_tokenizer"], "pretokenizers")
     normalizers = _parts(config["normalizer"], "normalizers")
@@ -320,6 +393,74 @@ def sentencepiece_model(file: AnyPath) -> bytes:
     spec.pad_piece, spec.eos_piece, spec.unk_piece = pieces[0], pieces[END], pieces[model["unk_id"]]
     proto.normalizer_spec.precompiled_charsmap = base64.b64decode(tables[0])
     return proto.SerializeToString()
+
+
+def _gemma_model(file: AnyPath, config: Mapping[str, Any]) -> bytes:
+    """Rebuild Gemma's SentencePiece model. Raises UserError if the tokenizer is not one of Gemma's."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+
+    model, fetch = config["model"], "put the model's tokenizer.model next to it"
+    if not (
+        isinstance(model["vocab"], dict)
+        and is_gemma(model["vocab"])
+        and config["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        and config["pre_tokenizer"] == _GEMMA_SPLIT
+        and model.get("byte_fallback")
+        and model.get("unk_token") in model["vocab"]
+        and not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    ):
+        raise UserError(f"{file} is not a SentencePiece unigram model, nor Gemma's BPE: {fetch}, or its spiece.model")
+    names = {number: piece for piece, number in model["vocab"].items()}
+    names |= {token["id"]: token["content"] for token in config["added_tokens"]}
+    if gaps := set(range(len(names))) - names.keys():
+        raise UserError(f"{file}: no piece has id {min(gaps)}, but {names[max(names)]} has {max(names)}: {fetch}")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), rank)
+
+    if "<0x09>" not in model["vocab"] and "\t" in model["vocab"]:
+        names[model["vocab"]["\t"]] = "<0x09>"  # transformers calls this byte so
+    added = {token["content"] for token in config["added_tokens"]}
+    proto = ModelProto()
+    kinds = proto.SentencePiece
+    for _, piece in sorted(names.items()):
+        score, kind = 0.0, None  # SentencePiece omits the type of NORMAL pieces
+        if piece == model["unk_token"]:
+            kind = kinds.UNKNOWN
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            kind = kinds.BYTE
+        elif piece in ("<pad>", "<eos>", "<bos>"):
+            kind = kinds.CONTROL
+        elif piece in added:
+            kind = kinds.USER_DEFINED
+        else:
+            score = -float(ranks.get(piece, len(merges)))
+            if len(piece) > 1 and piece not in ranks:  # it is never merged: SentencePiece splits such pieces again
+                score, kind = score - 1, kinds.UNUSED
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    if sum(piece.type == kinds.BYTE for piece in proto.pieces) != 256:
+        raise UserError(f"{file} lacks some of the 256 pieces <0x00> to <0xFF>: {fetch}")
+    if others := _other_merges(proto, model["vocab"], set(merges)):
+        logger.warning("%s lacks %d of the merges that SentencePiece makes: some texts may get other ids", file, others)
+    spec = proto.trainer_spec
+    spec.model_type, spec.vocab_size, spec.byte_fallback = spec.BPE, len(names), True
+    spec.pad_piece, spec.eos_piece, spec.bos_piece, spec.unk_piece = "<pad>", "<eos>", "<bos>", model["unk_token"]
+    spec.pad_id, spec.eos_id, spec.bos_id = (model["vocab"].get(piece, -1) for piece in ("<pad>", "<eos>", "<bos>"))
+    spec.unk_id = model["vocab"][model["unk_token"]]
+    normalizer = proto.normalizer_spec
+    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", False, False
+    return proto.SerializeToString()
+
+
+_GEMMA_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def _other_merges(proto: Any, vocab: Mapping[str, int], merges: Collection[tuple[str, ...]]) -> int:
+    """Return how many ways to merge two pieces into an ordinary one are not among the merges."""
+    pieces = (piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL)
+    splits = ((piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)))
+    return sum(left in vocab and right in vocab and (left, right) not in merges for left, right in splits)
 
 
 _FETCH = "put the model's spiece.model next to it"

@@ -87,20 +87,23 @@ def keep_tokenizer(name: str, folder: Path) -> None:
     """
     vocabulary = vocabularies.resolved(text_vocabulary(name))
     config: dict[str, Any] | None = None
-    files: dict[str, bytes | None] = dict.fromkeys(("spiece.model", "vocab.txt", "tokenizer_config.json"))
-    files["added_tokens.json"] = None
+    files: dict[str, bytes | None] = dict.fromkeys(
+        ("spiece.model", "tokenizer.model", "vocab.txt", "tokenizer_config.json", "added_tokens.json")
+    )
     if isinstance(vocabulary, seqio.ByteVocabulary):
         config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
         if vocabulary.extra_ids:
             config["extra_ids_descend"] = True  # SeqIO's order, not that of Hugging Face
     elif path := getattr(vocabulary, "sentencepiece_model_file", None):
-        files["spiece.model"] = _content(path)
+        is_gemma = isinstance(vocabulary, sentencepieces.GemmaVocabulary)
+        files["tokenizer.model" if is_gemma else "spiece.model"] = _content(path)
         described = isinstance(vocabulary, sentencepieces.SentencePieceVocabulary)
-        if described or vocabulary.extra_ids != vocabularies.EXTRA_IDS:
+        if is_gemma:
+            config = {"tokenizer_class": "GemmaTokenizer"}
+        elif described or vocabulary.extra_ids != vocabularies.EXTRA_IDS:
             config = {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids}
         if described and vocabulary.added:
-            added = {token: vocabulary.ids[token] for token in vocabulary.added}
-            files["added_tokens.json"] = json.dumps(added).encode() + b"\n"
+            files["added_tokens.json"] = json.dumps(vocabulary.added).encode() + b"\n"
     elif path := getattr(vocabulary, "file", None):
         files["vocab.txt"] = _content(path)
         beside = os.path.join(os.path.dirname(path), sentencepieces.CONFIG)  # whether WordPiece lower-cases

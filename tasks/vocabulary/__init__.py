@@ -9,6 +9,7 @@ Must not import: any task or model. Importing this module reads no files.
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -33,7 +34,7 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
 
     Args:
       extra_ids: number of sentinels after the pieces. None: those of `tokenizer_config.json` or `added_tokens.json`,
-        else 100; a model that has its own, as mT5's, gets no others.
+        else 100; a model that has its own, as mT5's, gets no others. Those of a Gemma model are its <unused0> ...
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -48,9 +49,11 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
     if extra_ids is not None and extra_ids < 0:
         raise UserError(f"extra_ids = {extra_ids}: the number of sentinels must be at least 0")
     description = sentencepieces.describe(os.path.dirname(model_file))
+    asked = extra_ids
     try:
-        pieces = _pieces(model_file)
-        if any(piece.endswith("<extra_id_0>") for piece in pieces):
+        model = _model(model_file)
+        pieces = {piece.piece: i for i, piece in enumerate(model.pieces)}
+        if sentencepieces.is_gemma(pieces) or any(piece.endswith("<extra_id_0>") for piece in pieces):
             extra_ids = 0
         elif extra_ids is None:
             extra_ids = EXTRA_IDS if description.extra_ids is None else description.extra_ids
@@ -63,17 +66,23 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
             f"{model_file} has pad id {pad} and end-of-sequence id {end}; T5 needs pad id 0 and an end-of-sequence id: "
             "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
+    if sentencepieces.is_gemma(pieces):
+        if asked:
+            raise UserError(
+                f"VOCABULARY_EXTRA_IDS = {asked}: {model_file} is a Gemma model, which has no sentinels but its pieces "
+                "<unused0> ...: leave it unset"
+            )
+        return sentencepieces.gemma(model_file, model, description)
     if not description.exists:
         return vocabulary
     added = sentencepieces.added_tokens(model_file, description, pieces, extra_ids)
     return sentencepieces.SentencePieceVocabulary(model_file, extra_ids, added)
 
 
-def _pieces(model_file: str) -> dict[str, int]:
+def _model(model_file: str) -> Any:
     with tf.io.gfile.GFile(model_file, "rb") as file:
         content = file.read()
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
-    return {piece.piece: i for i, piece in enumerate(model.pieces)}
+    return sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _load_t5() -> seqio.SentencePieceVocabulary:
@@ -183,6 +192,10 @@ class _SharedVocabulary(seqio.Vocabulary):
         return getattr(default_vocabulary(), "first_sentinel", self.vocab_size - 1)
 
     @property
+    def last_sentinel(self) -> int:
+        return getattr(default_vocabulary(), "last_sentinel", 0)
+
+    @property
     def vocab_size(self) -> int:
         return default_vocabulary().vocab_size
 
@@ -250,6 +263,8 @@ def sentinel_count(vocabulary: seqio.Vocabulary) -> int:
     vocabulary = resolved(vocabulary)
     if isinstance(vocabulary, seqio.ByteVocabulary) and not vocabulary.extra_ids:
         return _UNUSED_BYTES
+    if isinstance(vocabulary, sentencepieces.GemmaVocabulary):
+        return len(vocabulary.sentinels)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary) and not vocabulary.extra_ids:
         pieces = map(vocabulary.tokenizer.id_to_piece, range(vocabulary.vocab_size))
         return sum(sentencepieces.SENTINEL.fullmatch(piece) is not None for piece in pieces)
@@ -260,9 +275,11 @@ def require_sentinels(vocabulary: seqio.Vocabulary, count: int) -> None:
     """Raise UserError if the vocabulary has fewer than `count` sentinels, which mark spans."""
     if (available := sentinel_count(vocabulary)) < count:
         kind, others = type(vocabulary).__name__, vocabulary.vocab_size - vocabulary.extra_ids
+        use = f"Set VOCABULARY_EXTRA_IDS = {count} (and the model's vocab_size to at least {others + count}), use"
+        if isinstance(resolved(vocabulary), sentencepieces.GemmaVocabulary):
+            use = "Use"  # a Gemma model gets no others
         raise UserError(
             f"this objective marks up to {count} spans with sentinels, but the vocabulary ({kind} of "
-            f"{vocabulary.vocab_size} ids) has {available}: real pieces would be overwritten. Set VOCABULARY_EXTRA_IDS "
-            f"= {count} (and the model's vocab_size to at least {others + count}), use longer spans "
+            f"{vocabulary.vocab_size} ids) has {available}: real pieces would be overwritten. {use} longer spans "
             "(mean_noise_span_length), or shorter inputs"
         )

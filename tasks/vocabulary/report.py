@@ -52,11 +52,12 @@ class Report:
 def measure(model: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -> Report:
     """Encode and decode each text, and compare the result with the model's normalisation of the text.
 
-    Normalised text has U+2581 for each space, and one before the first word, which decoding removes.
+    Normalised text has U+2581 for each space, and with T5's models one before the first word, which decoding removes.
     """
+    prefix = " " * model.normalize("a").startswith(SPACE)
     report, characters = Report(), collections.Counter()
     for text in texts:
-        normalized = model.normalize(text).replace(SPACE, " ").removeprefix(" ")
+        normalized = model.normalize(text).replace(SPACE, " ").removeprefix(prefix)
         ids = model.encode(text)
         unknown = ids.count(model.unk_id())
         report.texts += 1

@@ -4,10 +4,11 @@ Hugging Face keeps them in `tokenizer_config.json` and `added_tokens.json`. Must
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tasks.errors import UserError
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 _OTHERS = ("tokenizer.json", "special_tokens_map.json")
 SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
+_UNUSED = re.compile(r"<unused\d+>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,58 @@ def added_tokens(file: str, description: Description, pieces: Mapping[str, int],
     return [*tokens, *(name for name in description.names if name not in pieces)]
 
 
+def is_gemma(pieces: Collection[str]) -> bool:
+    """Return whether these are the pieces of a Gemma model, which has spare ones: <unused0>, <unused1> ..."""
+    return "<unused0>" in pieces
+
+
+def unused(pieces: Mapping[str, int]) -> range:
+    """Return the ids of a Gemma model's <unused0>, <unused1> ... as far as they are consecutive: its sentinels.
+
+    <extra_id_0> is the last of them and the others count down, as T5's do. Which sentinels T5Gemma had in UL2 is not
+    published.
+    """
+    first = pieces.get("<unused0>", 0)
+    return range(first, next(i for i in itertools.count(first) if pieces.get(f"<unused{i - first}>") != i))
+
+
+def gemma_names(description: Description, proto: Any) -> dict[str, int]:
+    """Return the tokens that the files beside a Gemma model find in it, but the model itself does not, with their ids.
+
+    They are ordinary pieces, or have taken the place of an <unusedN>.
+    """
+    pieces = {piece.piece for piece in proto.pieces}
+    names = {}
+    for token, number in description.ids.items():
+        if number >= len(proto.pieces):
+            continue
+        piece = proto.pieces[number]
+        is_spare = token not in pieces and _UNUSED.fullmatch(piece.piece)
+        if is_spare or (piece.piece == token and piece.type == proto.SentencePiece.NORMAL):
+            names[token] = number
+    return names
+
+
+def prepare_gemma(proto: Any, names: Mapping[str, int]) -> dict[str, int]:
+    """Change a Gemma model to find the ids of transformers, and return the ids of tokens at which text is to be split.
+
+    transformers finds every added token in text, <bos> and the like too. It merges runs of spaces pair by pair, where
+    SentencePiece takes the longest piece first: other ids, if the run is longer than the longest piece.
+
+    Args:
+      names: those of `gemma_names`.
+    """
+    kinds = proto.SentencePiece
+    for token, number in names.items():
+        proto.pieces[number].piece = token
+    tokens = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == kinds.USER_DEFINED and not piece.piece.strip("▁"):
+            piece.type, piece.score = kinds.NORMAL, float(len(proto.pieces) - i)  # merged before all others
+            tokens[piece.piece] = i
+    return {**tokens, **names}
+
+
 class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
     """A model with sentinels and added tokens that are found in text wherever they stand, as by Hugging Face.
 
@@ -143,17 +197,22 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
             return self._model
         context = super()._model_context()
         proto = sentencepiece_model_pb2.ModelProto.FromString(context.sp_model)  # pyright: ignore[reportAttributeAccessIssue]
+        own = self._prepare(proto)
         for token in self._added:
             proto.pieces.add(piece=token, score=0.0, type=proto.SentencePiece.USER_DEFINED)
         tokenizer = SentencePieceProcessor(model_proto=proto.SerializeToString())
         self._model = dataclasses.replace(context, tokenizer=tokenizer, sp_model=proto.SerializeToString())
-        self._ids = {token: tokenizer.piece_to_id(token) for token in self._added}
+        self._ids = own | {token: tokenizer.piece_to_id(token) for token in self._added}
         self._ids |= {f"<extra_id_{k}>": tokenizer.piece_to_id(f"▁<extra_id_{k}>") for k in range(self._extra_ids)}
         return self._model
 
+    def _prepare(self, proto: Any) -> dict[str, int]:
+        """Change the model, and return the ids of pieces of its own at which text is split."""
+        return {}
+
     @property
     def ids(self) -> dict[str, int]:
-        """The ids of the tokens that are not the model's own: sentinels and added tokens."""
+        """The ids of the tokens at which text is split: sentinels and added tokens."""
         self._model_context()
         return self._ids
 
@@ -162,8 +221,9 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
         return self.vocab_size - 1 - len(self._added)
 
     @property
-    def added(self) -> tuple[str, ...]:
-        return self._added
+    def added(self) -> dict[str, int]:
+        """The ids of the tokens that the files beside the model add."""
+        return {token: self.ids[token] for token in self._added}
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_ids"}
@@ -176,8 +236,15 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
             return self.tokenizer.EncodeAsIds(s)
         ids: list[int] = []
         for part in re.split(f"({self._pattern()})", s):
-            ids += [self.ids[part]] if part in self.ids else self.tokenizer.EncodeAsIds(part) if part.strip() else []
+            if part in self.ids:
+                ids.append(self.ids[part])
+            elif self._has_pieces(part):
+                ids += self.tokenizer.EncodeAsIds(part)
         return ids
+
+    def _has_pieces(self, part: str) -> bool:
+        """Return whether a part of a split text has pieces; T5's models would give one to spaces alone."""
+        return bool(part.strip())
 
     def _encode_tf(self, s: tf.Tensor) -> Any:
         """Encode a string [] -> int32 [length], or strings [N] -> a ragged tensor [N, length]."""
@@ -205,3 +272,55 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
         if s.shape.rank == 0:
             return values
         return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)  # pyright: ignore
+
+
+class GemmaVocabulary(SentencePieceVocabulary):
+    """A Gemma model, with the ids of transformers: text keeps its spaces, and special tokens are found in it.
+
+    It has no sentinels behind its pieces, which a model's table has no rows for: they are those of `unused`.
+
+    Args:
+      added: tokens behind the pieces.
+      names: those of `gemma_names`.
+    """
+
+    def __init__(self, file: str, added: Sequence[str] = (), names: Mapping[str, int] | None = None):
+        super().__init__(file, 0, added)
+        self._names = dict(names or {})
+
+    def _prepare(self, proto: Any) -> dict[str, int]:
+        tokens = prepare_gemma(proto, self._names)
+        self._sentinels = unused({piece.piece: i for i, piece in enumerate(proto.pieces)})
+        return tokens
+
+    @property
+    def sentinels(self) -> range:
+        """The ids of the sentinels, <extra_id_0> last."""
+        self._model_context()
+        return self._sentinels
+
+    @property
+    def first_sentinel(self) -> int:
+        return self.sentinels.stop - 1
+
+    @property
+    def last_sentinel(self) -> int:
+        return self.sentinels.start
+
+    @property
+    def added(self) -> dict[str, int]:
+        return super().added | self._names
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_sentinels"}
+
+    def _has_pieces(self, part: str) -> bool:
+        return bool(part)
+
+
+def gemma(file: str, model: Any, description: Description) -> GemmaVocabulary:
+    """Return the vocabulary of a Gemma model. Raises UserError if the files beside it contradict it."""
+    names = gemma_names(description, model)
+    taken = set(names.values())
+    pieces = {piece.piece: i for i, piece in enumerate(model.pieces) if i not in taken} | names
+    return GemmaVocabulary(file, added_tokens(file, description, pieces, 0), names)

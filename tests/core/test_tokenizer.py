@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 import t5x_lite
@@ -154,6 +155,7 @@ def test_files_beside_a_model_say_its_sentinels_and_added_tokens(golden, tmp_pat
     assert [vocabulary.encode(text) for text in TEXTS] == HUGGING_FACE[extra_ids]
     assert len(vocabulary) == 220 + extra_ids + (extra_ids == 100)
     assert vocabulary.decode(vocabulary.encode("a<extra_id_1>b")) == "a <extra_id_1> b"
+    assert vocabulary.cls == 220 + extra_ids - 2  # <extra_id_1>
 
 
 def test_ids_that_contradict_the_model_are_named(golden, tmp_path):
@@ -207,3 +209,127 @@ def test_special_tokens_without_ids_get_the_next_ones(golden, tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<extra_id_0>", "<hl>"]}')
     vocabulary = tokenizer.Vocabulary(model)
     assert len(vocabulary) == 322 and vocabulary.encode("<sep><hl>") == [320, 321]
+
+
+# ------------------------------------------------------------------------------------------------------------- Gemma
+
+GEMMA_FILES = {
+    "model": ["tokenizer.model", "tokenizer_config.json"],
+    "json": ["tokenizer.json", "tokenizer_config.json"],
+    "both": ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"],
+}
+IMAGE = "<image_soft_token>"  # behind the pieces, which the model itself does not know
+
+
+def gemma(folder, golden, files="both"):
+    """A folder with files of the golden tokenizer; without tokenizer.json its config lists tokens, as published."""
+    for name in GEMMA_FILES[files]:
+        shutil.copyfile(golden("gemma_tokenizer") / name, folder / name)
+    if files == "model":
+        added = json.loads((golden("gemma_tokenizer") / "tokenizer.json").read_text())["added_tokens"]
+        decoder = {str(token["id"]): {"content": token["content"], "special": token["special"]} for token in added}
+        config = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "added_tokens_decoder": decoder}
+        (folder / tokenizer.CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def gemma_json(folder, golden, **changed):
+    """A folder with tokenizer.json alone, with changes to its parts or to its model."""
+    config = json.loads((golden("gemma_tokenizer") / "tokenizer.json").read_text())
+    for key, value in changed.items():
+        (config if key in config else config["model"])[key] = value
+    (folder / "tokenizer.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("files", GEMMA_FILES)
+def test_gemma_has_the_ids_of_transformers(golden, gemma_texts, tmp_path, files):
+    vocabulary = convert.vocabulary(gemma(tmp_path, golden, files))
+    assert isinstance(vocabulary, tokenizer.Vocabulary) and len(vocabulary) == 701
+    for row in gemma_texts:
+        assert vocabulary.encode(row["text"]) == row["ids"], row["text"]
+        if not {0, 1, 2, 3} & {*row["ids"]}:
+            assert vocabulary.decode(row["ids"]) == row["decoded"]
+    assert vocabulary.decode([*vocabulary.encode(" two\n\n  "), 1, 603]) == " two\n\n  "
+    assert (vocabulary.cls, vocabulary.sep) == (13, 12)
+
+
+def test_gemma_texts_tell_transformers_from_sentencepiece(golden, gemma_texts):
+    model = SentencePieceProcessor(model_file=str(golden("gemma_tokenizer") / "tokenizer.model"))
+    others = {row["text"] for row in gemma_texts if model.encode(row["text"]) != row["ids"]}
+    assert {"a<bos>b", "     five", f"a{IMAGE}b"} < others and len(others) < len(gemma_texts) / 2
+
+
+def test_gemma_model_without_other_files(golden):
+    file = golden("gemma_tokenizer") / "tokenizer.model"
+    vocabulary = tokenizer.Vocabulary(file.read_bytes())
+    assert len(vocabulary) == 700 and vocabulary.encode("<bos> <extra_id_0>")[:2] == [2, 603]
+    assert max(vocabulary.encode("<extra_id_0> </s>")) < 700  # no sentinels of T5's
+
+
+def test_gemma_model_comes_back_from_tokenizer_json(golden, tmp_path):
+    true = ModelProto.FromString((golden("gemma_tokenizer") / "tokenizer.model").read_bytes())
+    got = ModelProto.FromString(tokenizer.rebuilt(gemma(tmp_path, golden, "json")) or b"")
+    assert [(piece.piece, piece.type) for piece in got.pieces[:700]] == [(x.piece, x.type) for x in true.pieces]
+    assert [piece.piece for piece in got.pieces[700:]] == [IMAGE]
+    merged = [[x for x in pieces if x.type == 1 and len(x.piece) > 1] for pieces in (got.pieces, true.pieces)]
+    ours, theirs = ([x.piece for x in sorted(pieces, key=lambda x: -x.score)] for pieces in merged)
+    assert ours == theirs and len(ours) > 200
+
+
+def test_gemma_tab_that_transformers_names_is_a_byte(golden, tmp_path):
+    vocab = json.loads((golden("gemma_tokenizer") / "tokenizer.json").read_text())["model"]["vocab"]
+    vocab["\t"] = vocab.pop("<0x09>")  # as in the tokenizer.json of the first Gemmas
+    vocabulary = tokenizer.beside(gemma_json(tmp_path, golden, vocab=vocab))
+    assert vocabulary is not None and vocabulary.encode("a\tb") == [606, 34, 622]
+    assert vocabulary.decode([606, 34, 622]) == "a\tb"
+
+
+def test_gemma_token_in_place_of_a_spare_one(golden, tmp_path):
+    (gemma(tmp_path, golden, "model") / "added_tokens.json").write_text('{"<cite>": 14}')
+    config = json.loads((tmp_path / tokenizer.CONFIG).read_text())
+    del config["added_tokens_decoder"]["14"]
+    (tmp_path / tokenizer.CONFIG).write_text(json.dumps(config))
+    vocabulary = convert.vocabulary(tmp_path)
+    assert vocabulary is not None and vocabulary.encode("a<cite>b") == [606, 14, 622]
+    assert vocabulary.decode([606, 14, 622]) == "a<cite>b" and len(vocabulary) == 701
+    assert isinstance(vocabulary, tokenizer.Vocabulary) and vocabulary.cls == 12  # one sentinel less
+    (tmp_path / "added_tokens.json").write_text('{"<cite>": 400}')
+    with pytest.raises(UserError, match=r"tokenizer\.model give the token '<cite>' the id 400; .* it is 700"):
+        convert.vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"normalizer": None}, "nor Gemma's BPE"),
+        ({"pre_tokenizer": {"type": "ByteLevel"}}, "nor Gemma's BPE"),
+        ({"byte_fallback": False}, "nor Gemma's BPE"),
+        ({"added_tokens": [{"id": 900, "content": "<new>"}]}, "no piece has id 700, but <new> has 900"),
+        ({"added_tokens": [{"id": 34, "content": "<new>"}]}, "lacks some of the 256 pieces"),
+    ],
+)
+def test_other_bpes_than_gemmas_are_named(golden, tmp_path, caplog, changed, said):
+    gemma_json(tmp_path, golden, **changed)
+    with pytest.raises(UserError, match=rf"tokenizer\.json.*{said}.*put the model's tokenizer\.model next to it"):
+        tokenizer.sentencepiece_model(tmp_path / "tokenizer.json")
+    assert tokenizer.beside(tmp_path) is None and "no tokenizer" in caplog.text
+
+
+def test_merges_that_sentencepiece_would_make_besides_are_counted(golden, tmp_path, caplog):
+    merges = json.loads((golden("gemma_tokenizer") / "tokenizer.json").read_text())["model"]["merges"]
+    whole = next(pair for pair in merges if pair[0] == "▁t")  # "▁the" is also merged from "▁" and "the"
+    assert tokenizer.rebuilt(gemma_json(tmp_path, golden)) and not caplog.text
+    fewer = [" ".join(pair) for pair in merges if pair != whole]  # as strings, as earlier versions wrote them
+    assert tokenizer.rebuilt(gemma_json(tmp_path, golden, merges=fewer)) and "lacks 1 of the merges" in caplog.text
+
+
+@pytest.mark.parametrize("files", GEMMA_FILES)
+def test_a_converted_gemma_tokenizer_is_tokenizer_model(golden, gemma_texts, tmp_path, files):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(golden("hf_t5_v11") / name, tmp_path / name)
+    convert.convert(gemma(tmp_path, golden, files), tmp_path / "ours", "t5x_lite")
+    assert not (tmp_path / "ours" / "spiece.model").exists()
+    assert convert.tokenizer_file(tmp_path / "ours") == tmp_path / "ours" / "tokenizer.model"
+    vocabulary = convert.vocabulary(tmp_path / "ours")
+    assert vocabulary is not None and all(vocabulary.encode(row["text"]) == row["ids"] for row in gemma_texts)

@@ -5,21 +5,28 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import subprocess
 import sys
+from unittest import mock
 
+import numpy as np
 import pytest
 import sentencepiece
 import seqio
 import tensorflow as tf
-from core.test_tokenizer import HUGGING_FACE, MISTAKES, TEXTS, described, mistaken
+from core.test_tokenizer import GEMMA_FILES, HUGGING_FACE, MISTAKES, TEXTS, described, gemma, mistaken
 from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite import convert
+from t5x_lite.cli import task_setup
+from t5x_lite.convert import tokenizer
 from t5x_lite.data import pipeline
-from tasks import vocabulary
+from t5x_lite.run_config import RunConfig
+from tasks import bert, objectives, ul2, vocabulary
 from tasks.vocabulary import __main__ as command
 from tasks.vocabulary import report, texts
+from tasks.vocabulary.words import WordEncoder
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -310,6 +317,7 @@ def test_runs_give_the_ids_of_the_files_beside_a_model(golden, tmp_path, extra_i
     assert [loaded.encode_tf(tf.constant(text)).numpy().tolist() for text in TEXTS] == expected
     assert loaded.encode_tf(tf.constant(TEXTS)).to_list() == expected
     assert loaded.first_sentinel == 220 + extra_ids - 1 and vocabulary.sentinel_count(loaded) == extra_ids
+    assert bert.special(loaded).mask == loaded.first_sentinel
     assert pickle.loads(pickle.dumps(loaded)) == loaded
 
 
@@ -364,3 +372,133 @@ def test_a_tokenizer_that_is_kept_replaces_another_and_may_be_kept_over_itself(g
                 assert kept == {"spiece.model": pathlib.Path(model).stat().st_size}
     finally:
         vocabulary.set_default(None)
+
+
+# ------------------------------------------------------------------------------------------------------------- Gemma
+
+
+@pytest.fixture
+def gemma_vocabulary(golden, tmp_path):
+    """The golden Gemma tokenizer in force, from tokenizer.model."""
+    vocabulary.set_default(str(gemma(tmp_path, golden) / "tokenizer.model"))
+    yield vocabulary.default_vocabulary()
+    vocabulary.set_default(None)
+
+
+@pytest.mark.parametrize("files", GEMMA_FILES)
+def test_runs_give_gemma_the_ids_of_transformers(golden, gemma_texts, tmp_path, files):
+    model = gemma(tmp_path, golden, files) / "tokenizer.model"
+    if files == "json":
+        model.write_bytes(tokenizer.rebuilt(tmp_path) or b"")
+    loaded = vocabulary.load(str(model))
+    assert (loaded.vocab_size, loaded.extra_ids, loaded.eos_id, loaded.pad_id) == (701, 0, 1, 0)
+    inputs, expected = [row["text"] for row in gemma_texts], [row["ids"] for row in gemma_texts]
+    assert [list(loaded.encode(text)) for text in inputs] == expected
+    assert [loaded.encode_tf(tf.constant(text)).numpy().tolist() for text in inputs[:20]] == expected[:20]
+    assert vocabulary.block_encoder(loaded)(tf.constant(inputs)).to_list() == expected
+    for row in gemma_texts:
+        if not {0, 1, 2, 3} & {*row["ids"]}:
+            assert loaded.decode(row["ids"]) == row["decoded"]
+    assert pickle.loads(pickle.dumps(loaded)) == loaded
+
+
+def test_gemma_model_alone_finds_special_tokens_and_has_no_extra_ids(golden, tmp_path):
+    model = golden("gemma_tokenizer") / "tokenizer.model"
+    (tmp_path / "any.model").write_bytes(model.read_bytes())
+    loaded = vocabulary.load(str(tmp_path / "any.model"))
+    assert loaded.vocab_size == 700 and list(loaded.encode("a<bos>  ")) == [606, 2, 20]
+    assert loaded.encode_tf(tf.constant("a<bos>  ")).numpy().tolist() == [606, 2, 20]
+    with pytest.raises(ValueError, match=r"VOCABULARY_EXTRA_IDS = 100: .*any\.model is a Gemma model.*leave it unset"):
+        vocabulary.load(str(tmp_path / "any.model"), 100)
+    vocabulary.load(str(tmp_path / "any.model"), 0)
+    (tmp_path / "added_tokens.json").write_text('{"<cite>": 400}')
+    with pytest.raises(ValueError, match=r"any\.model give the token '<cite>' the id 400; .* it is 700"):
+        vocabulary.load(str(tmp_path / "any.model"))
+
+
+def test_gemma_words_are_not_looked_up_in_a_dictionary(golden):
+    assert not WordEncoder(vocabulary.load(str(golden("gemma_tokenizer") / "tokenizer.model"))).fits
+
+
+def test_report_of_a_gemma_model_that_restores_spaces(golden):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(golden("gemma_tokenizer") / "tokenizer.model"))
+    measured = report.measure(model, ["  two  spaces ", "\U0001f600"])
+    assert (measured.changed, measured.returned, measured.bytes) == (0, 2, 4)
+
+
+def test_gemma_sentinels_are_its_spare_pieces(gemma_vocabulary):
+    shared = vocabulary.SHARED
+    assert vocabulary.sentinel_count(shared) == 10 and (shared.first_sentinel, shared.last_sentinel) == (14, 5)
+    assert gemma_vocabulary.tokenizer.id_to_piece(14) == "<unused9>"
+    vocabulary.require_sentinels(shared, 10)
+    with pytest.raises(ValueError, match=r"has 10: real pieces would be overwritten. Use longer spans"):
+        vocabulary.require_sentinels(shared, 11)
+    assert bert.special(shared) == bert.Special(cls=13, sep=12, mask=14)
+
+
+def gemma_examples(objective, lengths, vocab, **settings):
+    texts = tf.data.Dataset.from_generator(
+        lambda: ({"targets": np.arange(300, 690, dtype=np.int32)} for _ in range(4)),
+        output_signature={"targets": tf.TensorSpec([None], tf.int32)},
+    )
+    features = {name: seqio.Feature(vocab) for name in ("inputs", "targets")}
+    with seqio.utils.map_seed_manager(3):
+        return list(objective(texts, lengths, features, **settings).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("objective", [objectives.span_corruption, ul2.ul2])
+def test_gemma_spans_are_marked_by_spare_pieces(gemma_vocabulary, objective):
+    settings = {"denoisers": [d for d in ul2.UL2 if d.noise_density < 0.5]} if objective is ul2.ul2 else {}
+    made = gemma_examples(objective, {"inputs": 64, "targets": 40}, vocabulary.SHARED, **settings)
+    counts = set()
+    for example in made:
+        for side in example["inputs"], example["targets"]:
+            sentinels = side[side < 300].tolist()
+            assert sentinels == list(range(14, 14 - len(sentinels), -1)) and len(sentinels) <= 10
+            counts.add(len(sentinels))
+    assert max(counts) > 2
+    if objective is objectives.span_corruption:
+        with pytest.raises(ValueError, match=r"marks up to 33 spans.*has 10"):
+            gemma_examples(objective, {"inputs": 600, "targets": 200}, vocabulary.SHARED)
+
+
+def test_gemma_spans_beyond_its_sentinels_share_the_last(gemma_vocabulary):
+    made = gemma_examples(objectives.iid_denoising, {"inputs": 300, "targets": 300}, vocabulary.SHARED)
+    sentinels = [token for token in made[0]["inputs"].tolist() if token < 300]
+    assert sentinels[:10] == list(range(14, 4, -1)) and set(sentinels[10:]) == {5}
+
+
+def test_a_run_leaves_its_gemma_tokenizer_for_load(golden, gemma_texts, gemma_vocabulary, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "spiece.model").write_text("of another run")
+    pipeline.keep_tokenizer("glue_cola_v002", tmp_path / "run")
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert kept == {"tokenizer.model", "tokenizer_config.json", "added_tokens.json"}
+    again = vocabulary.load(str(convert.tokenizer_file(tmp_path / "run")))
+    loaded = convert.vocabulary(tmp_path / "run")
+    for row in gemma_texts:
+        assert loaded.encode(row["text"]) == list(again.encode(row["text"])) == row["ids"]
+
+
+def test_a_gemma_token_in_place_of_a_spare_piece_is_no_sentinel(golden, tmp_path):
+    shutil.copyfile(golden("gemma_tokenizer") / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"<cite>": 14, "he": 283}')
+    loaded = vocabulary.load(str(tmp_path / "tokenizer.model"))
+    assert list(loaded.encode("a<cite>b")) == [606, 14, 622] and loaded.vocab_size == 700
+    assert loaded.decode([606, 14, 622]) == "a<cite>b"
+    assert list(loaded.encode("the")) == [605, 283]  # an added token is found before pieces are merged
+    assert (vocabulary.sentinel_count(loaded), loaded.first_sentinel) == (9, 13)
+
+
+@pytest.mark.parametrize("files", GEMMA_FILES)
+def test_a_run_uses_the_gemma_tokenizer_beside_its_checkpoint(golden, tmp_path, files):
+    (gemma(tmp_path, golden, files) / "config.json").write_text("{}")
+    settings = {"vocabulary": None, "model_dir": None, "initial_checkpoint_path": str(tmp_path)}
+    run = mock.Mock(spec=RunConfig, **settings)
+    if files == "json":
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.json, which SeqIO does not read: set VOCABULARY to .* convert it"
+        ):
+            task_setup._vocabulary_of(run)
+    else:
+        assert task_setup._vocabulary_of(run) == str(tmp_path / "tokenizer.model")
