@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from t5x_lite.errors import UserError, UserFileError
+from t5x_lite.errors import ExistingFileError, UserError, UserFileError
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,36 @@ def require_bucket(place: Any) -> None:
         exists = not bucket.startswith("gs://") or epath.Path(bucket).exists()
     if not exists:
         raise UserFileError(f"there is no bucket {bucket}: make it (gcloud storage buckets create {bucket})")
+
+
+# What a folder is known by as a model: it comes last into an empty folder.
+_LAST = ("config.json", "adapter_config.json", "params", "predict.jax_export")
+
+
+@contextlib.contextmanager
+def whole_folder(dest: Path) -> Iterator[Path]:
+    """Give a path that does not exist, to write a folder there; at the end it becomes the local folder `dest`.
+
+    A command that is killed leaves only `.<name>.partial` beside `dest`, which the same command removes; one that
+    fails leaves nothing.
+
+    Raises ExistingFileError if `dest` exists and is not empty.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
+    place = dest.resolve()
+    partial = place.parent / f".{place.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        if not place.exists():
+            partial.rename(place)
+            return
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in _LAST):  # it may be a mount point
+            shutil.move(path, place / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class MirroredDirectory:

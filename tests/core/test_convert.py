@@ -24,7 +24,7 @@ from repeats import fast
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
-from t5x_lite import checkpoint, convert, sharding
+from t5x_lite import checkpoint, convert, sharding, storage
 from t5x_lite.checkpoint import saving
 from t5x_lite.cli import main as run
 from t5x_lite.convert import __main__ as convert_command
@@ -390,3 +390,30 @@ def test_our_safetensors_are_those_of_the_library(tmp_path):
 def test_the_command_says_what_it_cannot_find(tmp_path, capsys):
     assert convert_command.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 2
     assert "is not a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["huggingface", "t5x_lite"])
+def test_a_conversion_that_ends_early_leaves_no_model(hub, tmp_path, monkeypatch, to):
+    dest, partial = tmp_path / "there", tmp_path / ".there.partial"
+    with monkeypatch.context() as ended:
+        ended.setattr(convert, "copy_tokenizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.convert(hub, dest, to)
+        assert not dest.exists() and not partial.exists()
+        ended.setattr(storage.shutil, "rmtree", lambda *_, **__: None)  # as if it had been killed
+        with pytest.raises(ZeroDivisionError):
+            convert.convert(hub, dest, to)
+    assert not dest.exists() and partial.exists()
+    convert.convert(hub, dest, to)
+    assert not partial.exists() and convert.read(dest)[0] == convert.read(hub)[0]
+
+
+def test_an_empty_folder_is_filled_and_stays_the_same_folder(hub, tmp_path):
+    dest = tmp_path / "there"
+    dest.mkdir()
+    before = dest.stat().st_ino
+    convert.convert(hub, dest, "t5x_lite")
+    assert dest.stat().st_ino == before and convert.own_checkpoint(dest) == dest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "there"]
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert.convert(hub, dest, "huggingface")
