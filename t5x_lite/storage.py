@@ -93,24 +93,25 @@ _LAST = ("config.json", "adapter_config.json", "params", "predict.jax_export")
 def whole_folder(dest: Path) -> Iterator[Path]:
     """Give a path that does not exist, to write a folder there; at the end it becomes the local folder `dest`.
 
-    A command that is killed leaves only `.<name>.partial` beside `dest`, which the same command removes; one that
-    fails leaves nothing.
+    A command that is killed leaves only `.<name>.partial`, beside `dest` or in an empty `dest`, which the same command
+    removes; one that fails leaves nothing.
 
     Raises ExistingFileError if `dest` exists and is not empty.
     """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     place = dest.resolve()
-    partial = place.parent / f".{place.name}.partial"
+    is_there = place.exists()  # perhaps as a mount point, which cannot be renamed, in a folder that cannot be written
+    partial = (place if is_there else place.parent) / f".{place.name}.partial"
+    if is_there and (not place.is_dir() or any(path != partial for path in place.iterdir())):
+        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
     shutil.rmtree(partial, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        if not place.exists():
+        if not is_there:
             partial.rename(place)
             return
-        for path in sorted(partial.iterdir(), key=lambda path: path.name in _LAST):  # it may be a mount point
-            shutil.move(path, place / path.name)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in _LAST):
+            path.rename(place / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
