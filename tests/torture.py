@@ -180,6 +180,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+def checkpoints(model_dir: Path) -> list[int]:
+    """The steps that are saved."""
+    folder = model_dir / "checkpoints"
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
+
+
 class Faults:
     """Each point that can be met from where a run is, in turn, shuffled; now and then, a random time."""
 
@@ -192,9 +198,7 @@ class Faults:
         self._given += 1
         if self._given % 15 == 0:
             return Fault(torture_starts.RANDOM, int(1000 * self._rng.uniform(0.1, 1.0) * self._seconds))
-        folder = model_dir / "checkpoints"
-        there = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
-        counts = torture_faults.passes(there, STEPS, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_LAST)
+        counts = torture_faults.passes(checkpoints(model_dir), STEPS, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_LAST)
         possible = {point for point, of in counts.items() if of}
         if possible.isdisjoint(self._due):
             self._due += self._rng.sample(sorted(counts), len(counts))
@@ -234,7 +238,10 @@ class Torture:
             first = fault.point.removeprefix("told ") in torture_faults.OF_THE_FIRST
             victim = 0 if first else self._rng.randrange(self._processes)
             cold = fault.point == torture_starts.RANDOM
+            may_stop = STEPS not in checkpoints(self._folder / name)
             code = self._count(name, fault, run(self._folder, name, fault, self._processes, victim, cold))
+            lost = code == 0 and may_stop and fault.point in torture_faults.BEFORE_THE_FIRST_STEP
+            assert not lost, f"{name} was told to stop ({fault.point}) and went on to the end"
         ours, alone = self._folder / name, self._folder / self._alone
         self._difference(lambda: compare(ours, alone))
         self._difference(lambda: compare_last(ours, alone))

@@ -176,6 +176,10 @@ CONVERTING = ("model read", "weights", "weights halfway", "tokenizer", "all but 
 TOLD_CONVERTING = tuple(f"told {point}" for point in CONVERTING if point != "weights halfway")
 # Where SIGTERM ends the process as it ends any other: there is nothing yet to save.
 ENDED_BY_SIGTERM = ("told started", "told .zst at the start", "told Parquet at the start", *TOLD_CONVERTING)
+# A run that is told there, and has a step left, does not go on to the end.
+BEFORE_THE_FIRST_STEP = (
+    *("told started", "told .zst at the start", "told Parquet at the start", "told restored", "told first step"),
+)
 _NOT_TOLD = ("metrics taken back", "reporting", "checksums halfway", "save done")
 # Rows of a training file that are read in any case: by the checks at the start, and when the data is opened.
 ROWS_AT_THE_START, ROWS_IN_TRAINING = 100, 12
