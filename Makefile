@@ -2,7 +2,8 @@
 # make test         set up .venv, then run the fast tests;   make test-slow: the others
 # make test-core    of the fast tests those of the core, which need no TensorFlow
 # make test-exhaustive   what they do to a part, on the whole of it: all rows of all corpora, all mesh shapes
-# make torture      kill a small run at KILLS=50 moments and start it again each time; PROCESSES=2: one of two hosts
+# make torture      kill or stop small runs and conversions KILLS=100 times, at every point; two thirds of them runs of one
+#                   process, the others of two (PROCESSES=1,2)
 # make study        pre-train a small T5 on T5X_LITE_DATA_DIR, adapt it in every way, compare: benchmarks/study.py
 # make transfer     fine-tune a packaged BERT on GLUE in T5X_LITE_DATA_DIR: benchmarks/transfer.py; with transformers, too:
 #                   TRANSFER_FLAGS="--torch=/path/bin/python"
@@ -42,7 +43,7 @@ test-exhaustive: venv
 	$(BIN)/python -m pytest -m exhaustive $(PYTEST_FLAGS)
 
 torture: venv
-	$(BIN)/python tests/torture.py --kills=$(or $(KILLS),50) --processes=$(or $(PROCESSES),1)
+	$(BIN)/python tests/torture.py --kills=$(or $(KILLS),100) $(if $(PROCESSES),--processes=$(PROCESSES))
 
 study: venv
 	$(BIN)/python benchmarks/study.py $(STUDY_FLAGS)

@@ -138,7 +138,7 @@ def of_position(steps: list[int]) -> None:
         tasks.vocabulary.set_default("bytes")
 
         def batches() -> pipeline.TrainBatches:
-            return pipeline.TrainBatches("torture", {"inputs": 48, "targets": 24}, batch_size=4, seed=0)
+            return pipeline.TrainBatches("in_memory", {"inputs": 48, "targets": 24}, batch_size=4, seed=0)
 
         at, ours = 0, batches()
         for number in steps:

@@ -21,9 +21,10 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt32
 
-from t5x_lite import convert
+from t5x_lite import convert, storage
 from t5x_lite.convert import hub, tensors
-from t5x_lite.errors import ExistingFileError, UserError
+from t5x_lite.convert.bucket import AnyPath
+from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
 from t5x_lite.inference.pretrained import LoadedModel, load
 from t5x_lite.model.config import Dtype
@@ -82,26 +83,29 @@ def export(
     decoding: decode.Decoding,
     dtype: Dtype = "float32",
 ) -> None:
-    """Write the model at `path` (see `load`) to the folder `dest`, in the form described in the module.
+    """Write the model at `path` (see `load`) to the folder `dest`, which is there when it is complete, in the form
+    described in the module.
 
     Raises:
       ExistingFileError: `dest` exists and is not empty.
       UserError: the model is not a T5; also the errors of `load`.
     """
-    place, dest = hub.located(path), Path(dest).expanduser()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
+    with storage.whole_folder(Path(dest).expanduser()) as folder:
+        _export(hub.located(path), Path(dest).expanduser().resolve().name, folder, max_length, decoding, dtype)
+
+
+def _export(place: AnyPath, name: str, folder: Path, max_length: int, decoding: decode.Decoding, dtype: Dtype) -> None:
     model = load(place, dtype=dtype)
     if not isinstance(model, LoadedModel):
-        raise UserError(f"{path} is not a T5; only T5 models generate text")
+        raise UserError(f"{place} is not a T5; only T5 models generate text")
     serialized = program(model, max_length, decoding).serialize()
-    dest.mkdir(parents=True, exist_ok=True)
-    (dest / "predict.jax_export").write_bytes(serialized)
+    folder.mkdir()
+    (folder / "predict.jax_export").write_bytes(serialized)
     params = {name: tensors.in_memory(np.asarray(x)) for name, x in tensors.flat(model.params).items()}
-    tensors.write_safetensors(dest / "params.safetensors", params)
-    convert.copy_tokenizer(place, dest, model.config)
+    tensors.write_safetensors(folder / "params.safetensors", params)
+    convert.copy_tokenizer(place, folder, model.config)
     values = {
-        "name": dest.resolve().name,
+        "name": name,
         "layout": "T5 decoder" if model.config.decoder_only else "T5",
         "decoding": decoding,
         "max_length": max_length,
@@ -111,7 +115,7 @@ def export(
         "version": jax.__version__,
         "dtype": dtype,
     }
-    (dest / "README.md").write_text(_README.format(**values), encoding="utf-8")
+    (folder / "README.md").write_text(_README.format(**values), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

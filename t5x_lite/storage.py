@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from t5x_lite.errors import UserError, UserFileError
+from t5x_lite.errors import ExistingFileError, UserError, UserFileError
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,37 @@ def require_bucket(place: Any) -> None:
         exists = not bucket.startswith("gs://") or epath.Path(bucket).exists()
     if not exists:
         raise UserFileError(f"there is no bucket {bucket}: make it (gcloud storage buckets create {bucket})")
+
+
+# What a folder is known by as a model: it comes last into an empty folder.
+_LAST = ("config.json", "adapter_config.json", "params", "predict.jax_export")
+
+
+@contextlib.contextmanager
+def whole_folder(dest: Path) -> Iterator[Path]:
+    """Give a path that does not exist, to write a folder there; at the end it becomes the local folder `dest`.
+
+    A command that is killed leaves only `.<name>.partial`, beside `dest` or in an empty `dest`, which the same command
+    removes; one that fails leaves nothing.
+
+    Raises ExistingFileError if `dest` exists and is not empty.
+    """
+    place = dest.resolve()
+    is_there = place.exists()  # perhaps as a mount point, which cannot be renamed, in a folder that cannot be written
+    partial = (place if is_there else place.parent) / f".{place.name}.partial"
+    if is_there and (not place.is_dir() or any(path != partial for path in place.iterdir())):
+        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        if not is_there:
+            partial.rename(place)
+            return
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in _LAST):
+            path.rename(place / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class MirroredDirectory:

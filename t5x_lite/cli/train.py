@@ -88,8 +88,8 @@ def _train(run: RunConfig, config: str, partitioner: Partitioner) -> None:
                 folder.path, last, _flops(run, partitioner), folder.publish, _tracker(run, folder.path)
             )
         ) as logger,
+        monitors.PreemptionSignal().listening() as stop,  # to the end of the last save, which a signal is not to cut
         _checkpointer(run, start, partitioner, logger.flush) as saver,
-        monitors.PreemptionSignal().listening() as stop,
     ):
         log.info(start.reason)
         keys = jax.jit(  # compiled, so that they lie on all hosts

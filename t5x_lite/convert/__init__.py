@@ -30,7 +30,7 @@ from t5x_lite.checkpoint import saving
 from t5x_lite.convert import hub, huggingface, peft, t5x, tensors, tokenizer
 from t5x_lite.convert.bucket import AnyPath, BucketPath, place_of
 from t5x_lite.convert.tensors import Source, Tensor
-from t5x_lite.errors import ExistingFileError, MissingFileError, UserError
+from t5x_lite.errors import MissingFileError, UserError
 from t5x_lite.model import families, quantization
 from t5x_lite.model.config import ModelConfig, StoredDtype
 from t5x_lite.training import step
@@ -303,7 +303,7 @@ def vocabulary(path: str | AnyPath) -> tokenizer.AnyVocabulary | None:
 def convert(
     source: str | AnyPath, dest: str | Path, to: Format, base: str | None = None, keep_lora: bool = False
 ) -> ModelConfig:
-    """Write the model in `source` to the folder `dest` and return its config.
+    """Write the model in `source` to the folder `dest`, which is there when it is complete, and return its config.
 
     Args:
       base: the Hugging Face name or folder of the model that a PEFT folder belongs to; or the checkpoint that a run
@@ -317,31 +317,37 @@ def convert(
     if storage.is_url(dest):
         raise UserError(f"{dest} is not a local folder: name one, and copy it (gcloud storage cp -r FOLDER {dest})")
     dest = Path(dest).expanduser()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ExistingFileError(f"{dest} exists and is not empty: name a new folder")
+    with storage.whole_folder(dest) as partial:
+        return _convert(source, dest, partial, to, base, keep_lora)
+
+
+def _convert(
+    source: str | AnyPath, dest: Path, folder: Path, to: Format, base: str | None, keep_lora: bool
+) -> ModelConfig:
+    """Write what is to be `dest` to `folder`."""
     origin: dict[str, Any] = {HUB_NAME: str(source)} if hub.is_name(source) else {}
-    folder = hub.located(source)
-    if (step := step_of(folder)) is not None:
+    place = hub.located(source)
+    if (step := step_of(place)) is not None:
         origin["step"] = step
     host = sharding.make_mesh(1, devices=jax.local_devices(backend="cpu")[:1])
     with checkpoint.base_at(base):
-        config, params = read(folder, host, keep_lora=keep_lora)
+        config, params = read(place, host, keep_lora=keep_lora)
     if to == "t5x_lite":
-        saving.save_params(dest, params, info=info(config) | origin)
-        (dest / "model.gin").write_text(model_gin(config), encoding="utf-8")
+        saving.save_params(folder, params, info=info(config) | origin)
+        (folder / "model.gin").write_text(model_gin(config), encoding="utf-8")
     elif to == "peft":
         peft.check_lora(config)
-        _check_only_lora_was_trained(folder)
-        peft.write(dest, config, params, base)
+        _check_only_lora_was_trained(place)
+        peft.write(folder, config, params, base)
     else:
-        huggingface.write(dest, *_lora_merged(config, params))
-    copy_tokenizer(folder, dest, config)
-    if to == "huggingface" and tokenizer.describe(dest).config.get("extra_ids_descend"):
+        huggingface.write(folder, *_lora_merged(config, params))
+    copy_tokenizer(place, folder, config)
+    if to == "huggingface" and tokenizer.describe(folder).config.get("extra_ids_descend"):
         log.warning(
             "%s: its bytes have sentinels of their own, which Hugging Face's ByT5Tokenizer numbers the other way: "
             "<extra_id_0> here is its <extra_id_%d>.",
             dest,
-            tokenizer.describe(dest).config["extra_ids"] - 1,
+            tokenizer.describe(folder).config["extra_ids"] - 1,
         )
     return config
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class PreemptionSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self._received = False
+        self._received = self._called = False
         self._several = jax.process_count() > 1
 
     @contextlib.contextmanager
@@ -71,7 +72,20 @@ class PreemptionSignal:
 
     def __call__(self, step: int) -> bool:
         """Return whether to stop after `step`. Call it at every step, on all hosts."""
-        return self._received or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
+        return self._received or (jax.process_count() > 1 and self._all_stop_at(step))
+
+    def _all_stop_at(self, step: int) -> bool:
+        """Return whether JAX has chosen this step.
+
+        For a signal before the first call it chooses 1, which a run that resumes has behind it. So the first call asks
+        for that too, and all hosts take one answer, because one may hear of the signal later than another.
+        """
+        if self._called:
+            return multihost_utils.reached_preemption_sync_point(step)
+        self._called = True
+        early = multihost_utils.reached_preemption_sync_point(1)
+        stops = multihost_utils.reached_preemption_sync_point(step) or early
+        return bool(np.any(multihost_utils.process_allgather(np.array(stops))))
 
 
 class HangDetector:

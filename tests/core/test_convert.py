@@ -24,7 +24,7 @@ from repeats import fast
 from safetensors.numpy import load_file, save_file
 
 import t5x_lite
-from t5x_lite import checkpoint, convert, sharding
+from t5x_lite import checkpoint, convert, sharding, storage
 from t5x_lite.checkpoint import saving
 from t5x_lite.cli import main as run
 from t5x_lite.convert import __main__ as convert_command
@@ -390,3 +390,27 @@ def test_our_safetensors_are_those_of_the_library(tmp_path):
 def test_the_command_says_what_it_cannot_find(tmp_path, capsys):
     assert convert_command.main([str(tmp_path), str(tmp_path / "to"), "--to=t5x_lite"]) == 2
     assert "is not a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("to", "is_there"), [("huggingface", False), ("t5x_lite", True)])
+def test_a_conversion_that_ends_early_leaves_no_model(hub, tmp_path, monkeypatch, to, is_there):
+    dest = tmp_path / "there"
+    if is_there:
+        dest.mkdir()
+    before, partial = dest.exists() and dest.stat().st_ino, (dest if is_there else tmp_path) / ".there.partial"
+    with monkeypatch.context() as ended:
+        ended.setattr(convert, "copy_tokenizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.convert(hub, dest, to)
+        assert dest.exists() == is_there and not partial.exists()
+        ended.setattr(storage.shutil, "rmtree", lambda *_, **__: None)  # as if it had been killed
+        with pytest.raises(ZeroDivisionError):
+            convert.convert(hub, dest, to)
+    assert partial.exists()
+    with pytest.raises(FileNotFoundError):
+        convert.read(dest)
+    convert.convert(hub, dest, to)
+    assert not partial.exists() and convert.read(dest)[0] == convert.read(hub)[0]
+    assert not is_there or dest.stat().st_ino == before, "it is the folder that was there"
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert.convert(hub, dest, "huggingface")

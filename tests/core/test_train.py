@@ -101,6 +101,20 @@ def test_sigterm_is_heard_once_and_again():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_several_hosts_hear_a_signal_from_before_the_first_step_they_make(monkeypatch):
+    chosen = 1  # what JAX chooses where no step has been heard of
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(monitors.multihost_utils, "reached_preemption_sync_point", lambda step: step == chosen)
+    monkeypatch.setattr(monitors.multihost_utils, "process_allgather", lambda mine: np.stack([mine, False]))
+    assert monitors.PreemptionSignal()(7), "a run that resumes at step 6"
+    chosen = 9
+    stop = monitors.PreemptionSignal()
+    assert [stop(step) for step in (7, 8, 9, 10)] == [False, False, True, False]
+    chosen = -1
+    monkeypatch.setattr(monitors.multihost_utils, "process_allgather", lambda mine: np.stack([mine, True]))
+    assert monitors.PreemptionSignal()(7), "the other host has heard of it"
+
+
 def test_a_run_that_stands_still_says_where(caplog, capfd):
     with monitors.HangDetector(seconds=0.2).watched() as progress:
         progress.step(7)

@@ -15,6 +15,7 @@ import pytest
 import seqio
 import torture
 
+from t5x_lite.checkpoint import saving
 from t5x_lite.cli import main as run
 from t5x_lite.metrics import metric_logger
 from t5x_lite.training import monitors
@@ -266,8 +267,13 @@ def test_told_to_stop_when_an_evaluation_is_due_it_is_done_by_the_run_that_goes_
         "flush",
         lambda self: flushed.append(threading.current_thread().name) or flush(self),
     )
+    heard, close = [], saving.Checkpointer.close
+    monkeypatch.setattr(
+        saving.Checkpointer, "close", lambda self: heard.append(signal.getsignal(signal.SIGTERM)) or close(self)
+    )
     command("--gin.TRAIN_STEPS=5", "--gin.MODEL_DIR='whole'")
     assert len([name for name in flushed if name != "MainThread"]) == 2, "before each checkpoint counts"
+    assert callable(heard[-1]), "SIGTERM would cut the last save"
     with monkeypatch.context() as told:
         told.setattr(monitors.PreemptionSignal, "__call__", lambda self, step: step == 3)
         with pytest.raises(SystemExit) as stopped:

@@ -1,28 +1,50 @@
 """A run that is killed and started again gives what it would have given, to the last bit; `make torture` does it at
 length."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torture
+import torture_faults
+import torture_starts
+from torture_starts import End, Fault
 
 from t5x_lite.metrics import metric_logger
+
+KILLED = End(-signal.SIGKILL, met=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("torture")
     torture.prepare(path)
-    assert torture.run(path, "alone") == 0
+    assert torture.run(path, "alone") == End(0, met=False)
     return path
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_the_worst_moments_goes_on_to_the_same_bits(folder):
-    for fault in (("save begun", 2), ("evaluating", 1), ("deleting", 1)):
-        assert torture.run(folder, "killed", fault) != 0, fault
-    assert torture.run(folder, "killed") == 0
+    for fault in (Fault("save begun", 2), Fault("Parquet in training", 9), Fault("predictions", 1), Fault("deleting")):
+        assert torture.run(folder, "killed", fault) == KILLED, fault
+    assert torture.run(folder, "killed", Fault("told last save halfway")) == End(0, met=True)
     torture.compare(folder / "killed", folder / "alone")
+    torture.compare_last(folder / "killed", folder / "alone")
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_is_absent_and_then_the_same(folder):
+    assert torture_starts.convert(folder, "alone", "whole") == End(0, met=False)
+    assert torture_starts.convert(folder, "alone", "part", Fault("weights halfway")) == KILLED
+    torture.absent(folder / "part")
+    with pytest.raises(AssertionError):  # what it had written is no conversion
+        torture.compare_converted(folder / ".part.partial", folder / "whole")
+    assert torture_starts.convert(folder, "alone", "part") == End(0, met=False)
+    torture.compare_converted(folder / "part", folder / "whole")
 
 
 def test_the_comparison_sees_another_bit_and_a_step_twice(tmp_path):
@@ -37,3 +59,40 @@ def test_the_comparison_sees_another_bit_and_a_step_twice(tmp_path):
     for name in ("bit", "twice"):
         with pytest.raises((AssertionError, ValueError)):
             torture.compare(tmp_path / name, tmp_path / "alone")
+
+
+def test_arrays_are_the_same_to_the_last_bit_or_not():
+    zeros = np.zeros(3, np.float32)
+    assert torture.same(zeros, zeros.copy())
+    assert not torture.same(zeros, -zeros)  # equal, but not the same
+    assert not torture.same(zeros, zeros.astype(np.float64)) and not torture.same(zeros, zeros[:2])
+
+
+def test_a_point_is_met_at_the_nth_call_and_one_that_is_told_goes_on():
+    program = """if True:
+        import functools, signal, sys, types, torture_faults
+        number = getattr(signal, sys.argv[1])
+        signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+        owner = types.SimpleNamespace(call=lambda n: print(n, flush=True))
+        torture_faults.at(2, functools.partial(torture_faults.signalled, number), owner, "call")
+        for n in range(3):
+            owner.call(n)
+    """
+    for number, code, out in (("SIGKILL", -signal.SIGKILL, "0"), ("SIGTERM", 0, "0 told 1 2")):
+        environment = os.environ | {"PYTHONPATH": str(Path(torture_faults.__file__).parent)}
+        done = subprocess.run([sys.executable, "-c", program, number], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout.split()) == (code, out.split())
+        assert done.stderr.count(torture_faults.MET) == 1
+
+
+def test_points_are_passed_only_where_they_can_be():
+    def possible(*checkpoints: int) -> set[str]:
+        counts = torture_faults.passes(list(checkpoints), 24, 6, 3, 2)
+        return {point for point, of in counts.items() if of}
+
+    begun, midway, done = possible(), possible(9, 12), possible(21, 24)
+    assert {"first step", "evaluating", "told last save halfway"} <= begun and "restored" not in begun
+    assert {"restored", "deleting", ".zst in training"} <= midway
+    assert not {"save begun", "logging", "told logging at an evaluation"} & done
+    assert torture_faults.passes([9, 12], 24, 6, 3, 2)["last save written"] == range(4, 5)
+    assert torture_faults.passes([9, 12], 24, 6, 3, 2)["told logging at an evaluation"] == range(5, 6)
