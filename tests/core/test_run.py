@@ -10,6 +10,7 @@ import gin
 import jax
 import pytest
 from core.test_model import PARAMETERS as T5_PARAMETERS
+from core.test_t5gemma import PARAMETERS as T5GEMMA_PARAMETERS
 from repeats import fast
 
 from t5x_lite import options
@@ -25,7 +26,9 @@ from t5x_lite.training import step
 
 REPO = Path(run.__file__).parents[2]
 # BERT's as transformers 5.23 counts them, with T5's vocabulary.
-PARAMETERS = T5_PARAMETERS | {"bert/tiny": 4_640_642, "bert/mini": 11_680_642, "bert/large": 337_872_258}
+PARAMETERS = (
+    T5_PARAMETERS | T5GEMMA_PARAMETERS | {"bert/tiny": 4_640_642, "bert/mini": 11_680_642, "bert/large": 337_872_258}
+)
 SMALL = "--gin_file=models/t5_1_1/small.gin"
 
 
