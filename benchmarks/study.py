@@ -87,6 +87,7 @@ MODEL = "study/model.gin"
 SPLITS = {"TRAIN": "train", "EVAL": "validation"}
 DONE = "done"  # of a run that is: how many seconds it took since it was last started
 VOCABULARY = "corpus/vocabulary.model"
+PIECES = 8092
 
 
 def flags(experiment: Experiment, out: pathlib.Path) -> list[str]:
@@ -95,12 +96,17 @@ def flags(experiment: Experiment, out: pathlib.Path) -> list[str]:
     return [*files, *(f"--gin.{name}={value!r}" for name, value in {**experiment.options, **folders}.items())]
 
 
-def prepare(out: pathlib.Path) -> None:
-    """Makes what pre-training needs and is not there yet: text, and a vocabulary of it."""
+def prepare(out: pathlib.Path, pieces: int = PIECES) -> None:
+    """Makes what pre-training needs and is not there yet: text, and a vocabulary of it with so many pieces."""
     text = out / "corpus" / "train.jsonl"
     make(text, "benchmarks/study_corpus.py", text.parent)
-    learn = ("-m", "tasks.vocabulary", "train", "--size=8092", "--files", text)
-    make(out / VOCABULARY, *learn, f"--output={out / VOCABULARY}")
+    learn = ("-m", "tasks.vocabulary", "train", f"--size={pieces}", "--files", text)
+    file = out / vocabulary_file(pieces)
+    make(file, *learn, f"--output={file}")
+
+
+def vocabulary_file(pieces: int) -> str:
+    return VOCABULARY if pieces == PIECES else f"corpus/vocabulary-{pieces}.model"
 
 
 def make(file: pathlib.Path, *command: object) -> None:
