@@ -5,6 +5,7 @@
 # make torture      kill or stop small runs and conversions KILLS=100 times, at every point; two thirds of them runs of one
 #                   process, the others of two (PROCESSES=1,2)
 # make study        pre-train a small T5 on T5X_LITE_DATA_DIR, adapt it in every way, compare: benchmarks/study.py
+# make orderings    which of the papers' orderings of objectives hold at that size: benchmarks/orderings.py
 # make transfer     fine-tune a packaged BERT on GLUE in T5X_LITE_DATA_DIR: benchmarks/transfer.py; with transformers, too:
 #                   TRANSFER_FLAGS="--torch=/path/bin/python"
 # make lint         ruff and pyright
@@ -23,7 +24,7 @@ CACHE_VENV := .venv-cache
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv quickstart test test-core test-slow test-exhaustive torture study transfer lint docs cache clean
+.PHONY: venv quickstart test test-core test-slow test-exhaustive torture study orderings transfer lint docs cache clean
 
 venv: $(VENV)/installed
 
@@ -47,6 +48,9 @@ torture: venv
 
 study: venv
 	$(BIN)/python benchmarks/study.py $(STUDY_FLAGS)
+
+orderings: venv
+	$(BIN)/python benchmarks/orderings.py $(ORDERINGS_FLAGS)
 
 transfer: venv
 	$(BIN)/python benchmarks/transfer.py $(TRANSFER_FLAGS)

@@ -22,9 +22,12 @@ import os
 import pathlib
 import queue
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
+from typing import IO
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -46,9 +49,10 @@ class Experiment:
 def pretraining(out: pathlib.Path) -> Iterator[Experiment]:
     """The runs that all others start from, in their order."""
     corpus = {f"{use}_FILES": str(out / "corpus" / f"{split}.jsonl") for use, split in SPLITS.items()}
-    yield Experiment("short_rows", ("study/pretrain.gin", "study/short_rows.gin"), corpus)
+    recipe = (MODEL, "study/pretrain.gin")
+    yield Experiment("short_rows", (*recipe, "study/short_rows.gin"), corpus)
     start = {"INITIAL_CHECKPOINT_PATH": str(out / "short_rows")}
-    yield Experiment("pretrain", ("study/pretrain.gin",), corpus | start)
+    yield Experiment("pretrain", recipe, corpus | start)
 
 
 def finetuning(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
@@ -56,7 +60,7 @@ def finetuning(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
     pretrained = str(out / "pretrain")
 
     def finetuned(name: str, adapt: str = "full", **options: object) -> Experiment:
-        files = ("study/finetune.gin", f"adapt/{adapt}.gin")
+        files = (MODEL, "study/finetune.gin", f"adapt/{adapt}.gin")
         start = {"INITIAL_CHECKPOINT_PATH": pretrained, "RANDOM_SEED": seed}
         return Experiment(f"{name}-{seed}", files, start | options)
 
@@ -79,23 +83,30 @@ def finetuning(out: pathlib.Path, seed: int) -> Iterator[Experiment]:
     yield finetuned("squad_random_initialisation", INITIAL_CHECKPOINT_PATH=None, **squad)
 
 
+MODEL = "study/model.gin"
 SPLITS = {"TRAIN": "train", "EVAL": "validation"}
+DONE = "done"  # of a run that is: how many seconds it took since it was last started
 VOCABULARY = "corpus/vocabulary.model"
+PIECES = 8092
 
 
 def flags(experiment: Experiment, out: pathlib.Path) -> list[str]:
     folders = {"MODEL_DIR": str(out / experiment.name), "VOCABULARY": str(out / VOCABULARY)}
-    files = [f"--gin_file={file}" for file in ("study/model.gin", *experiment.files)]
+    files = [f"--gin_file={file}" for file in experiment.files]
     return [*files, *(f"--gin.{name}={value!r}" for name, value in {**experiment.options, **folders}.items())]
 
 
-def prepare(out: pathlib.Path) -> None:
-    """Makes what the runs need and is not there yet: text, a vocabulary of it, the baselines' scores."""
+def prepare(out: pathlib.Path, pieces: int = PIECES) -> None:
+    """Makes what pre-training needs and is not there yet: text, and a vocabulary of it with so many pieces."""
     text = out / "corpus" / "train.jsonl"
     make(text, "benchmarks/study_corpus.py", text.parent)
-    learn = ("-m", "tasks.vocabulary", "train", "--size=8092", "--files", text)
-    make(out / VOCABULARY, *learn, f"--output={out / VOCABULARY}")
-    make(out / "baselines.json", "benchmarks/study_baselines.py", out / "baselines.json")
+    learn = ("-m", "tasks.vocabulary", "train", f"--size={pieces}", "--files", text)
+    file = out / vocabulary_file(pieces)
+    make(file, *learn, f"--output={file}")
+
+
+def vocabulary_file(pieces: int) -> str:
+    return VOCABULARY if pieces == PIECES else f"corpus/vocabulary-{pieces}.model"
 
 
 def make(file: pathlib.Path, *command: object) -> None:
@@ -109,16 +120,32 @@ def run(experiment: Experiment, out: pathlib.Path) -> str:
 
     Raises RuntimeError where it fails, with the end of its log.
     """
-    done, log = out / experiment.name / "done", out / f"{experiment.name}.log"
+    done, log = out / experiment.name / DONE, out / f"{experiment.name}.log"
     if not done.exists():
         print(f"{experiment.name}: see {log}", flush=True)
+        started = time.perf_counter()
         with log.open("a") as file:
-            command = [sys.executable, "run.py", *flags(experiment, out)]
-            failed = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode
+            failed = _call([sys.executable, "run.py", *flags(experiment, out)], file)
         if failed:
             raise RuntimeError(f"{experiment.name} ended with {failed}; {log} ends\n{log.read_text()[-2000:]}")
-        done.touch()
+        done.write_text(f"{time.perf_counter() - started:.1f}\n")
     return experiment.name
+
+
+_running: set[subprocess.Popen] = set()
+
+
+def _call(command: list[str], log: IO[str]) -> int:
+    """Runs a command to its end, or to that of this process, its output in `log`; returns its exit status."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process:
+        _running.add(process)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            _running.discard(process)
 
 
 def side_by_side(experiments: list[Experiment], out: pathlib.Path, jobs: int) -> Iterator[str]:
@@ -138,7 +165,9 @@ def side_by_side(experiments: list[Experiment], out: pathlib.Path, jobs: int) ->
             for one in concurrent.futures.as_completed(running):
                 yield one.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                process.terminate()
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[int, float]]:
@@ -163,7 +192,7 @@ def write_tables(out: pathlib.Path, baselines: Mapping[str, Scores]) -> None:
     The average is of the GLUE tasks that the baselines have, at each step that has a score of them all.
     """
     kinds = [_kind(experiment.name) for experiment in finetuning(out, 0)]
-    folders = [file.parent for file in out.glob("*/done") if _kind(file.parent.name) in kinds]
+    folders = [file.parent for file in out.glob(f"*/{DONE}") if _kind(file.parent.name) in kinds]
     folders.sort(key=lambda folder: (kinds.index(_kind(folder.name)), folder.name))
     rows = {name: {task: {0: score} for task, score in row.items()} for name, row in baselines.items()}
     rows |= {folder.name: scores for folder in folders if (scores := read(folder))}
@@ -248,11 +277,12 @@ def main() -> int:
 def study(out: pathlib.Path, only: str, seeds: list[int], jobs: int) -> None:
     """Does what is not done yet of the runs whose names `only` is found in, and prints the table of all that is."""
     prepare(out)
+    make(out / "baselines.json", "benchmarks/study_baselines.py", out / "baselines.json")
     baselines: dict[str, Scores] = json.loads((out / "baselines.json").read_text())
     for one in pretraining(out):
         if re.search(only, one.name):
             run(one, out)
-    if (out / "pretrain" / "done").exists():
+    if (out / "pretrain" / DONE).exists():
         heads = out / "features.json"
         make(heads, "benchmarks/study_features.py", out / "pretrain", out / VOCABULARY, heads)
         baselines |= json.loads(heads.read_text())
@@ -266,4 +296,5 @@ def study(out: pathlib.Path, only: str, seeds: list[int], jobs: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so what it has started ends
     sys.exit(main())

@@ -145,12 +145,12 @@ def jobs(tasks: Sequence[str], adaptations: Sequence[str], seeds: Sequence[int] 
 
 
 class Results:
-    """A file of JSON lines, one a finished job; a line that a kill has torn does not count."""
+    """A file of JSON lines, one a finished job of the given dataclass; a line that a kill has torn does not count."""
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, kind: type = Job):
+        self.path, self.kind = path, kind
 
-    def read(self) -> dict[Job, Result]:
+    def read(self) -> dict[Any, Result]:
         if not self.path.exists():
             return {}
         rows = {}
@@ -159,10 +159,10 @@ class Results:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            rows[Job(**{field.name: row[field.name] for field in dataclasses.fields(Job)})] = row
+            rows[self.kind(**{field.name: row[field.name] for field in dataclasses.fields(self.kind)})] = row
         return rows
 
-    def add(self, job: Job, result: Mapping[str, Any]) -> None:
+    def add(self, job: Any, result: Mapping[str, Any]) -> None:
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" * torn + json.dumps(dataclasses.asdict(job) | dict(result)) + "\n")

@@ -19,6 +19,7 @@ _PUBLIC = {
     "Optimizer": "training.optim",
     "adafactor": "training.optim",
     "adamw": "training.optim",
+    "muon": "training.optim",
     "constant": "training.optim",
     "rsqrt_decay": "training.optim",
     "make_optimizer": "training.optim",

@@ -258,7 +258,7 @@ class OptimizerOptions:
 
     optimizer: Any = option(
         GinReference("@adafactor()"),
-        "or @adamw(); set its parameters by --gin.adamw.weight_decay=0.1",
+        "or @adamw(), @muon(); set its parameters by --gin.adamw.weight_decay=0.1",
         sets=("make_optimizer.transform",),
     )
     schedule: Any = option(

@@ -45,7 +45,7 @@ def configurables() -> dict[str, Callable]:
 
     parts = (
         *(run_config.RunConfig, *families.config_types().values(), *families.makers(), loss_config.LossConfig),
-        *(optim.make_optimizer, optim.adafactor, optim.adamw, freezing.gradual_unfreezing),
+        *(optim.make_optimizer, optim.adafactor, optim.adamw, optim.muon, freezing.gradual_unfreezing),
         *(optim.rsqrt_decay, optim.warmup_rsqrt_decay, optim.constant, optim.linear, optim.cosine),
     )
     names = {"Run" if part is run_config.RunConfig else part.__name__: part for part in parts}

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
@@ -250,21 +251,66 @@ def adamw(
     _require(eps > 0, "adamw.eps must be > 0", eps)
     _require(weight_decay >= 0, "adamw.weight_decay must be >= 0", weight_decay)
 
-    def scaled(path: Any, step: Array, param: Array) -> Array:
-        def scale(step: Array, param: Array) -> Array:
-            return step * jnp.maximum(_rms(param.astype(jnp.float32)), 1e-3)
-
-        return (jax.vmap(scale) if is_layer_stack(path) else scale)(step, param)
-
     def matrices(params: optax.Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim - is_layer_stack(path) >= 2, params)
 
     parts = [optax.scale_by_adam(b1, b2, eps)]
     if rms_scaling:
-        parts.append(optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, scaled)))
+        parts.append(_scale_by_rms_of_parameters())
     if weight_decay > 0:
         parts.append(optax.add_decayed_weights(weight_decay, mask=matrices))
     return optax.chain(*parts, optax.scale(-1.0))
+
+
+def _scale_by_rms_of_parameters() -> GradientTransformation:
+    """Multiply each layer's step by max(1e-3, RMS of the layer's parameter)."""
+
+    def scale(step: Array, param: Array) -> Array:
+        return step * jnp.maximum(_rms(param.astype(jnp.float32)), 1e-3)
+
+    def scaled(path: Any, step: Array, param: Array) -> Array:
+        return (jax.vmap(scale) if is_layer_stack(path) else scale)(step, param)
+
+    return optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, scaled))
+
+
+# Muon
+
+
+def muon(momentum: float = 0.95, iterations: int = 5) -> GradientTransformation:
+    """Muon (Jordan et al. 2024) by optax for the matrices in layers, and `adamw` for all other parameters.
+
+    The step of a matrix is its momentum (Nesterov's) with all singular values brought near 1, scaled to an RMS of about
+    max(1e-3, RMS of the parameter). So the learning rates of `adafactor` and `adamw` suit it.
+
+    Args:
+      momentum: decay of the mean of gradients.
+      iterations: Newton-Schulz iterations, each of three products of matrices of the parameter's size.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    _require(0 <= momentum < 1, "muon.momentum must lie in [0, 1)", momentum)
+    _require(iterations > 0, "muon.iterations must be > 0", iterations)
+
+    def part(path: Any, param: Any) -> str:
+        return "muon" if is_layer_stack(path) and param.ndim == 3 else "adamw"
+
+    def dimensions(steps: optax.Updates) -> Any:
+        return jax.tree.map(lambda step: optax.contrib.MuonDimensionNumbers(1, 2), steps)
+
+    def unit_rms(steps: optax.Updates, _: Any = None) -> Any:
+        return jax.tree.map(lambda step: step * np.sqrt(max(step.shape[1:])), steps)
+
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(ns_steps=iterations, beta=momentum, weight_dimension_numbers=dimensions),
+        optax.stateless(unit_rms),
+        _scale_by_rms_of_parameters(),
+        optax.scale(-1.0),
+    )
+    return optax.partition(
+        {"muon": matrices, "adamw": adamw()}, lambda params: jax.tree_util.tree_map_with_path(part, params)
+    )
 
 
 # Schedules: functions from the number of updates so far, n, to a learning rate.

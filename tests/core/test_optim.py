@@ -225,6 +225,26 @@ def test_adamw_small_parameters_still_move():
     np.testing.assert_allclose(transform.update(grads, transform.init(params), params)[0], -1e-3, rtol=1e-4)
 
 
+def test_muon_orthogonalises_each_matrix_in_layers_and_leaves_the_rest_to_adamw():
+    params = {
+        "layers": {"kernel": normal(0, 2, 5, 7) * np.asarray([1.0, 100.0])[:, None, None], "scale": normal(1, 2, 5)},
+        "embedding": normal(2, 9, 5),
+    }
+    grads = {"layers": {"kernel": normal(3, 2, 5, 7), "scale": normal(4, 2, 5)}, "embedding": normal(5, 9, 5)}
+    transform, plain = optim.muon(), optim.adamw()
+    steps, _ = transform.update(grads, transform.init(params), params)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    for layer in range(2):
+        step, param = np.asarray(steps["layers"]["kernel"][layer]), np.asarray(params["layers"]["kernel"][layer])
+        left, _, right = np.linalg.svd(np.asarray(grads["layers"]["kernel"][layer]), full_matrices=False)
+        along = left.T @ -step @ right.T / (np.sqrt(7) * np.sqrt(np.mean(param**2)))
+        assert np.all((np.diag(along) > 0.6) & (np.diag(along) < 1.3))  # Newton-Schulz stops there
+        np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-4)
+    np.testing.assert_array_equal(steps["layers"]["scale"], expected["layers"]["scale"])
+    np.testing.assert_array_equal(steps["embedding"], expected["embedding"])
+    assert not np.allclose(steps["layers"]["kernel"], expected["layers"]["kernel"], rtol=0.1)
+
+
 def test_clipping_by_global_norm():
     params = {"a": jnp.asarray([1.0]), "b": jnp.asarray([1.0, 1.0])}
     grads = {"a": jnp.asarray([3.0]), "b": jnp.asarray([0.0, 4.0])}  # norm 5
@@ -279,6 +299,7 @@ def test_schedules_by_hand():
         (lambda: optim.adafactor(beta1=1.0), r"adafactor\.beta1 .* 1\.0"),
         (lambda: optim.adafactor(step_offset=-2), r"adafactor\.step_offset .* -2"),
         (lambda: optim.adamw(b2=1.5), r"adamw\.b2 .* 1\.5"),
+        (lambda: optim.muon(momentum=1.0), r"muon\.momentum .* 1\.0"),
         (lambda: optim.adamw(weight_decay=-0.1), r"adamw\.weight_decay .* -0\.1"),
         (lambda: optim.make_optimizer(optim.adamw(), optim.constant(1.0), 0.0), r"clip_norm .* 0\.0"),
         (lambda: optim.rsqrt_decay(warmup_steps=0), r"rsqrt_decay\.warmup_steps .* 0"),

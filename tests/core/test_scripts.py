@@ -15,6 +15,7 @@ from t5x_lite.cli import main as run
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ALL = sorted(path for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))
+ALL += [SCRIPTS.parent / "runs" / "speedrun.sh"]
 ARGUMENTS = ["--gin_file=runs/pretrain.gin", "--gin.MODEL_DIR='bucket/my model'", '--gin.X="$HOME `ls`"']
 
 # Appends its arguments to calls.jsonl, keeps what is copied to a worker, and prints the next line of the file that is
