@@ -76,11 +76,12 @@ def first_device() -> Any:
 def make_optimizer(name: str) -> optim.Optimizer:
     """The optimizer that torch has too."""
     settings: dict[str, Any] = dict(curve.OPTIMIZERS[name])
+    schedule = optim.constant(settings.pop("learning_rate"))
     if name == "adamw":
         transform = optim.adamw(rms_scaling=False, **settings)
     else:
         transform = optim.adafactor(min_dim_size_to_factor=1, **settings)
-    return optim.make_optimizer(transform, optim.constant(curve.LEARNING_RATE))
+    return optim.make_optimizer(transform, schedule)
 
 
 class Batches:

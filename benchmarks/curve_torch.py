@@ -40,11 +40,11 @@ class ExactRmsAdafactor(Adafactor):
 
 
 def make_optimizer(name: str, model: T5ForConditionalGeneration, exact_rms: bool) -> torch.optim.Optimizer:
-    settings, lr = curve.OPTIMIZERS[name], curve.LEARNING_RATE
+    settings = curve.OPTIMIZERS[name]
     if name == "adafactor":
         return (ExactRmsAdafactor if exact_rms else Adafactor)(
             model.parameters(),
-            lr=lr,
+            lr=settings["learning_rate"],
             eps=(settings["epsilon1"], settings["epsilon2"]),
             clip_threshold=settings["clipping_threshold"],
             decay_rate=-settings["decay_rate"],
@@ -58,7 +58,7 @@ def make_optimizer(name: str, model: T5ForConditionalGeneration, exact_rms: bool
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
-        lr=lr,
+        lr=settings["learning_rate"],
         betas=(settings["b1"], settings["b2"]),
         eps=settings["eps"],
     )

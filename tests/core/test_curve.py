@@ -44,9 +44,8 @@ def test_losses_are_those_of_transformers_also_when_resumed(out, golden, optimiz
     ("optimizer", "other"), [("adafactor", optim.adafactor()), ("adamw", optim.adamw(weight_decay=0.1))]
 )
 def test_other_settings_have_other_losses(out, golden, monkeypatch, optimizer, other):
-    monkeypatch.setattr(
-        curve_ours, "make_optimizer", lambda name: optim.make_optimizer(other, optim.constant(curve.LEARNING_RATE))
-    )
+    schedule = optim.constant(curve.OPTIMIZERS[optimizer]["learning_rate"])
+    monkeypatch.setattr(curve_ours, "make_optimizer", lambda name: optim.make_optimizer(other, schedule))
     run = curve.Run(out, optimizer, "float32")
     curve_ours.train(run, golden("hf_t5_v11"), steps=4, save_every=0)
     different = curve.relative_differences(run.losses(), curve.Run(out, optimizer, "torch").losses())
