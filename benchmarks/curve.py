@@ -43,7 +43,13 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 OPTIMIZERS: Mapping[str, Mapping[str, float]] = {
-    "adafactor": {"learning_rate": 1e-3, "decay_rate": 0.8, "clipping_threshold": 1.0, "epsilon1": 1e-30, "epsilon2": 1e-3},
+    "adafactor": {
+        "learning_rate": 1e-3,
+        "decay_rate": 0.8,
+        "clipping_threshold": 1.0,
+        "epsilon1": 1e-30,
+        "epsilon2": 1e-3,
+    },
     "adamw": {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-6, "weight_decay": 0.1},
 }
 TORCH_SIDES = ("torch", "torch_exact_rms")

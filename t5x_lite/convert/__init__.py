@@ -41,8 +41,6 @@ Format = Literal["huggingface", "t5x_lite", "peft"]
 
 # Fields of a model's config that belong to a run: they change neither the parameters nor what a model is.
 RUN_SETTINGS = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
-# Fields that change what parameters compute, but not their shapes.
-_MEANING = ("mlp_activations", "tie_embeddings", "prefix_lm", "relative_max_distance", "num_heads", "head_dim")
 # In the info of a checkpoint that was converted from a model on the hub: its name there.
 HUB_NAME = "hub_name"
 TOKENIZER_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
@@ -123,7 +121,7 @@ def warn_of_another_model(path: Any, saved: Mapping[str, Any], config: ModelConf
     """Log the fields of a config that change what parameters of the same shapes compute."""
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     theirs = json.loads(json.dumps(dict(saved)))
-    others = [k for k in ours.keys() & theirs.keys() & set(_MEANING) if ours[k] != theirs[k]]
+    others = [k for k in ours.keys() & theirs.keys() & set(config.meaning) if ours[k] != theirs[k]]
     others += ["labels"] * bool(ours.get("labels") and theirs.get("labels") and ours["labels"] != theirs["labels"])
     if others:
         listed = "; ".join(f"{k} = {theirs[k]!r} there, {ours[k]!r} in this run" for k in sorted(others))

@@ -28,9 +28,12 @@ class ModelConfig:
 
     `dtype`, `remat`, `scan_layers` and `attention` are documented in `T5Config`. These and `dropout_rate` may
     change between runs; the other fields determine the parameters.
+
+    meaning: names of fields that change what parameters compute, but not their shapes.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    meaning: ClassVar[tuple[str, ...]] = ("num_heads",)
     d_model: int
     vocab_size: int
     dropout_rate: float
@@ -86,6 +89,9 @@ class T5Config(EncoderDecoderConfig):
     """
 
     fewest_decoder_layers: ClassVar[int] = 1
+    meaning: ClassVar[tuple[str, ...]] = (
+        *("mlp_activations", "tie_embeddings", "prefix_lm", "relative_max_distance", "num_heads", "head_dim"),
+    )
 
     d_model: int
     d_ff: int

@@ -51,6 +51,11 @@ class T5GemmaConfig(EncoderDecoderConfig):
 
     decoder_only: ClassVar[bool] = False
     prefix_lm: ClassVar[bool] = False
+    meaning: ClassVar[tuple[str, ...]] = (
+        *("num_heads", "num_kv_heads", "head_dim", "query_scale", "sliding_window", "layer_pattern", "rope_theta"),
+        *("global_rope_theta", "global_rope_factor", "attention_softcap", "logits_softcap", "start_token", "eoi_token"),
+        "end_tokens",
+    )
 
     d_model: int
     d_ff: int

@@ -145,6 +145,14 @@ def test_configs_of_earlier_versions_are_read_alike(golden, tmp_path):
     assert convert.read(folder)[0] == first
 
 
+def test_a_run_with_another_window_or_end_says_so(caplog):
+    convert.warn_of_another_model("there", dataclasses.asdict(T5GEMMA), T5GEMMA)
+    assert not caplog.messages
+    other = dataclasses.replace(T5GEMMA, sliding_window=4, end_tokens=(1, 7))
+    convert.warn_of_another_model("there", dataclasses.asdict(T5GEMMA), other)
+    assert "end_tokens = [1] there, [1, 7] in this run; sliding_window = 3 there, 4 in this run" in caplog.text
+
+
 # Against themselves.
 
 
