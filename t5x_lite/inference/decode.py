@@ -276,7 +276,10 @@ def _beam(
 
 
 def log_likelihoods(
-    tokens_BNT: Int[Array, "B N T"], scores_BN: Float[Array, "B N"], decoding: Decoding, end_tokens: Sequence[int]
+    tokens_BNT: Int[Array, "B N T"],
+    scores_BN: Float[Array, "B N"],
+    decoding: Decoding,
+    end_tokens: Sequence[int] = (END,),
 ) -> Float[Array, "B N"]:
     """Return the log-probability of each result of `generate`, without length penalty; -inf if it is missing."""
     if decoding.method != "beam":
