@@ -251,15 +251,17 @@ def _check_parameters(
 ) -> None:
     """Refuses values that are missing or of the wrong type, in the parts that this run is made of.
 
-    What is set of other parts is logged, but for what is among `defaults`.
+    What is set of other parts is logged, but for what is among `defaults`, or set alike of a part that is used: files
+    such as adapt/lora.gin are for models of several families.
     """
     macros = _macros(config)
     chosen = {ref.selector.split(".")[-1] for ref in gin_config.iterate_references(config)} | {"Run"}
+    used = [item for (_, part), bound in config.items() if part.split(".")[-1] in chosen for item in bound.items()]
     for name, part in parts.items():
         if name not in chosen:
             for (scope, selector), values in config.items():
-                for parameter in values:
-                    if selector.split(".")[-1] == name and (scope, selector, parameter) not in defaults:
+                for parameter, value in values.items() if selector.split(".")[-1] == name else ():
+                    if (scope, selector, parameter) not in defaults and (parameter, value) not in used:
                         log.warning("%s.%s is set, but this run does not use %s.", name, parameter, name)
             continue
         bound: dict[str, Any] = {}

@@ -40,6 +40,8 @@ def _write_results(run: RunConfig, mode: Mode) -> None:
 
     lengths, count, size = run.task_feature_lengths, run.eval_examples, run.eval_batch_size
     features = pipeline.find_provider(name).output_features if name else vocabulary.output_features()
+    if not name:
+        pipeline.check_vocabulary("INFER_INPUT", run.model.vocab_size, features)
     tasks = pipeline.tasks_with_split(str(name), run.eval_split) if run.infer_input is None else []
     if run.infer_output is not None and run.infer_input is None and len(tasks) != 1:
         raise UserError(

@@ -134,9 +134,13 @@ def tasks_with_split(name: str, split: str) -> list[str]:
     return [t.name for t in tasks if t.name not in without]
 
 
-def check_vocabulary(name: str, model_vocab_size: int) -> None:
-    """Raise ValueError if a feature of the task or mixture has ids beyond the model's embedding."""
-    features = find_provider(name).output_features
+def check_vocabulary(name: str, model_vocab_size: int, features: Mapping[str, Any] | None = None) -> None:
+    """Raise UserError if a feature of the task or mixture has ids beyond the model's embedding.
+
+    Args:
+      features: None: those of the task or mixture `name`.
+    """
+    features = find_provider(name).output_features if features is None else features
     for feature, spec in ((k, features[k]) for k in ("inputs", "targets") if k in features):
         size = spec.vocabulary.vocab_size
         padded = -(-size // 128) * 128

@@ -188,12 +188,18 @@ class LoadedModel:
             raise UserError("expected a list of texts, got one text: put it in a list")
         if isinstance(rows, jax.Array):
             rows = np.asarray(rows)  # one transfer instead of one for each row
-        return [
+        tokens = [
             [*self._required_vocabulary().encode(row), decode.END]
             if isinstance(row, str)
             else [int(token) for token in np.trim_zeros(np.asarray(row), "b")]
             for row in rows
         ]
+        largest, size = max((max(row, default=0) for row in tokens), default=0), self.config.vocab_size
+        if largest >= size:
+            raise UserError(
+                f"token {largest} is not in the model's vocab_size={size}: the tokenizer is another model's"
+            )
+        return tokens
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:

@@ -106,7 +106,7 @@ class T5GemmaConfig(EncoderDecoderConfig):
                 )
         if self.generation == 2 and (self.attention_softcap or self.encoder.d_model != self.d_model):
             raise UserError(
-                "T5GemmaConfig.generation=2 has one width, without attention_softcap; got encoder_d_model="
+                "T5GemmaConfig.generation=2 has one width, and attention_softcap=0.0; got encoder_d_model="
                 f"{self.encoder_d_model}, d_model={self.d_model}, attention_softcap={self.attention_softcap}"
             )
         if self.generation == 2 and self.encoder[2:5] != self.decoder[2:5]:
@@ -126,8 +126,11 @@ class T5GemmaConfig(EncoderDecoderConfig):
         for name in ("rope_theta", "global_rope_theta", "global_rope_factor"):
             if getattr(self, name) <= 0:
                 raise UserError(f"T5GemmaConfig.{name} must be above 0, got {getattr(self, name)}")
-        if 1 not in self.end_tokens:
-            raise UserError(f"T5GemmaConfig.end_tokens={self.end_tokens} must have 1, at which targets end")
+        if 1 not in self.end_tokens or not all(0 < token < self.vocab_size for token in self.end_tokens):
+            raise UserError(
+                f"T5GemmaConfig.end_tokens={self.end_tokens} must have 1, at which targets end, and ids below "
+                f"vocab_size={self.vocab_size} (in config.json, eos_token_id)"
+            )
         if self.start_token >= self.vocab_size:
             raise UserError(f"T5GemmaConfig.start_token={self.start_token} is not in vocab_size={self.vocab_size}")
         if not 0.0 <= self.dropout_rate < 1.0:

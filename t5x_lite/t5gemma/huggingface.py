@@ -3,6 +3,7 @@
 The vision tower of T5Gemma 2 is not read. Must not handle file formats.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,11 +97,23 @@ _READ = (
     *("classifier_dropout_rate", "image_token_index", "eoi_token_index", "decoder_start_token_id"),
 )
 _ONLY = {"pad_token_id": 0, "is_encoder_decoder": True}
+_READ_OUTER = (
+    *("text_config", "vision_config", "boi_token_index", "eoi_token_index", "image_token_index"),
+    *("mm_tokens_per_image", "vocab_size", "attention_dropout", "tie_word_embeddings"),
+)
+_ARCHITECTURES = ("T5GemmaForConditionalGeneration", "T5Gemma2ForConditionalGeneration")
 
 
 def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Source:
     """Return the config and tensors. Raises UserError for an unsupported config, or copies that differ."""
-    config = _config_of(folder / "config.json", hub)
+    generation_config = folder / "generation_config.json"
+    if generation_config.is_file():  # which has the tokens at which transformers ends
+        ends = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+        hub = {**hub, "eos_token_id": ends or hub.get("eos_token_id")}
+    try:
+        config = _config_of(folder / "config.json", hub)
+    except UserError as error:
+        raise UserError(f"{error}" if str(folder) in str(error) else f"{folder / 'config.json'}: {error}") from None
     by_name = {name.replace(".encoder.text_model.", ".encoder."): tensor for name, tensor in stored.items()}
     if len(by_name) < len(stored):
         raise UserError(f"{folder} has tensors under two names: with `text_model.` and without")
@@ -125,20 +138,25 @@ def name_of(config: T5GemmaConfig, name: str) -> str:
 
 
 def _config_of(file: Path, hub: Mapping[str, Any]) -> T5GemmaConfig:
+    if others := [name for name in hub.get("architectures") or () if name not in _ARCHITECTURES]:
+        raise UserError(f"{file}: {', '.join(others)} is not supported; {' and '.join(_ARCHITECTURES)} are")
     check_keys(file, hub, _READ, _ONLY)
     if lacking := [name for name in ("encoder", "decoder") if not isinstance(hub.get(name), dict)]:
         raise UserError(f"{file} lacks {' and '.join(lacking)}: the sizes of each")
     generation = 2 if hub["model_type"] == "t5gemma2" else 1
     outer, decoder = hub["encoder"], hub["decoder"]
     encoder = outer.get("text_config", {}) if generation == 2 else outer
+    if generation == 2:
+        check_keys(Path(f"{file}, encoder"), outer, _READ_OUTER, {})
     stacks: Mapping[str, Mapping[str, Any]] = {"encoder": encoder, "decoder": decoder}
     for side, stack in stacks.items():
         place = Path(f"{file}, {side}")
         # These two say what each is, and are None or False in _ONLY of every family.
         rest = {k: v for k, v in stack.items() if k not in ("is_decoder", "cross_attention_hidden_size")}
         check_keys(place, rest, _READ_STACK, _ONLY_STACK)
-        if missing := [name for name in (*_SIZES.values(), "vocab_size") if name not in stack]:
-            raise UserError(f"{place}: lacks {', '.join(missing)}")
+        for name in (*_SIZES.values(), "vocab_size"):
+            if type(stack.get(name)) is not int:
+                raise UserError(f"{place}: {name} is {stack.get(name)!r}; it must be a whole number")
 
     def common(name: str, values: Sequence[Any]) -> Any:
         if values[0] != values[1]:
@@ -151,27 +169,30 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5GemmaConfig:
     theta, global_theta, factor = common(
         "rope_parameters", [_rope(Path(f"{file}, {side}"), stack, generation) for side, stack in stacks.items()]
     )
+    types = [_layer_types(Path(f"{file}, {side}"), stack, generation) for side, stack in stacks.items()]
     own, other = ({ours: stack[theirs] for ours, theirs in _SIZES.items()} for stack in (decoder, encoder))
     sizes: dict[str, Any] = own | {f"encoder_{name}": size for name, size in other.items() if size != own[name]}
     sizes |= {"num_decoder_layers": sizes.pop("num_layers"), "num_encoder_layers": other["num_layers"]}
     sizes.pop("encoder_num_layers", None)
     scale = same("query_pre_attn_scalar", 256)
-    ends = hub.get("eos_token_id", decoder.get("eos_token_id", 1))
+    if not isinstance(scale, int | float):
+        raise UserError(f"{file}: query_pre_attn_scalar is {scale!r}; it must be a number")
+    ends = hub.get("eos_token_id") or decoder.get("eos_token_id") or 1
     return T5GemmaConfig(
         **sizes,
         generation=generation,
         vocab_size=same("vocab_size", None),
-        tie_embeddings=hub.get("tie_word_embeddings", True),
+        tie_embeddings=hub.get("tie_word_embeddings") is not False,
         query_scale=0.0 if {scale} == {own["head_dim"], other["head_dim"]} else float(scale),
-        sliding_window=same("sliding_window", 4096),
-        layer_pattern=_pattern(file, [_layer_types(stack, generation) for stack in stacks.values()]),
+        sliding_window=same("sliding_window", 4096) or 4096,
+        layer_pattern=_pattern(file, types),
         rope_theta=theta,
         global_rope_theta=global_theta,
         global_rope_factor=factor,
         # transformers does not apply that of T5Gemma 2
         attention_softcap=float(same("attn_logit_softcapping", 50.0) or 0) if generation == 1 else 0.0,
         logits_softcap=float(decoder.get("final_logit_softcapping", 30.0 if generation == 1 else None) or 0),
-        start_token=hub.get("decoder_start_token_id") or decoder.get("bos_token_id", hub.get("bos_token_id", 2)),
+        start_token=hub.get("decoder_start_token_id") or decoder.get("bos_token_id") or hub.get("bos_token_id") or 2,
         end_tokens=tuple(ends) if isinstance(ends, list) else (ends,),
         eoi_token=outer.get("eoi_token_index", 256000) if generation == 2 else 256000,
         dropout_rate=hub.get("dropout_rate", 0.0),
@@ -180,33 +201,34 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5GemmaConfig:
 
 def _rope(place: Path, stack: Mapping[str, Any], generation: int) -> tuple[float, float, float]:
     """Return the bases of sliding and global layers, and the factor of the latter."""
-    new = stack.get("rope_parameters")
+    new, scaling = stack.get("rope_parameters") or {}, stack.get("rope_scaling") or {}
     if generation == 1:
-        new = new or {"rope_theta": stack.get("rope_theta", 10000.0)}
-        parts = [new, new]
-    elif new:
-        parts = [new.get(name) or {} for name in ("sliding_attention", "full_attention")]
+        parts = [{"rope_theta": stack.get("rope_theta", 10000.0)} | scaling | new] * 2
     else:
-        scaling = stack.get("rope_scaling") or {}
+        of_sliding, of_global = (new.get(name) or {} for name in ("sliding_attention", "full_attention"))
         parts = [
-            {"rope_theta": stack.get("rope_local_base_freq", 10000.0)},
-            {"rope_theta": stack.get("rope_theta", 1000000.0), **scaling},
+            {"rope_theta": stack.get("rope_local_base_freq", 10000.0)} | of_sliding,
+            {"rope_theta": stack.get("rope_theta", 1000000.0)} | scaling | of_global,
         ]
-    defaults = (10000.0, 10000.0 if generation == 1 else 1000000.0)
     kinds = [part.get("rope_type", part.get("type", "default")) for part in parts]
     if kinds[0] != "default" or kinds[1] not in ("default", "linear"):
         raise UserError(f"{place}: rope_type is {kinds}; 'default' is supported, and 'linear' of global layers")
-    local, everywhere = (float(part.get("rope_theta", theta)) for part, theta in zip(parts, defaults, strict=True))
+    local, everywhere = (float(part["rope_theta"]) for part in parts)
     return local, everywhere, float(parts[1].get("factor", 1.0)) if kinds[1] == "linear" else 1.0
 
 
-def _layer_types(stack: Mapping[str, Any], generation: int) -> list[str]:
-    if stack.get("layer_types"):
-        return stack["layer_types"]
-    every = stack.get("sliding_window_pattern", stack.get("_sliding_window_pattern", 6 if generation == 2 else 2))
-    return [
-        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(stack["num_hidden_layers"])
-    ]
+def _layer_types(place: Path, stack: Mapping[str, Any], generation: int) -> list[str]:
+    types, count = stack.get("layer_types"), stack["num_hidden_layers"]
+    if types is None:
+        every = stack.get("sliding_window_pattern") or stack.get("_sliding_window_pattern") or (6, 2)[generation == 1]
+        return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
+    if not isinstance(types, list) or len(types) != count:
+        raise UserError(f"{place}: layer_types is {types!r}; it must be a list of num_hidden_layers={count} names")
+    if "sliding_attention" in types and not stack.get("sliding_window", 4096):
+        raise UserError(
+            f"{place}: sliding_window is {stack['sliding_window']!r}, but layer_types has sliding_attention"
+        )
+    return types
 
 
 def _pattern(file: Path, stacks: Sequence[Sequence[str]]) -> tuple[LayerType, ...]:

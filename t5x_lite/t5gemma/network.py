@@ -7,6 +7,7 @@ is padding, and stands for the start token in the decoder's inputs.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -156,7 +157,7 @@ class LayerTypes:
     window: Int[Array, "*L 2"] | None
 
 
-def layer_types(config: T5GemmaConfig, count: int, causal: bool, keys: int) -> LayerTypes:
+def layer_types(config: T5GemmaConfig, count: int, causal: bool, keys: Any) -> LayerTypes:
     """Return the types of a stack's layers, for rows of so many keys.
 
     The window of a decoder includes the token itself. That of an encoder extends in T5Gemma so far to both sides, in
@@ -170,7 +171,8 @@ def layer_types(config: T5GemmaConfig, count: int, causal: bool, keys: int) -> L
     is_global = np.array([kind == "global" for kind in config.layer_types(count)], np.int32)
     everywhere = np.iinfo(np.int32).max
     windows = jnp.asarray(np.where(is_global[:, None], everywhere, window), jnp.int32)
-    hides = keys - 1 > (window[0] if causal else min(window)) and not is_global.all()
+    is_long = not isinstance(keys, int) or keys - 1 > (window[0] if causal else min(window))  # symbolic in an export
+    hides = is_long and not is_global.all()
     return LayerTypes(jnp.arange(count), jnp.asarray(is_global), windows if hides else None)
 
 

@@ -15,9 +15,10 @@ from repeats import fast
 from safetensors.numpy import load_file
 
 import t5x_lite
-from t5x_lite import convert, sharding
+from t5x_lite import convert, export, sharding
 from t5x_lite.convert import tensors
 from t5x_lite.errors import UserError
+from t5x_lite.inference import decode
 from t5x_lite.model.families import model_of
 from t5x_lite.t5gemma import T5GemmaConfig, huggingface
 from t5x_lite.training import optim
@@ -131,7 +132,12 @@ def edited(golden, tmp_path, name, side, **changes):
         ("decoder", {"novelty": 7}, "decoder: the key 'novelty'"),
         (None, {"decoder": None}, "lacks decoder"),
         (None, {"pad_token_id": 4}, "pad_token_id is 4; only 0"),
-        (None, {"eos_token_id": 9}, r"end_tokens=\(9,\) must have 1"),
+        (None, {"eos_token_id": 9}, r"config.json: T5GemmaConfig.end_tokens=\(9,\) must have 1"),
+        (None, {"architectures": ["T5GemmaForSequenceClassification"]}, "T5GemmaForSequenceClassification is not"),
+        ("encoder", {"layer_types": ["full_attention"]}, "encoder: layer_types is .*num_hidden_layers=3 names"),
+        ("decoder", {"sliding_window": None}, "decoder: sliding_window is None, but layer_types has sliding"),
+        ("decoder", {"num_key_value_heads": None}, "decoder: num_key_value_heads is None; it must be a whole number"),
+        ("encoder", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, r"rope_type is \['linear', 'lin"),
     ],
 )
 def test_other_configurations_are_errors_that_name_the_key(golden, tmp_path, side, changes, message):
@@ -143,6 +149,39 @@ def test_configs_of_earlier_versions_are_read_alike(golden, tmp_path):
     first, _ = convert.read(golden("t5gemma") / "2b")
     folder = edited(golden, tmp_path, "2b", "encoder", rope_parameters=None, rope_theta=10000.0, layer_types=None)
     assert convert.read(folder)[0] == first
+
+
+def test_ends_are_those_of_generation_config(golden, tmp_path):
+    folder = shutil.copytree(golden("t5gemma") / "2b", tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    config, _ = convert.read(folder)
+    assert isinstance(config, T5GemmaConfig) and config.end_tokens == (1, 9)
+
+
+def test_a_base_of_rotary_positions_beside_their_parameters_is_read(golden, tmp_path):
+    folder = edited(golden, tmp_path, "2b", "encoder", rope_theta=99.0, rope_parameters={"rope_type": "default"})
+    hub = json.loads((folder / "config.json").read_text())
+    hub["decoder"] |= {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default"}}
+    (folder / "config.json").write_text(json.dumps(hub))
+    config, _ = convert.read(folder)
+    assert isinstance(config, T5GemmaConfig) and config.rope_theta == 99.0
+
+
+def test_tokens_beyond_the_table_are_an_error(golden):
+    model = t5x_lite.load(golden("t5gemma") / "small")
+    with pytest.raises(UserError, match="token 700 is not in the model's vocab_size=96"):
+        model.score([[5, 700]], [[5, 1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["9b_2b", "2_270m"])
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_an_exported_program_decodes_alike(golden, name, method, unchecked_types):
+    model = t5x_lite.load(golden("t5gemma") / name)
+    tokens = np.load(golden("t5gemma") / name / "values.npz")["encoder_input_tokens"]
+    program = export.program(model, 6, decode.Decoding(method))
+    got, _ = program.call(tensors.flat(model.params), tokens)
+    np.testing.assert_array_equal(got, model.generate(tokens, method, max_length=6)[0])
 
 
 def test_a_run_with_another_window_or_end_says_so(caplog):
@@ -273,7 +312,7 @@ PARAMETERS = {  # of the second generation without the vision tower; announced w
         ({"num_kv_heads": 3}, "encoder's num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"encoder_head_dim": 5}, "encoder's.*head_dim=5 even"),
         ({"d_ff": 0}, "of the decoder, d_ff is 0"),
-        ({"generation": 2}, "generation=2 has one width, without attention_softcap"),
+        ({"generation": 2}, "generation=2 has one width, and attention_softcap=0.0"),
         ({"layer_pattern": ("near",)}, "layer_pattern=.*one or more of"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
         ({"start_token": 300}, "start_token=300 is not in vocab_size=264"),
