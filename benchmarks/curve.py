@@ -188,7 +188,7 @@ def draw(runs: Sequence[Run], file: pathlib.Path) -> None:
         for ax in (top, bottom):
             ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("loss, nats per target token")
-    axes[1][0].set_ylabel("relative difference from t5x_lite, float32")
+    axes[1][0].set_ylabel("relative difference\nfrom t5x_lite, float32")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
