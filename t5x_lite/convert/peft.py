@@ -5,10 +5,11 @@ its own, whose B is scale x B, to train on. Names of tensors are those of the ba
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,16 @@ def read(folder: Path, merged: bool = True) -> Source:
     config, base = _config(folder), base_of(folder)
     if not (folder / TENSORS).is_file():
         raise MissingFileError(f"{folder} has {CONFIG}, but no {TENSORS}")
-    stored, source = tensors.read_safetensors(folder / TENSORS), huggingface.read(base)
+    source = huggingface.read(base)
     weights = dict(source.tensors)
+    of_modules = _module_of(source.config)
+    in_files = {of_modules(name).removesuffix(".weight"): name.removesuffix(".weight") for name in weights}
+
+    def in_file(name: str) -> str:
+        module, dot, end = name.removeprefix(_PREFIX).partition(".lora_")
+        return f"{_PREFIX}{in_files.get(module, module)}{dot}{end}"
+
+    stored = {in_file(name): tensor for name, tensor in tensors.read_safetensors(folder / TENSORS).items()}
     updates: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by module: A, and B with its scale
     while stored:
         name = next(iter(stored))
@@ -174,6 +183,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _module_of(config: ModelConfig) -> Callable[[str], str]:
+    """Return a function from the name of a tensor in Hugging Face's files to that in its model, as PEFT has it."""
+    family = families.hub_module(config)
+    return functools.partial(family.module_of, config) if hasattr(family, "module_of") else lambda name: name
+
+
 def check_lora(config: ModelConfig) -> None:
     if not getattr(config, "lora_rank", 0):
         raise UserError("this model has no LoRA parameters (its lora_rank is 0): convert it to another format")
@@ -186,12 +201,13 @@ def write(folder: Path, config: ModelConfig, params: Mapping[str, Any], base: st
     """
     check_lora(config)
     rank = getattr(config, "lora_rank", 0)
-    family, by_name, modules = families.hub_module(config), {}, set()
+    family, module_of, by_name, modules = families.hub_module(config), _module_of(config), {}, set()
     for name, leaf in tensors.flat(params).items():
         if (match := re.fullmatch(r"(.+)_lora/([ab])/kernel", name)) is None:
             continue
         for layer in range(leaf.shape[0]):
-            module = family.name_of(config, f"{match[1]}/kernel").format(layer).removesuffix(".weight")
+            theirs = family.name_of(config, f"{match[1]}/kernel").format(layer)
+            module = module_of(theirs).removesuffix(".weight")
             modules.add(module.rpartition(".")[2])
             matrix = tensors.in_memory(np.ascontiguousarray(np.asarray(leaf[layer]).T))
             by_name[f"{_PREFIX}{module}.lora_{match[2].upper()}.weight"] = matrix

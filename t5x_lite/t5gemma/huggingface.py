@@ -137,6 +137,11 @@ def name_of(config: T5GemmaConfig, name: str) -> str:
     return _TABLES[config.generation] if name == "token_embedder/embedding" else NAMES[name]
 
 
+def module_of(config: T5GemmaConfig, name: str) -> str:
+    """Return the name of a tensor in transformers' model: T5Gemma 2's files leave out that its encoder is for text."""
+    return name.replace("model.encoder.", "model.encoder.text_model.") if config.generation == 2 else name
+
+
 def _config_of(file: Path, hub: Mapping[str, Any]) -> T5GemmaConfig:
     if others := [name for name in hub.get("architectures") or () if name not in _ARCHITECTURES]:
         raise UserError(f"{file}: {', '.join(others)} is not supported; {' and '.join(_ARCHITECTURES)} are")

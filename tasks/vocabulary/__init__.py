@@ -49,7 +49,7 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
     if extra_ids is not None and extra_ids < 0:
         raise UserError(f"extra_ids = {extra_ids}: the number of sentinels must be at least 0")
     description = sentencepieces.describe(os.path.dirname(model_file))
-    asked = extra_ids
+    given = extra_ids
     try:
         model = _model(model_file)
         pieces = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -67,9 +67,9 @@ def load(model_file: str, extra_ids: int | None = None) -> seqio.SentencePieceVo
             "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
     if sentencepieces.is_gemma(pieces):
-        if asked:
+        if given:
             raise UserError(
-                f"VOCABULARY_EXTRA_IDS = {asked}: {model_file} is a Gemma model, which has no sentinels but its pieces "
+                f"VOCABULARY_EXTRA_IDS = {given}: {model_file} is a Gemma model, which has no sentinels but its pieces "
                 "<unused0> ...: leave it unset"
             )
         return sentencepieces.gemma(model_file, model, description)

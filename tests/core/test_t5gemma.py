@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import t5x_lite
 from t5x_lite import convert, export, sharding
-from t5x_lite.convert import tensors
+from t5x_lite.convert import peft, tensors
 from t5x_lite.errors import UserError
 from t5x_lite.inference import decode
 from t5x_lite.model.families import model_of
@@ -64,9 +64,7 @@ def test_logits_and_gradients_agree_with_transformers(family, values):
     names = values["gradient_names"].tolist()
     for name, gradient in tensors.flat(gradients).items():
         for layer in range(len(gradient) if "/layers/" in name else 1):
-            theirs = huggingface.name_of(model.config, name).format(layer)
-            if model.config.generation == 2:
-                theirs = theirs.replace("model.encoder.", "model.encoder.text_model.")
+            theirs = huggingface.module_of(model.config, huggingface.name_of(model.config, name).format(layer))
             of_layer = np.asarray(gradient[layer] if "/layers/" in name else gradient)
             of_layer = of_layer.T if huggingface.is_transposed(name) else of_layer
             *expected, norm = values["gradients"][names.index(theirs)]
@@ -289,6 +287,22 @@ def test_lora_is_merged_for_hugging_face(config):
     merged_config, merged = convert._lora_merged(config, jax.device_get(params))
     batch = tiny.batch(0)
     np.testing.assert_allclose(logits(merged_config, merged, batch), logits(config, params, batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["2b", "2_270m"], indirect=True)
+def test_lora_goes_to_peft_and_comes_back(family, tmp_path):
+    config, params = convert.read(family)
+    config = dataclasses.replace(config, lora_rank=2, lora_targets=("query", "wi"))
+    params = tiny.random_params(config)
+    peft.write(tmp_path / "peft", config, params, str(family.resolve()))
+    modules = {name.split(".layers.")[0] for name in load_file(tmp_path / "peft" / peft.TENSORS)}
+    inside = ".text_model" if config.generation == 2 else ""
+    assert modules == {f"base_model.model.model.{side}" for side in (f"encoder{inside}", "decoder")}
+    again, restored = convert.read(tmp_path / "peft", keep_lora=True)
+    assert again == config
+    ours, back = tensors.flat(params), tensors.flat(restored)
+    for name in (name for name in ours if "_lora/" in name):
+        np.testing.assert_allclose(back[name], ours[name], rtol=1e-6, err_msg=name)
 
 
 PARAMETERS = {  # of the second generation without the vision tower; announced were 370 M, 1.7 B and 7 B
