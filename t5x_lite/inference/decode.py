@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t5x_lite import sharding
@@ -189,7 +190,7 @@ def _token_by_token(
     return tokens_BT, scores_B
 
 
-def ended(tokens: Int[Array, "..."], end_tokens: Sequence[int]) -> Bool[Array, "..."]:
+def ended(tokens: Int[Array | np.ndarray, "..."], end_tokens: Sequence[int]) -> Bool[Array, "..."]:
     """Return whether each token ends its row."""
     return jnp.isin(tokens, jnp.asarray(end_tokens))
 

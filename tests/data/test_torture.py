@@ -2,6 +2,7 @@
 length."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,11 +30,17 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_run_killed_at_the_worst_moments_goes_on_to_the_same_bits(folder):
-    for fault in (Fault("save begun", 2), Fault("Parquet in training", 9), Fault("predictions", 1), Fault("deleting")):
+    for fault in (Fault("save begun", 2), Fault("Parquet in training", 9), Fault("predictions", 1)):
         assert torture.run(folder, "killed", fault) == KILLED, fault
-    assert torture.run(folder, "killed", Fault("told last save halfway")) == End(0, met=True)
-    torture.compare(folder / "killed", folder / "alone")
-    torture.compare_last(folder / "killed", folder / "alone")
+    shutil.copytree(folder / "killed", folder / "deleting")
+    steps = torture.STEPS, torture.EVAL_PERIOD, torture.CHECKPOINT_PERIOD, torture.KEEP_LAST
+    saves = torture_faults.passes(torture.checkpoints(folder / "killed"), *steps)["told last save halfway"]
+    assert torture.run(folder, "killed", Fault("told last save halfway", saves[0])) == End(0, met=True)
+    assert torture.run(folder, "deleting", Fault("deleting")) == KILLED  # after the last save, if that is quicker
+    assert torture.run(folder, "deleting") == End(0, met=False)
+    for name in ("killed", "deleting"):
+        torture.compare(folder / name, folder / "alone")
+        torture.compare_last(folder / name, folder / "alone")
 
 
 @pytest.mark.slow
