@@ -110,10 +110,11 @@ def source(folder: Path, hub: Mapping[str, Any], stored: Mapping[str, Tensor]) -
     if generation_config.is_file():  # which has the tokens at which transformers ends
         ends = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
         hub = {**hub, "eos_token_id": ends or hub.get("eos_token_id")}
+    values = _values_of(folder / "config.json", hub)
     try:
-        config = _config_of(folder / "config.json", hub)
+        config = T5GemmaConfig(**values)
     except UserError as error:
-        raise UserError(f"{error}" if str(folder) in str(error) else f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     by_name = {name.replace(".encoder.text_model.", ".encoder."): tensor for name, tensor in stored.items()}
     if len(by_name) < len(stored):
         raise UserError(f"{folder} has tensors under two names: with `text_model.` and without")
@@ -142,7 +143,8 @@ def module_of(config: T5GemmaConfig, name: str) -> str:
     return name.replace("model.encoder.", "model.encoder.text_model.") if config.generation == 2 else name
 
 
-def _config_of(file: Path, hub: Mapping[str, Any]) -> T5GemmaConfig:
+def _values_of(file: Path, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the config's fields."""
     if others := [name for name in hub.get("architectures") or () if name not in _ARCHITECTURES]:
         raise UserError(f"{file}: {', '.join(others)} is not supported; {' and '.join(_ARCHITECTURES)} are")
     check_keys(file, hub, _READ, _ONLY)
@@ -183,25 +185,25 @@ def _config_of(file: Path, hub: Mapping[str, Any]) -> T5GemmaConfig:
     if not isinstance(scale, int | float):
         raise UserError(f"{file}: query_pre_attn_scalar is {scale!r}; it must be a number")
     ends = hub.get("eos_token_id") or decoder.get("eos_token_id") or 1
-    return T5GemmaConfig(
+    return {
         **sizes,
-        generation=generation,
-        vocab_size=same("vocab_size", None),
-        tie_embeddings=hub.get("tie_word_embeddings") is not False,
-        query_scale=0.0 if {scale} == {own["head_dim"], other["head_dim"]} else float(scale),
-        sliding_window=same("sliding_window", 4096) or 4096,
-        layer_pattern=_pattern(file, types),
-        rope_theta=theta,
-        global_rope_theta=global_theta,
-        global_rope_factor=factor,
+        "generation": generation,
+        "vocab_size": same("vocab_size", None),
+        "tie_embeddings": hub.get("tie_word_embeddings") is not False,
+        "query_scale": 0.0 if {scale} == {own["head_dim"], other["head_dim"]} else float(scale),
+        "sliding_window": same("sliding_window", 4096) or 4096,
+        "layer_pattern": _pattern(file, types),
+        "rope_theta": theta,
+        "global_rope_theta": global_theta,
+        "global_rope_factor": factor,
         # transformers does not apply that of T5Gemma 2
-        attention_softcap=float(same("attn_logit_softcapping", 50.0) or 0) if generation == 1 else 0.0,
-        logits_softcap=float(decoder.get("final_logit_softcapping", 30.0 if generation == 1 else None) or 0),
-        start_token=hub.get("decoder_start_token_id") or decoder.get("bos_token_id") or hub.get("bos_token_id") or 2,
-        end_tokens=tuple(ends) if isinstance(ends, list) else (ends,),
-        eoi_token=outer.get("eoi_token_index", 256000) if generation == 2 else 256000,
-        dropout_rate=hub.get("dropout_rate", 0.0),
-    )
+        "attention_softcap": float(same("attn_logit_softcapping", 50.0) or 0) if generation == 1 else 0.0,
+        "logits_softcap": float(decoder.get("final_logit_softcapping", 30.0 if generation == 1 else None) or 0),
+        "start_token": hub.get("decoder_start_token_id") or decoder.get("bos_token_id") or hub.get("bos_token_id") or 2,
+        "end_tokens": tuple(ends) if isinstance(ends, list) else (ends,),
+        "eoi_token": outer.get("eoi_token_index", 256000) if generation == 2 else 256000,
+        "dropout_rate": hub.get("dropout_rate", 0.0),
+    }
 
 
 def _rope(place: Path, stack: Mapping[str, Any], generation: int) -> tuple[float, float, float]:
