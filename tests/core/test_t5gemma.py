@@ -236,11 +236,11 @@ def test_cached_decoding_equals_the_full_forward(config, chunk):
     def cached(params):
         apply = lambda *args, method: network.apply({"params": params}, *args, method=method)  # noqa: E731
         cache = apply(apply(inputs, method="encode"), 6, 7, method="start_cache")
-        found = []
+        parts = []
         for start in range(0, 7, chunk):
             out, cache = apply(targets[:, start : start + chunk], start, cache, inputs, method="decode_step")
-            found.append(out)
-        return jnp.concatenate(found, axis=1)
+            parts.append(out)
+        return jnp.concatenate(parts, axis=1)
 
     np.testing.assert_allclose(jax.jit(cached)(params), full, atol=1e-4)
 
@@ -249,12 +249,12 @@ def losses(config, steps=3, mesh=None, **options):
     of = Partitioner(config, OPTIMIZER, mesh=mesh or {"data": 8}, batch_rows={"BATCH_SIZE": 16})
     state = tiny.random_state(OPTIMIZER, of.abstract)
     run = of.train_step(config=config, optimizer=OPTIMIZER, **options)
-    found = []
+    values = []
     for number in range(steps):
         batch = sharding.shard_batch(tiny.batch(number), of.batch_sharding)
         state, metrics = run(state, batch, jax.random.key(number))
-        found.append(float(metrics["loss"]))
-    return found
+        values.append(float(metrics["loss"]))
+    return values
 
 
 VARIANTS = {
@@ -277,8 +277,8 @@ def test_training_is_the_same_on_other_meshes_and_in_other_programs(config, vari
 @pytest.mark.slow
 @each_generation
 def test_it_learns(config):
-    found = losses(config, steps=60)
-    assert np.mean(found[-5:]) < 0.7 * np.mean(found[:5])
+    curve = losses(config, steps=60)
+    assert np.mean(curve[-5:]) < 0.7 * np.mean(curve[:5])
 
 
 @pytest.mark.slow
