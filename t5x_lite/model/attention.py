@@ -82,8 +82,8 @@ class AttentionMask:
 
 def dot_product_attention(
     query_BTHK: Float[Array, "B T H K"],
-    key_BSHK: Float[Array, "B S H K"],
-    value_BSHK: Float[Array, "B S H K"],
+    key_BSGK: Float[Array, "B S G K"],
+    value_BSGK: Float[Array, "B S G K"],
     bias_HR: Float[Array, "H R"] | None,
     attention_mask: AttentionMask,
     *,
@@ -99,6 +99,7 @@ def dot_product_attention(
     an average over some or all keys: it is padding, and its output is not used.
 
     Args:
+      key_BSGK, value_BSGK: each head of them serves H / G consecutive heads of queries.
       bias_HR: added to the logits. Element r is for keys r - R // 2 positions after the query (R is odd), and the first
         and last also for all beyond.
       softcap: limit of the logits, softcap * tanh(qk / softcap) (Gemma 2); not together with a bias.
@@ -109,8 +110,10 @@ def dot_product_attention(
         the weights to memory. If an implementation does not support the arguments (decoding one token, for example),
         "batch" is used. None selects by platform and shape, see `choose`.
     """
-    rows, _, heads, _ = query_BTHK.shape
+    rows, queries, heads, _ = query_BTHK.shape
     with jax.named_scope("attention"):
+        # Decoding one token takes as long as reading the keys and values, so it reads each once.
+        key_BSHK, value_BSHK = (x if queries == 1 else _of_each_head(x, heads) for x in (key_BSGK, value_BSGK))
         if dropout_rate > 0.0 and dropout_key is not None:
             # The dropout mask is shared by all queries, so it can be applied to the values.
             keep_mask_BSH1 = jnp.moveaxis(
@@ -126,10 +129,15 @@ def dot_product_attention(
         return sharding.on_parts(kernel, arrays, AXES, SPREAD)  # each kernel marks itself what remat saves
 
 
+def _of_each_head(x_BSGK: Float[Array, "B S G K"], heads: int) -> Float[Array, "B S H K"]:
+    x_BSHK = x_BSGK if x_BSGK.shape[2] == heads else jnp.repeat(x_BSGK, heads // x_BSGK.shape[2], axis=2)
+    return sharding.constrain(x_BSHK, "batch", "length", "heads", "kv")
+
+
 def choose(
     wanted: Implementation | None,
     query_BTHK: Float[Array, "B T H K"],
-    key_BSHK: Float[Array, "B S H K"],
+    key_BSGK: Float[Array, "B S G K"],
     bias_HR: Float[Array, "H R"] | None,
     attention_mask: AttentionMask,
     softcap: float | None = None,
@@ -141,7 +149,7 @@ def choose(
     program is only compiled for the hardware, the check counts as passed. Plain JAX is "batch", or "blocks" if the
     logits are too many to write to memory: on a single CPU device, for its caches.
     """
-    queries, keys, device = query_BTHK.shape[1], key_BSHK.shape[1], sharding.device()
+    queries, keys, device = query_BTHK.shape[1], key_BSGK.shape[1], sharding.device()
     part = sharding.part_shape(query_BTHK.shape, SPREAD)
     if not isinstance(query_BTHK.shape[0], int):  # an export with a symbolic batch size, for any platform
         return "batch"
@@ -159,7 +167,7 @@ def choose(
         return plain
     if device not in jax.devices():
         return fused
-    return _checked(fused, plain, query_BTHK, key_BSHK, bias_HR, attention_mask, softcap)
+    return _checked(fused, plain, query_BTHK, key_BSGK, bias_HR, attention_mask, softcap)
 
 
 def _cudnn_able(
@@ -278,6 +286,9 @@ def _batch(
     del most_segments
     attention_mask = AttentionMask(*masks, causal=causal)
     mask_B1TS = attention_mask.materialize(query.shape[1], key.shape[1])
+    heads_per_key = query.shape[2] // key.shape[2]
+    if heads_per_key > 1:  # there is one query then; its heads of one key become queries of one head
+        query = jnp.swapaxes(query.reshape(query.shape[0], -1, heads_per_key, query.shape[3]), 1, 2)
     logits_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits_BHTS = block_attention.capped(logits_BHTS, softcap)
@@ -287,7 +298,10 @@ def _batch(
     if mask_B1TS is not None:
         logits_BHTS = jnp.where(mask_B1TS, logits_BHTS, NEG_INF)
     weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(value.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value)
+    y_BTHK = jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, value)
+    if heads_per_key > 1:
+        y_BTHK = jnp.swapaxes(y_BTHK, 1, 2).reshape(query.shape[0], 1, -1, query.shape[3])
+    return y_BTHK
 
 
 def _blocks(query: Array, *arrays: Any, causal: bool, softcap: float | None, most_segments: int) -> Array:

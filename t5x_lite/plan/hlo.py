@@ -123,6 +123,8 @@ class Program:
         for name, computation in self.computations.items():
             for instruction in computation.values():
                 kind = _kind(instruction)
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"  # as TPUs' compiler writes one: a fusion that keeps a part of a sum
                 if kind not in KINDS or not self.times[name]:
                     continue
                 chain = "chain_id=" in instruction.attributes and re.search(r"channel_id=\d+", instruction.attributes)

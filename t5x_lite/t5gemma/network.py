@@ -99,16 +99,11 @@ class Attention(nn.Module):
         c, sizes = self.config, self.sizes
         query_BTHK = self._heads("query", x_BTD)
         query_BTHK = query_BTHK if turn is None else rotated(query_BTHK, *turn)
-        groups = sizes.num_heads // sizes.num_kv_heads
         query_BTHK *= (c.query_scale or sizes.head_dim) ** -0.5
-
-        def of_heads(x: Array) -> Array:
-            return constrain(x, "batch", "length", "heads", "kv")
-
         y_BTHK = dot_product_attention(
-            of_heads(query_BTHK),
-            of_heads(jnp.repeat(key_BSGK, groups, axis=2)),
-            of_heads(jnp.repeat(value_BSGK, groups, axis=2)),
+            constrain(query_BTHK, "batch", "length", "heads", "kv"),
+            key_BSGK,
+            value_BSGK,
             None,
             attention_mask,
             softcap=c.attention_softcap or None,

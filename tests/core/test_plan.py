@@ -281,6 +281,24 @@ frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transf
     assert found == {"all-reduce": hlo.Collectives(2, 2 * 120 * 3 / 4, 2 * 120 / 2)}
 
 
+def test_a_tpus_fusion_that_keeps_a_part_of_a_sum_is_a_reduce_scatter():
+    program = hlo.Program("""
+%all-reduce-scatter.2 (input: f32[8,6]) -> f32[2,6] {
+  %input = f32[8,6]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,6]{1,0} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %partition-id = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %part = f32[2,6]{1,0} dynamic-slice(%all-reduce.1, %partition-id, %zero), dynamic_slice_sizes={2,6}
+}
+
+ENTRY %main (a: f32[8,6]) -> f32[2,6] {
+  %a = f32[8,6]{1,0} parameter(0)
+  ROOT %fusion = f32[2,6]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.2
+}
+""")
+    assert program.collectives(4) == {"reduce-scatter": hlo.Collectives(1, 8 * 6 * 4 * 3 / 4)}
+
+
 def test_groups_are_read_in_every_form():
     pairs = {(0, 4), (1, 5), (2, 6), (3, 7)}
     for text in (
