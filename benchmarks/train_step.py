@@ -207,6 +207,7 @@ def measure(train_step: CompiledStep, *, steps: int = 5, seconds_a_round: float 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="t5_1_1/small")
+    parser.add_argument("--vocab_size", type=int, help="default: the model's own")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=114)
@@ -228,6 +229,7 @@ def main() -> None:
     config = model_config(
         args.model,
         **adapt,
+        **({"vocab_size": args.vocab_size} if args.vocab_size else {}),
         dtype=args.dtype,
         dropout_rate=args.dropout_rate,
         remat=args.remat,

@@ -229,7 +229,7 @@ def _claim(path: Any, source: Source) -> dict[str, list[Tensor]]:
     unknown = sorted(f"{name} {list(source.tensors[name].shape)}" for name in source.tensors.keys() - used)
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     if any(problems.values()):
-        lines = [f"{path} does not contain the tensors of {source.config}."]
+        lines = [f"{path} does not contain the tensors of its configuration, a {type(source.config).__name__}."]
         for problem, names in problems.items():
             if names:
                 lines += [f"  {problem}: {len(names)}", *(f"    {name}" for name in names[:12])]
