@@ -258,6 +258,8 @@ def _checkpointer(
     if base:
         info["base"] = base
         log.info("Checkpoints hold what is trained; the other parameters stay in %s.", base["path"])
+    elif frozen and start.path and (own is None or "trained" in checkpoint.read_info(own)):
+        info["trained"] = sorted(trained)  # the others are still those of the start
     return saving.Checkpointer(
         run.model_dir,
         keep_last=run.keep_last,

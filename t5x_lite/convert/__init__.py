@@ -373,10 +373,11 @@ def _lora_merged(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelC
 def _check_only_lora_was_trained(source: AnyPath) -> None:
     if (own := own_checkpoint(source)) is None:
         return
-    others = sorted(name for name in checkpoint.own_parameter_names(str(own)) if "_lora/" not in name)
+    trained = checkpoint.read_info(str(own)).get("trained") or checkpoint.own_parameter_names(str(own))
+    others = sorted(name for name in trained if "_lora/" not in name)
     if others:
         raise UserError(
-            f"{source} holds {len(others)} parameters beside LoRA's ({others[0]} ...), which a PEFT folder would lose: "
+            f"{source} holds {len(others)} trained parameters beside LoRA's ({others[0]} ...), which a PEFT folder would lose: "
             "convert it --to=huggingface, which adds LoRA to the weights"
         )
 

@@ -106,7 +106,7 @@ def test_what_is_written_is_read_as_the_same_model(golden, tmp_path, capsys):
     base = golden("hf_t5_v11")
     config, params = random_lora(base, 3)
     saving.save_params(tmp_path / "own", params, info=convert.info(config))
-    with pytest.raises(UserError, match=r"parameters beside LoRA's .*--to=huggingface"):
+    with pytest.raises(UserError, match=r"trained parameters beside LoRA's .*--to=huggingface"):
         convert.convert(tmp_path / "own", tmp_path / "lost", "peft", str(base))
     peft.write(tmp_path / "lora", config, params, str(base))
     stored = load_file(tmp_path / "lora" / peft.TENSORS)

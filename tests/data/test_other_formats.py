@@ -76,6 +76,8 @@ def test_lora_on_a_folder_and_a_lora_folder_itself(byt5, flags, tmp_path, capsys
     assert main.main(["run.py", *lora]) == 0
     said = capsys.readouterr().err
     assert f"Checkpoints hold all parameters, for {byt5} is in another format" in said
+    assert main.main(["run.py", *lora, "--gin.TRAIN_STEPS=4"]) == 0
+    convert.convert(tmp_path / "run", tmp_path / "of_whole", "peft", str(byt5))
     assert main.main(["run.py", *lora, "--gin.FROZEN_DTYPE='int8'", f"--gin.MODEL_DIR='{tmp_path}/int8'"]) == 2
 
     convert.convert(byt5, tmp_path / "start", "t5x_lite")
