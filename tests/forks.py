@@ -29,7 +29,11 @@ IMPORTED = (
     *("t5x_lite.convert", "t5x_lite.data.pipeline", "t5x_lite.inference.evaluator", "t5x_lite.report"),
 )
 # Of the variables that JAX reads when it is imported those that tests set, and their types.
-JAX_VARIABLES = {"JAX_COMPILATION_CACHE_DIR": str, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": float}
+JAX_VARIABLES = {
+    "JAX_PLATFORMS": str,
+    "JAX_COMPILATION_CACHE_DIR": str,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": float,
+}
 
 
 @functools.cache
@@ -42,7 +46,7 @@ def python() -> list[str]:
         command = [sys.executable, __file__, str(listener.fileno())]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         server = subprocess.Popen(command, pass_fds=[listener.fileno()], **pipes)
-    atexit.register(server.communicate)  # it ends when its input does
+    atexit.register(server.__exit__, None, None, None)  # it ends when its input does
     return [sys.executable, "-IS", __file__, name]
 
 
@@ -106,6 +110,7 @@ def _watch(process: int, asker: socket.socket) -> None:
 def _import() -> None:
     from t5x_lite.data import tensorflow_start
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     tensorflow_start.import_tensorflow()  # without Keras, as the commands do
     for name in IMPORTED:
         importlib.import_module(name)
