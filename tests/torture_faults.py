@@ -219,7 +219,19 @@ def passes(checkpoints: list[int], steps: int, evaluate: int, save: int, keep: i
     return kills | told
 
 
+def keep_compiled() -> None:
+    """Lets this process keep what it compiles. JAX has only the first do so, and on CPUs the others do not find it."""
+    from jax._src import compilation_cache, compiler
+
+    def write(key: str, seconds: float, name: str, backend: Any, executable: Any, host_callbacks: Any) -> None:
+        compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+    compiler._cache_write = write
+
+
 def main(arguments: list[str]) -> int:
+    if "--process_index=1" in arguments:
+        keep_compiled()
     plant(arguments[0], int(arguments[1]))
     if arguments[2] == "convert":
         from t5x_lite.convert import __main__ as convert

@@ -1,24 +1,16 @@
-"""Starts the command on a folder of `torture.prepare`, as a user does or, in a few seconds, as a fork.
+"""Starts the command on a folder of `torture.prepare`, as a user does or as a fork. What XLA compiles is kept there."""
 
-A fork has what takes most of a start: a process that has imported everything (`torture_imports`) and nothing else is
-forked, so that the fork begins as the command does after its imports. What XLA compiles is kept in the folder.
-"""
-
-import atexit
 import contextlib
-import functools
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import forks
 import torture_faults
 
 REPO = Path(__file__).resolve().parents[1]
@@ -53,81 +45,11 @@ class End(NamedTuple):
     met: bool
 
 
-@functools.cache
-def _server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torture_imports"])
-    before = dict(os.environ)
-    os.environ |= ENVIRONMENT  # which JAX reads when it is imported
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ |= before
-    return context
-
-
-class Forked:
-    """A fork that runs `torture_faults.main(arguments)`, with a Popen's methods."""
-
-    def __init__(self, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]):
-        self._process = _server().Process(target=_run_forked, args=(arguments, folder, log, environment))
-        self._process.start()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, timeout: float) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("a fork", timeout)
-        return self._process.exitcode
-
-
-def _run_forked(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
-    import jax
-
-    os.chdir(folder)
-    os.environ |= environment
-    jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    if "--process_index=1" in arguments:
-        _keep_compiled()
-    try:
-        sys.exit(torture_faults.main(arguments))
-    finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
-
-
-def _keep_compiled() -> None:
-    """Lets this process keep what it compiles. JAX has only the first do so, and on CPUs the others do not find it."""
-    from jax._src import compilation_cache, compiler
-
-    def write(key: str, seconds: float, name: str, backend: Any, executable: Any, host_callbacks: Any) -> None:
-        compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
-
-    compiler._cache_write = write
-
-
-def _started(
-    arguments: list[str], folder: Path, log: Path, devices: int, cold: bool
-) -> "Forked | subprocess.Popen[bytes]":
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    if not cold:
-        return Forked(arguments, folder, log, environment)
-    command = [sys.executable, torture_faults.__file__, *arguments]
+def _started(arguments: list[str], folder: Path, log: Path, devices: int, cold: bool) -> "subprocess.Popen[bytes]":
+    environment = ENVIRONMENT | forks.devices(devices) | {"JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+    command = [*([sys.executable] if cold else forks.python()), torture_faults.__file__, *arguments]
     with log.open("a") as file:
-        return subprocess.Popen(
-            command, cwd=folder, env=os.environ | ENVIRONMENT | environment, stdout=file, stderr=file
-        )
+        return subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=file, stderr=file)
 
 
 def _free_port() -> int:

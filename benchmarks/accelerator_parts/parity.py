@@ -60,7 +60,7 @@ SIZES = (
     Sizes(((512, 512), (114, 114), (114, 512), (113, 113), (113, 511))),
     Sizes(((2048, 2048), (8192, 8192)), ("segments", "prefix"), batch=1),
 )
-TOY = (Sizes(((17, 17),), ("segments", "prefix"), batch=2, heads=2, head_dim=8),)
+TOY = (Sizes(((17, 17),), ("prefix",), batch=2, heads=2, head_dim=8),)
 
 
 def items(settings: Settings) -> list[Item]:

@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
@@ -303,7 +304,8 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 @pytest.mark.slow
 def test_toy_run_survives_a_kill_and_missing_packages(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
-    out, environment = tmp_path / "out", os.environ | {"PYTHONPATH": str(tmp_path)}
+    out, environment = tmp_path / "out", os.environ | forks.devices(1) | {"PYTHONPATH": str(tmp_path)}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # parts in processes of their own share a step
     command = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), f"--out={out}", "--toy", "--minutes=10"]
     results = Results(out, "")
     process = subprocess.Popen(command, env=environment, process_group=0)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import jax
 import jax.numpy as jnp
 import pytest
@@ -186,11 +187,10 @@ def test_where_one_of_two_processes_cannot_write_both_skip_the_save_or_the_posit
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, str(tmp_path), port, str(here)],
-            env=environment | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2])},
+            env=os.environ | forks.devices(1) | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import jax
 import pytest
 
@@ -282,9 +283,9 @@ def start(script: str, variables: dict[str, str], *paths: Path) -> subprocess.Po
         **plain(dict(os.environ)),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(map(str, (REPO, *paths))),
+        **forks.devices(1),
         **variables,
     }
-    environment.pop("XLA_FLAGS", None)  # one device each
     return subprocess.Popen(
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,11 +6,11 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import forks
 import gcs_emulator
 import pytest
 import torture_faults
@@ -48,14 +48,13 @@ class Bucket(gcs_emulator.Emulator):
     folder: pathlib.Path
 
     def start(self, *command: str) -> subprocess.Popen:
-        environment = os.environ | self.environment
+        environment = os.environ | self.environment | forks.devices(1)
         environment |= {
             "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
-            [sys.executable, *command],
+            [*forks.python(), *command],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,

@@ -7,8 +7,8 @@ import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
+import forks
 import pytest
 from pages import DOCS, README, ROOT, blocks, commands, headings, prose
 
@@ -105,7 +105,7 @@ def test_python_blocks_are_python(page):
 @pytest.mark.slow
 def test_the_page_of_tasks_is_made_from_the_registry():
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "T5X_LITE_DATA_DIR": "/nonexistent"}
-    command = [sys.executable, "-m", "tasks"]
+    command = [*forks.python(), "-m", "tasks"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     page = (DOCS / "reference" / "tasks.md").read_text()
     assert page == done.stdout, "python -m tasks > docs/reference/tasks.md"

@@ -6,10 +6,10 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 from t5x_lite import distributed
@@ -52,11 +52,7 @@ sys.exit(run.main(sys.argv))
 
 def start(folder: Path, name: str, processes: int, devices: int, *flags: str) -> list[subprocess.Popen]:
     """One command on each of the hosts; their output is in NAME.<index>.log."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(REPO),
-    }
+    environment = os.environ | forks.devices(devices) | {"PYTHONPATH": str(REPO)}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -67,7 +63,7 @@ def start(folder: Path, name: str, processes: int, devices: int, *flags: str) ->
         with open(folder / f"{name}.{index}.log", "a") as output:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", LAUNCH, *command], cwd=folder, env=environment, stdout=output, stderr=output
+                    [*forks.python(), "-c", LAUNCH, *command], cwd=folder, env=environment, stdout=output, stderr=output
                 )
             )
     return started

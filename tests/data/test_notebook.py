@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+import forks
 import nbclient
 import nbformat
 import pytest
@@ -21,9 +22,8 @@ def test_no_output_is_committed():
 def test_from_a_hugging_face_folder_to_a_trained_model_and_back(tmp_path, monkeypatch):
     write_t5(tmp_path / "theirs", vocab_size=384)  # without a tokenizer file, it is ByT5's vocabulary
     environment = {"CHECKPOINT": "theirs", "CSV": "", "STEPS": "3", "MODEL_DIR": "tuned"}
-    environment |= {
+    environment |= forks.devices(1) | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
         "PATH": f"{pathlib.Path(sys.executable).parent}:/usr/bin:/bin",
     }
     for name, value in environment.items():

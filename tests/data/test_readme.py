@@ -7,9 +7,9 @@ import pydoc_data.topics
 import shlex
 import shutil
 import subprocess
-import sys
 
 import flax.linen as nn
+import forks
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,11 +36,11 @@ TINY = {f"T5Config.{name}": value for name, value in TINY.items()}
 
 def carried_out(command: str, folder: pathlib.Path, options: dict[str, object]) -> str:
     """What the command prints, in `folder`; `options` are gin bindings for those that take them."""
-    python = shlex.quote(sys.executable)
+    python = shlex.join(forks.python())
     command = command.replace("python run.py", f"{python} {ROOT}/run.py").replace("python -m", f"{python} -m")
     if "run.py" in command:
         command += "".join(f" {shlex.quote(f'--gin.{name}={value}')}" for name, value in options.items())
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | forks.devices(1) | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

@@ -2,7 +2,6 @@
 length."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,9 @@ import pytest
 import torture
 import torture_faults
 import torture_starts
-from torture_starts import End, Fault
+from torture_starts import NO_FAULT, End, Fault
 
+from t5x_lite import convert
 from t5x_lite.metrics import metric_logger
 
 KILLED = End(-signal.SIGKILL, met=True)
@@ -29,28 +29,24 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_the_worst_moments_goes_on_to_the_same_bits(folder):
-    for fault in (Fault("save begun", 2), Fault("Parquet in training", 9), Fault("predictions", 1)):
-        assert torture.run(folder, "killed", fault) == KILLED, fault
-    shutil.copytree(folder / "killed", folder / "deleting")
+def test_a_run_killed_when_it_deletes_and_told_to_stop_when_it_saves_goes_on_to_the_same_bits(folder):
+    assert torture.run(folder, "killed", Fault("deleting")) == KILLED
     steps = torture.STEPS, torture.EVAL_PERIOD, torture.CHECKPOINT_PERIOD, torture.KEEP_LAST
     saves = torture_faults.passes(torture.checkpoints(folder / "killed"), *steps)["told last save halfway"]
-    assert torture.run(folder, "killed", Fault("told last save halfway", saves[0])) == End(0, met=True)
-    assert torture.run(folder, "deleting", Fault("deleting")) == KILLED  # after the last save, if that is quicker
-    assert torture.run(folder, "deleting") == End(0, met=False)
-    for name in ("killed", "deleting"):
-        torture.compare(folder / name, folder / "alone")
-        torture.compare_last(folder / name, folder / "alone")
+    fault = Fault("told last save halfway", saves[0]) if saves else NO_FAULT  # the last is saved, if that is quicker
+    assert torture.run(folder, "killed", fault) == End(0, met=bool(saves))
+    torture.compare(folder / "killed", folder / "alone")
+    torture.compare_last(folder / "killed", folder / "alone")
 
 
 @pytest.mark.slow
 def test_a_killed_conversion_is_absent_and_then_the_same(folder):
-    assert torture_starts.convert(folder, "alone", "whole") == End(0, met=False)
+    convert.convert(folder / "alone", folder / "whole", "huggingface")
     assert torture_starts.convert(folder, "alone", "part", Fault("weights halfway")) == KILLED
     torture.absent(folder / "part")
     with pytest.raises(AssertionError):  # what it had written is no conversion
         torture.compare_converted(folder / ".part.partial", folder / "whole")
-    assert torture_starts.convert(folder, "alone", "part") == End(0, met=False)
+    convert.convert(folder / "alone", folder / "part", "huggingface")
     torture.compare_converted(folder / "part", folder / "whole")
 
 
