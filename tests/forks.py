@@ -3,7 +3,7 @@
     subprocess.run([*forks.python(), "run.py", "--gin_file=..."])
 
 does what `[sys.executable, "run.py", ...]` does, with its own folder, variables, streams and exit code. Who kills it
-kills the fork, too.
+kills the fork, too. Needs Linux.
 """
 
 import atexit

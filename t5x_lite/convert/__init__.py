@@ -377,8 +377,8 @@ def _check_only_lora_was_trained(source: AnyPath) -> None:
     others = sorted(name for name in trained if "_lora/" not in name)
     if others:
         raise UserError(
-            f"{source} holds {len(others)} trained parameters beside LoRA's ({others[0]} ...), which a PEFT folder would lose: "
-            "convert it --to=huggingface, which adds LoRA to the weights"
+            f"{source} holds {len(others)} trained parameters beside LoRA's ({others[0]} ...), which a PEFT folder "
+            "would lose: convert it --to=huggingface, which adds LoRA to the weights"
         )
 
 
