@@ -13,7 +13,7 @@ from repeats import fast
 
 from benchmarks.train_step import model_config
 from t5x_lite.model.attention import AttentionMask
-from t5x_lite.model.layers import relative_position_bucket
+from t5x_lite.model.layers import project, relative_position_bucket
 from t5x_lite.model.t5 import T5
 from t5x_lite.t5_model import T5Model
 
@@ -161,6 +161,17 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
     assert 1e-5 < np.abs(exact - rounded).max() / np.abs(exact).max() < 5e-2
     encoded = jax.eval_shape(lambda: T5(config).apply({"params": params}, ENCODER_INPUT, method=T5.encode))
     assert encoded.dtype == jnp.bfloat16
+
+
+def test_a_kernels_gradient_is_summed_in_float32_and_rounded_to_the_dtype_of_activations():
+    random = np.random.default_rng(0)
+    x, d_y = (jnp.asarray(random.standard_normal((40, 13)), jnp.bfloat16) for _ in range(2))
+    kernel = jnp.asarray(random.standard_normal((13, 13)), jnp.float32)
+    _, backward = jax.vjp(lambda kernel: project(x, kernel, jnp.dtype("bfloat16")), kernel)
+    (gradient,) = backward(d_y)
+    exact = np.asarray(x, np.float64).T @ np.asarray(d_y, np.float64)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, jnp.asarray(exact, jnp.bfloat16).astype(jnp.float32))
 
 
 def test_tied_output_is_the_embedding_scaled_by_the_root_of_d_model():
