@@ -74,10 +74,25 @@ def use_mesh(mesh: AnyMesh, rules: Rules = RULES) -> Iterator[None]:
         _mesh_in_use.reset(token)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrain the sharding of an activation by its logical axes. Does nothing outside `use_mesh`."""
+def constrain(x: jax.Array, *axes: str | None, first: str | None = None) -> jax.Array:
+    """Constrain the sharding of an activation by its logical axes. Does nothing outside `use_mesh`.
+
+    Args:
+      first: the logical axis that takes its mesh axes before all others, which are split over those that remain.
+    """
     current = _mesh_in_use.get()
-    return x if current is None else jax.lax.with_sharding_constraint(x, named_sharding(*current, axes))
+    if current is None:
+        return x
+    mesh, rules = current
+    if first is not None:
+        taken = _mesh_axes(next((of for axis, of in rules if axis == first), None))
+        left = [(axis, tuple(a for a in _mesh_axes(of) if a not in taken)) for axis, of in rules if axis != first]
+        rules = ((first, taken), *left)
+    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, rules, axes))
+
+
+def _mesh_axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
 
 
 def device() -> Any:
@@ -170,7 +185,7 @@ def _names(path: tuple) -> tuple[str, ...]:
 def _check(name: str, leaf: jax.ShapeDtypeStruct, axes: Sequence[str | None], sharding: NamedSharding) -> None:
     mesh, spec = sharding.mesh, sharding.spec
     for size, axis, mesh_axes in zip(leaf.shape, axes, spec, strict=False):
-        mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        mesh_axes = _mesh_axes(mesh_axes)
         if size % (parts := _parts(mesh, mesh_axes)):
             fits = [n for n in range(1, size + 1) if size % n == 0 and n <= mesh.size]
             raise UserError(

@@ -130,9 +130,12 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embedding"):
-            # Shard the table over the vocabulary only: XLA cannot partition a gather over both axes.
-            table_VD = constrain(self.embedding, "vocab", None)
-            return constrain(jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype), "batch", "length", "embed")
+            # Each device looks its columns of the table up, for the rows of all devices that have other columns. So
+            # activations are sent, which are smaller than the table and its gradient.
+            table_VD = constrain(self.embedding, "vocab", "embed")
+            x_BTD = jnp.take(table_VD, constrain(tokens_BT, "batch", "length", first="embed"), axis=0)
+            x_BTD = constrain(x_BTD.astype(self.dtype), "batch", "length", "embed", first="embed")
+            return constrain(x_BTD, "batch", "length", "embed")
 
     def attend(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return the logits of every token, by the transposed table (tied output)."""
