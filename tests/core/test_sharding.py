@@ -19,7 +19,9 @@ from benchmarks.train_step import model_config
 from t5x_lite import sharding
 from t5x_lite.checkpoint import saving
 from t5x_lite.model import t5
+from t5x_lite.model.layers import Embed
 from t5x_lite.model.t5 import T5Config
+from t5x_lite.plan import hlo
 from t5x_lite.training import optim, step
 
 ADAFACTOR = optim.make_optimizer(optim.adafactor(), optim.constant(1e-3))
@@ -102,6 +104,29 @@ def test_the_state_is_made_where_the_decision_says():
     one = step.Compiler(sharding.make_mesh(devices=jax.devices()[:1]))
     alone = step.init_state(SMALL, ADAFACTOR, jax.random.key(0), step.abstract_state(SMALL, ADAFACTOR, one.mesh))
     jax.tree.map(np.testing.assert_array_equal, state, alone)  # the same numbers on every mesh
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_lookups_send_neither_the_table_nor_its_gradient(sizes):
+    mesh, module = sharding.make_mesh(*sizes), Embed(96, 64, jnp.dtype("float32"))
+    random = np.random.default_rng(0)
+    table = jnp.asarray(random.standard_normal((96, 64)), jnp.float32)
+    tokens = jnp.asarray(random.integers(0, 96, (8, 3)), jnp.int32)
+    weights = jnp.asarray(random.standard_normal((8, 3, 64)), jnp.float32)
+    lies = {"table": ("vocab", "embed"), "tokens": ("batch",), "weights": ("batch",)}
+    at = {name: sharding.named_sharding(mesh, sharding.RULES, axes) for name, axes in lies.items()}
+
+    def loss(table, tokens, weights):
+        with sharding.use_mesh(mesh):
+            return jnp.sum(module.apply({"params": {"embedding": table}}, tokens) * weights)
+
+    gradient = jax.jit(jax.grad(loss), in_shardings=tuple(at.values()), out_shardings=at["table"])
+    placed = [jax.device_put(x, of) for x, of in zip((table, tokens, weights), at.values(), strict=True)]
+    np.testing.assert_allclose(gradient(*placed), jax.grad(loss)(table, tokens, weights), rtol=1e-5)
+    program = hlo.Program(gradient.lower(*placed).compile().as_text())
+    data, fsdp, tensor = sizes  # over data, each device's part of the gradient is summed
+    of_gradient = 2 * (data - 1) / data * table.nbytes / (fsdp * tensor)
+    assert sum(sent.bytes for sent in program.collectives(8).values()) < of_gradient + table.nbytes / 8
 
 
 def test_activations_are_constrained_only_where_a_layout_is_in_force():
