@@ -301,7 +301,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # two minutes: what is rehearsed before the script goes to a device
 def test_toy_run_survives_a_kill_and_missing_packages(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     out, environment = tmp_path / "out", os.environ | forks.devices(1) | {"PYTHONPATH": str(tmp_path)}

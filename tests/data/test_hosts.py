@@ -119,7 +119,7 @@ def test_two_processes_of_which_one_is_killed_and_one_that_goes_on_train_as_one(
     assert "Resuming" in (folder / "two.0.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # four processes on two cores take two minutes
 def test_four_processes_two_of_which_share_each_row_train_as_one(folder, one):
     mesh = "--gin.MESH={'data': 2, 'fsdp': 1, 'tensor': 2}"
     same_curve(finished(folder, "four", start(folder, "four", 4, 1, mesh)), one)

@@ -24,7 +24,7 @@ def losses(model_dir: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["T5Gemma", "T5Gemma 2"])
+@pytest.mark.parametrize("name", [pytest.param("T5Gemma", marks=pytest.mark.exhaustive), "T5Gemma 2"])
 def test_ul2_continues_a_checkpoint_and_a_stop_changes_no_bit(name, tmp_path, monkeypatch, same_root_logger):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(CONFIGS[name], vocab_size=384)
