@@ -52,9 +52,9 @@ def project(
     """Compute x @ kernel, with operands in x's dtype and the result in `output_dtype`.
 
     The kernel's gradient is rounded to x's dtype, as in T5X and torch's autocast, so that devices sum half as many
-    bytes in bfloat16; where nothing is sent, XLA leaves the rounding out. The backward pass is explicit, because
-    autodiff makes the kernel's gradient the transpose of a product, for which XLA's CPU compiler copies transposed
-    activations: an MLP's forward and backward pass takes 1.7 times as long.
+    bytes in bfloat16; on one CPU device XLA leaves the rounding out. The backward pass is explicit, because autodiff
+    makes the kernel's gradient the transpose of a product, for which XLA's CPU compiler copies transposed activations:
+    an MLP's forward and backward pass takes 1.7 times as long.
 
     Args:
       axis: the kernel's input axis: 0 for [I, O], 1 for [O, I]. Transposing the kernel instead does not work for its
