@@ -212,7 +212,7 @@ def batch_parts(mesh: AnyMesh, rules: Rules = RULES) -> int:
 
 
 def _parts(mesh: AnyMesh, axes: str | tuple[str, ...] | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(axes))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

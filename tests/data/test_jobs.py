@@ -179,10 +179,10 @@ def test_a_resumed_run_on_other_data_is_an_error_or_begins_the_data_anew(command
         "--gin.FILES_INPUTS_TEMPLATE='x {inputs}'": r"FILES_INPUTS_TEMPLATE: was '\{inputs\}', is 'x \{inputs\}'",
         "--gin.BATCH_SIZE=16": "BATCH_SIZE: was 8, is 16",
     }
-    said = command(*six, *differences, code=2)
-    assert all(re.search(says, said) for says in differences.values()), said
-    said = command(*six, "--gin.T5Config.mlp_activations=('silu', 'linear')", code=2)
-    assert re.search(r"T5Config\.mlp_activations: was .*gelu.* is .*silu", said)
+    error = command(*six, *differences, code=2)
+    assert all(re.search(message, error) for message in differences.values()), error
+    error = command(*six, "--gin.T5Config.mlp_activations=('silu', 'linear')", code=2)
+    assert re.search(r"T5Config\.mlp_activations: was .*gelu.* is .*silu", error)
     rows = pathlib.Path("train.jsonl").read_text()
     pathlib.Path("train.jsonl").write_text(rows.replace("seven", "eight"))
     assert "md5" in command(*six, code=2), "a file that was edited, of the same size"

@@ -1,8 +1,6 @@
 """T5Gemma through the command: a folder of Hugging Face, UL2's denoisers on one's own text, a stop, and back."""
 
 import dataclasses
-import json
-import pydoc_data.topics
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data.test_readme import lines_of_text
 from models import CONFIGS
 from safetensors.numpy import load_file
 
 from t5x_lite import convert
 from t5x_lite.cli import main
 from t5x_lite.convert import huggingface
+from t5x_lite.metrics import metric_logger
 
 
 def losses(model_dir: Path) -> dict[int, float]:
-    records = map(json.loads, (model_dir / "metrics.jsonl").read_text().splitlines())
+    records = metric_logger.read_metrics(model_dir)
     return {record["step"]: record["loss"] for record in records if record["split"] == "train"}
 
 
@@ -32,8 +32,7 @@ def test_ul2_continues_a_checkpoint_and_a_stop_changes_no_bit(name, tmp_path, mo
     Path("hub").mkdir()
     huggingface.write(Path("hub"), config, nn.meta.unbox(params))
     convert.convert("hub", "start", "t5x_lite")
-    topics = pydoc_data.topics.topics
-    Path("text.txt").write_text("\n".join(topics[topic] for topic in sorted(topics)[:20]))
+    Path("text.txt").write_text("\n".join(lines_of_text()[:1000]))
 
     settings = {
         "INITIAL_CHECKPOINT_PATH": "'start'",
